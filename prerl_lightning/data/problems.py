@@ -1,0 +1,22 @@
+"""The base of all problem sets: a sized sequence of `Problem`, cheap to construct, opened in `load`."""
+
+from abc import ABC, abstractmethod
+
+from prerl_lightning.types import Problem
+
+
+class ProblemSet(ABC):
+    """A sized, indexable set of problems.
+
+    `load` is called once a process, before the engine starts, and is where files are opened and columns checked:
+    it raises ``ValueError`` or ``FileNotFoundError`` with the path, the row or column, and the mend.
+    """
+
+    def load(self) -> None:  # noqa: B027  (optional: a procedural set has nothing to open)
+        """Open the source and check it."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Problem: ...
