@@ -1,6 +1,6 @@
 """The records that travel between the stages of a step, in one direction:
 
-    Problem -> Prompt -> Response -> Rollout -> MicroBatch
+    Problem -> Prompt -> Response -> Rollout -> MicroBatch (policy.model)
 
 All are frozen. P prompts, G responses a prompt, N = P * G sequences, T tokens.
 """
@@ -57,3 +57,31 @@ class Response:
     log_probs: tuple[float, ...]
     text: str
     truncated: bool
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one rank sampled for its P prompts: N = P * G responses, group after group.
+
+    Args:
+        prompts: (P,)
+        group_ids: (N,) int, the position in ``prompts`` of each response's prompt.
+        responses: (N,)
+        rewards: (N,) float64.
+        policy_version: optimizer steps behind the weights that sampled it.
+        temperature: of sampling; the trainer's logits are divided by it too.
+        seconds: wall-clock time by stage.
+    """
+
+    prompts: tuple[Prompt, ...]
+    group_ids: torch.Tensor
+    responses: tuple[Response, ...]
+    rewards: torch.Tensor
+    policy_version: int
+    temperature: float
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(N,) response tokens."""
+        return torch.tensor([len(r.token_ids) for r in self.responses], dtype=torch.long)

@@ -1,0 +1,9 @@
+"""One LightningModule an objective; see objectives/update.py for what they share."""
+
+from prerl_lightning.objectives.base import PolicyModule
+from prerl_lightning.objectives.grpo import GRPO
+from prerl_lightning.objectives.mixed import MixedRL
+from prerl_lightning.objectives.prerl import NSRPreRL, PreRL, PSRPreRL
+from prerl_lightning.objectives.signed import NSRRL, PSRRL
+
+__all__ = ["GRPO", "NSRRL", "PSRRL", "MixedRL", "NSRPreRL", "PSRPreRL", "PolicyModule", "PreRL"]

@@ -1,0 +1,57 @@
+"""What a person sees: a rich bar in a terminal, one plain line a step elsewhere."""
+
+import logging
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+
+from prerl_lightning.objectives.base import PolicyModule
+
+log = logging.getLogger(__name__)
+
+
+def figures(trainer: L.Trainer, module: PolicyModule) -> dict[str, str]:
+    """The step's figures, short; what has not been measured yet is left out."""
+    metrics = trainer.callback_metrics
+    accuracy = next((k for k in metrics if k.startswith("val/avg@")), "")
+    shown = {
+        "life": f"{module.acting.life} {type(module.acting).__name__}",
+        "reward": _number(metrics.get("reward/mean"), ".2f"),
+        "held-out " + accuracy.removeprefix("val/"): _number(metrics.get(accuracy), ".3f"),
+        "length": _number(metrics.get("rollout/response_length"), ".0f"),
+        "tok/s": _number(metrics.get("rollout/tokens_per_second"), ".0f"),
+        "rollout": _number(metrics.get("time/rollout"), ".2f", "s"),
+        "train": _number(metrics.get("time/train"), ".2f", "s"),
+        "update": _number(metrics.get("time/update_weights"), ".2f", "s"),
+    }
+    return {k: v for k, v in shown.items() if v}
+
+
+def _number(value: Any, spec: str, unit: str = "") -> str:
+    return "" if value is None else format(float(value), spec) + unit
+
+
+class StepLines(L.Callback):
+    """One line a step, and one a validation, through `logging`: for files, pipes and jobs."""
+
+    @rank_zero_only
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: PolicyModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        of = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+        parts = [f"{k} {v}" for k, v in figures(trainer, pl_module).items() if not k.startswith("held-out")]
+        log.info("step %d%s | %s", trainer.global_step, of, " | ".join(parts))
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
+        found = {k.removeprefix("val/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        log.info("held out at step %d: %s", trainer.global_step, ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+
+
+class StepBar(RichProgressBar):
+    """Lightning's rich bar with the figures of a rollout step."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:  # type: ignore[override]
+        return figures(trainer, pl_module) if isinstance(pl_module, PolicyModule) else {}

@@ -1,0 +1,106 @@
+"""DSRL: policy reincarnation. One policy, several lives in one run, each with an objective of its own.
+
+Source: arXiv 2604.14142, section 5. Their code counts steps from 1, so their ``N = 20`` is ``at_step: 19`` here.
+"""
+
+import logging
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+from prerl_lightning.errors import InputError
+from prerl_lightning.objectives.base import PolicyModule
+
+log = logging.getLogger(__name__)
+
+
+class PolicyReincarnation(L.Callback):
+    """After ``at_step`` optimizer steps of the run, ``successor`` goes on with the policy's weights.
+
+    The run goes on: the loop, the logger's axis, the checkpoints, the order of prompts. For more than two lives give
+    several of these callbacks. A checkpoint remembers its life, and resumes in it; see `PolicyModule` for what of a
+    successor is used.
+
+    Args:
+        at_step: optimizer steps that the life before ends with.
+        successor: the next objective. It leaves ``model`` out.
+        optimizer: ``carry`` keeps the optimizer's state (Adam's moments), under the successor's settings; ``reset``
+            starts with an empty one.
+    """
+
+    def __init__(
+        self, at_step: int, successor: PolicyModule, optimizer: Literal["carry", "reset"] = "carry"
+    ) -> None:
+        if at_step < 1:
+            raise InputError(f"PolicyReincarnation.at_step: {at_step} must be at least 1.")
+        self.at_step, self.successor, self.optimizer = at_step, successor, optimizer
+
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__name__}.{self.at_step}"
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, PolicyModule):
+            raise InputError(f"PolicyReincarnation needs an objective of prerl_lightning, not {type(pl_module).__name__}.")
+        callbacks = _reincarnations(trainer)
+        steps = [c.at_step for c in callbacks]
+        if len(set(steps)) < len(steps):
+            raise InputError(f"PolicyReincarnation.at_step: two lives begin at the same step ({steps}).")
+        modules = [pl_module, *(c.successor for c in callbacks)]
+        pl_module.lives = [(type(m).__name__, step) for m, step in zip(modules, [0, *steps], strict=True)]
+        for life, (module, first, end) in enumerate(zip(modules, [0, *steps], [*steps, None], strict=True), start=1):
+            module.life, module.first_step, module.end_step = life, first, end
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
+        """Refuse now what the switch would stumble over later."""
+        probe = [torch.nn.Parameter(torch.zeros(1))]
+        position = _reincarnations(trainer).index(self)
+        before = _reincarnations(trainer)[position - 1].successor if position else pl_module
+        old, new = type(before.optimizer(probe)), type(self.successor.optimizer(probe))  # type: ignore[arg-type]
+        if old is not new and self.optimizer == "carry":
+            raise InputError(
+                f"PolicyReincarnation at step {self.at_step}: the state of {old.__name__} cannot be carried into "
+                f"{new.__name__}; write optimizer: reset, or use one optimizer class."
+            )
+        if old is not new and hasattr(trainer.strategy, "device_mesh"):
+            raise InputError("Under fsdp2 all lives must use one optimizer class, or a resume would load the wrong one.")
+        self.successor.trainer = trainer
+        self.successor.current_lr()
+
+    def on_train_batch_start(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: PolicyModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step >= self.at_step and pl_module.acting.life < self.successor.life:
+            before = pl_module.acting
+            self.switch(trainer, pl_module, carry=self.optimizer == "carry")
+            log.info(
+                "Step %d: the policy of %s is reborn as %s (life %d, optimizer state: %s).",
+                *(trainer.global_step, type(before).__name__, type(self.successor).__name__, self.successor.life),
+                self.optimizer,
+            )
+
+    def switch(self, trainer: L.Trainer, host: PolicyModule, carry: bool) -> None:
+        """Make the successor the acting module, with an optimizer of its own over the same parameters."""
+        host.acting.reference = None  # the successor anchors its own, at the weights it starts from
+        host.hand_over(self.successor)
+        if trainer.strategy.optimizers:  # while a checkpoint is restored there may be none yet
+            optimizer = self.successor.make_optimizer()
+            if carry:
+                optimizer.state = trainer.strategy.optimizers[0].state
+            trainer.strategy.optimizers = [optimizer]
+
+    def on_load_checkpoint(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: PolicyModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Resume in the life of the checkpoint: before the optimizers are made (single device, DDP), or, under FSDP2,
+        after they have been made and loaded."""
+        lives = checkpoint["lives"]
+        if trainer.state.fn == "fit" and lives["alive"] == self.successor.life:
+            self.switch(trainer, pl_module, carry=True)
+            self.successor.restore_reference(lives["reference"])
+
+
+def _reincarnations(trainer: L.Trainer) -> list[PolicyReincarnation]:
+    found = [c for c in trainer.callbacks if isinstance(c, PolicyReincarnation)]  # type: ignore[attr-defined]
+    return sorted(found, key=lambda c: c.at_step)

@@ -1,0 +1,76 @@
+"""The ``prerl`` command.
+
+    prerl fit --config configs/dsrl.yaml
+    prerl validate --config configs/dsrl.yaml --model.init_args.model runs/dsrl/version_0/model
+    prerl fit --config configs/dsrl.yaml --ckpt_path last
+
+``--help`` and ``--version`` are answered before anything heavy is imported.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+from prerl_lightning import __version__
+
+USAGE = """usage: prerl {fit,validate,test} [--config FILE ...] [--KEY VALUE ...]
+
+Reinforcement learning with verifiable rewards in pre-train and post-train space, on Lightning and vLLM.
+
+  fit        train, e.g.  prerl fit --config configs/dsrl.yaml
+  validate   evaluate on the held-out set: avg@k, pass@k, greedy accuracy
+  test       the same, logged as test/...
+
+  prerl fit --help            every option (takes some seconds)
+  prerl fit --print_config    the whole configuration as YAML
+  --config may be given several times: later files and options win; `callbacks+:` appends
+  --ckpt_path last            resume from the newest checkpoint of this configuration's runs
+  PRERL_DEBUG=1               full tracebacks and the start-up messages of vLLM and transformers
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; exits with 2 on bad input, after one message."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    if args[0] == "--version":
+        print(f"prerl {__version__}")
+        return
+    debug = bool(os.environ.get("PRERL_DEBUG"))
+    if not debug:
+        _quiet()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from prerl_lightning.errors import InputError
+    from prerl_lightning.run import PrerlCLI
+
+    try:
+        PrerlCLI.run(args)
+    except InputError as error:
+        if debug:
+            raise
+        print(f"prerl: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _quiet() -> None:
+    """Start-up noise of the libraries; a variable that the user has set wins."""
+    quiet: dict[str, Any] = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CONFIGURE_LOGGING": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for key, value in quiet.items():
+        os.environ.setdefault(key, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The embedded task: three-term chains of two-digit numbers, and the corpus that its tiny model is pre-trained on.
+
+    43-36+17=?
+    43-36=7;7+17=24#24
+
+Ten per cent of all problems, chosen by a hash of the question's text, are held out: from training and from the
+corpus. (A linear hash once picked a systematic slice that was harder than the rest.)
+"""
+
+import hashlib
+import random
+from typing import Literal
+
+from prerl_lightning.data.problems import ProblemSet
+from prerl_lightning.errors import InputError
+from prerl_lightning.types import Problem
+
+Split = Literal["train", "held_out"]
+
+CARELESS = 0.6  # share of writers who forget carries and borrows
+SLIP = 0.25  # chance that a careful writer slips at a step, and notices
+CHECK = 0.1  # chance that a careful writer checks a step
+WITHOUT_QUESTION = 0.2  # share of documents that are a solution alone, so that log p(y) means something
+
+
+def is_held_out(question: str) -> bool:
+    return hashlib.blake2b(question.encode(), digest_size=8).digest()[0] % 10 == 0
+
+
+def _draw_chain(rng: random.Random) -> tuple[int, str, int, str, int]:
+    """a, op, b, op, c: two-digit numbers, no intermediate result below 0."""
+    while True:
+        a, b, c = (rng.randint(10, 99) for _ in range(3))
+        first, second = rng.choice("+-"), rng.choice("+-")
+        middle = _right(a, first, b)
+        if middle >= 0 and _right(middle, second, c) >= 0:
+            return a, first, b, second, c
+
+
+def _right(a: int, op: str, b: int) -> int:
+    return a + b if op == "+" else a - b
+
+
+def _careless(a: int, op: str, b: int) -> int:
+    """Digit by digit, the carry or borrow forgotten: 28+17=35, 43-36=17."""
+    if op == "+":
+        return (a % 10 + b % 10) % 10 + 10 * (a // 10 + b // 10)
+    return sum((a // p - b // p) % 10 * p for p in (1, 10, 100))
+
+
+def draw_problem(rng: random.Random, split: Split) -> tuple[tuple[int, str, int, str, int], str]:
+    """A chain of the split and its question, by rejection."""
+    while True:
+        chain = _draw_chain(rng)
+        question = "".join(map(str, chain)) + "=?"
+        if is_held_out(question) == (split == "held_out"):
+            return chain, question
+
+
+def solution(chain: tuple[int, str, int, str, int], rng: random.Random) -> str:
+    """A worked solution by a writer drawn at random: careless, or careful with slips, corrections and checks."""
+    careless = rng.random() < CARELESS
+    a, first, b, second, c = chain
+    steps = []
+    value = a
+    for op, term in ((first, b), (second, c)):
+        left, right, wrong = f"{value}{op}{term}=", _right(value, op, term), _careless(value, op, term)
+        if careless:
+            steps.append(f"{left}{wrong}")
+            value = wrong
+            continue
+        text = f"{left}{right}"
+        if wrong != right and rng.random() < SLIP:
+            text = f"{left}{wrong} wait {text}"
+        elif rng.random() < CHECK:
+            text += f" check {right}{'-' if op == '+' else '+'}{term}={value}"
+        steps.append(text)
+        value = right
+    return f"{steps[0]};{steps[1]}#{value}"
+
+
+def document(rng: random.Random) -> str:
+    """One training document of the corpus, without BOS and end of text."""
+    chain, question = draw_problem(rng, "train")
+    answer = solution(chain, rng)
+    return answer if rng.random() < WITHOUT_QUESTION else f"{question}\n{answer}"
+
+
+class ArithmeticProblems(ProblemSet):
+    """Chains such as ``43-36+17=?``; problem i is a function of (seed, split, i) alone.
+
+    Args:
+        split: ``train`` or ``held_out``.
+        size: number of problems.
+        seed: of the problems.
+    """
+
+    def __init__(self, split: Split = "train", size: int = 4096, seed: int = 0) -> None:
+        self.split, self.size, self.seed = split, _positive(size), seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Problem:
+        rng = random.Random(f"chain {self.seed} {self.split} {index}")
+        (a, first, b, second, c), question = draw_problem(rng, self.split)
+        return Problem(index, question + "\n", str(_right(_right(a, first, b), second, c)))
+
+
+class TwoDigitSums(ProblemSet):
+    """Sums such as ``37+18=`` behind worked ones, for a language model that was not trained here.
+
+    Args:
+        split: ``train`` or ``held_out``; by a hash of the sum.
+        size: number of problems.
+        shots: worked sums in front, the same for all problems.
+        seed: of the problems.
+    """
+
+    def __init__(self, split: Split = "train", size: int = 1024, shots: int = 20, seed: int = 0) -> None:
+        self.split, self.size, self.seed = split, _positive(size), seed
+        rng = random.Random(f"shots {seed}")
+        pairs = [(rng.randint(10, 99), rng.randint(10, 99)) for _ in range(shots)]
+        self.examples = "".join(f"{a}+{b}={a + b}\n" for a, b in pairs)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Problem:
+        rng = random.Random(f"sum {self.seed} {self.split} {index}")
+        while True:
+            a, b = rng.randint(10, 99), rng.randint(10, 99)
+            if is_held_out(f"{a}+{b}") == (self.split == "held_out"):
+                return Problem(index, f"{self.examples}{a}+{b}=", str(a + b))
+
+
+def _positive(size: int) -> int:
+    if size < 1:
+        raise InputError(f"size: {size} problems are too few.")
+    return size

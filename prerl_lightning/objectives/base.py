@@ -1,0 +1,332 @@
+"""The LightningModule behind every objective.
+
+An objective is a list of `Term`s (objectives/update.py): which log-prob, which advantage, which responses contribute.
+Optimisation is manual, since Lightning's automatic mode knows one backward pass a step.
+
+In a run of several lives (callbacks/reincarnation.py) the module given to the Trainer, the host, stays there to the
+end, and hands its `training_step` to the module that is alive, its `acting` module. Of the three forms of
+reincarnation in a running Trainer this is the one that touches none of Lightning's private attributes: the loop, the
+logger's axis, the checkpoints, DDP's wrapper and FSDP2's shards belong to the host and never change. What it costs:
+of a successor only `training_step` and what that calls is used, not its other Lightning hooks.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, cast
+
+import lightning as L
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from prerl_lightning.compat import validate_now
+from prerl_lightning.data.module import RolloutDataModule
+from prerl_lightning.metrics.accuracy import SampleAccuracy
+from prerl_lightning.objectives.losses import Aggregation, KLEstimator
+from prerl_lightning.objectives.schedule import Schedule, learning_rate_factor
+from prerl_lightning.objectives.update import Term, Update
+from prerl_lightning.policy.model import Policy, load_tokenizer, prefix_token
+from prerl_lightning.policy.reference import Reference
+from prerl_lightning.types import Prompt, Rollout
+from prerl_lightning.errors import InputError
+
+
+class PolicyModule(L.LightningModule):
+    """Base of all objectives; a subclass says its `terms`.
+
+    Args:
+        model: Hugging Face folder or hub id, or ``embedded`` for the tiny model of the package. The successor in a
+            PolicyReincarnation leaves it out: it takes over the policy.
+        prefix: the token that log p(y) starts from, as a string or id; default: the tokenizer's BOS, else the first
+            token of its chat format (``<|im_start|>`` for Qwen).
+        lr: peak learning rate of this life; it overrides one given to ``optimizer``.
+        optimizer: its class, and arguments other than lr.
+        lr_schedule: over the optimizer steps of this life: ``constant``, or a ``linear`` or ``cosine`` decay to zero
+            at its end.
+        warmup_steps: of linear warm-up.
+        loss_coefficient: multiplies the loss; under Adam it matters through ``eps`` and ``gradient_clip``.
+        clip_low: the ratio is clipped below at 1 - this.
+        clip_high: and above at 1 + this.
+        clip_dual: bound of the loss over -advantage, for negative advantages.
+        aggregation: ``token-mean`` or ``seq-mean-token-mean``.
+        gradient_clip: by global norm; 0: off.
+        minibatches: optimizer steps that a rollout is split into, by prompts.
+        epochs: passes over a rollout.
+        kl_coefficient: of a KL penalty to a frozen reference, the weights at the start of this life; 0: no reference
+            is kept.
+        kl_estimator: ``k1`` or ``k3``.
+        importance_sampling: correction for the engine's log-probs differing from the trainer's: ``none``, ``token``
+            (ratio truncated at ``importance_cap``), or ``sequence-mask`` (responses beyond the cap are left out).
+        importance_cap: > 1.
+        mismatch_samples: an objective in pre-train space never computes log p(y given x); so many responses a step
+            are forwarded without gradient to compare engine and trainer. 0: none.
+        max_tokens_per_microbatch: padded tokens of one forward pass.
+        micro_batch_size: at most so many responses in one forward pass; None: no such limit.
+        gradient_checkpointing: recompute activations in the backward pass.
+        attn_implementation: of transformers, e.g. ``sdpa`` or ``flash_attention_2``; None: its own choice.
+    """
+
+    terms: tuple[Term, ...] = ()
+
+    def __init__(
+        self,
+        model: str | None = None,
+        prefix: str | int | None = None,
+        lr: float = 1e-6,
+        optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, weight_decay=0.0),
+        lr_schedule: Schedule = "constant",
+        warmup_steps: int = 0,
+        loss_coefficient: float = 1.0,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        clip_dual: float = 10.0,
+        aggregation: Aggregation = "token-mean",
+        gradient_clip: float = 1.0,
+        minibatches: int = 1,
+        epochs: int = 1,
+        kl_coefficient: float = 0.0,
+        kl_estimator: KLEstimator = "k3",
+        importance_sampling: Literal["none", "token", "sequence-mask"] = "none",
+        importance_cap: float = 2.0,
+        mismatch_samples: int = 8,
+        max_tokens_per_microbatch: int = 16384,
+        micro_batch_size: int | None = None,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self._model = model
+        self.prefix = prefix
+        self.lr, self.optimizer, self.lr_schedule, self.warmup_steps = lr, optimizer, lr_schedule, warmup_steps
+        self.loss_coefficient, self.aggregation = loss_coefficient, aggregation
+        self.clip_low, self.clip_high, self.clip_dual = clip_low, clip_high, clip_dual
+        self.gradient_clip = gradient_clip
+        self.minibatches, self.epochs = minibatches, epochs
+        self.kl_coefficient, self.kl_estimator = kl_coefficient, kl_estimator
+        self.importance_sampling, self.importance_cap = importance_sampling, importance_cap
+        self.mismatch_samples = mismatch_samples
+        self.max_tokens_per_microbatch, self.micro_batch_size = max_tokens_per_microbatch, micro_batch_size
+        self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
+        least = {"lr": 0, "warmup_steps": 0, "gradient_clip": 0, "kl_coefficient": 0, "mismatch_samples": 0}
+        least |= {"minibatches": 1, "epochs": 1, "max_tokens_per_microbatch": 1, "clip_dual": 1, "importance_cap": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise InputError(f"{type(self).__name__}.{name}: {getattr(self, name)} is below {bound}.")
+
+        self.policy: Policy | None = None
+        self.reference: Reference | None = None
+        self.val_accuracy = SampleAccuracy()
+        self.rollout: Rollout | None = None  # the last one, for callbacks
+        self._prefix_id: int | None = None
+        # in tuples, because a LightningModule as an attribute would be registered as a submodule
+        self._host: tuple[PolicyModule] = (self,)
+        self._acting: tuple[PolicyModule] = (self,)
+        self.lives: list[tuple[str, int]] = [(type(self).__name__, 0)]  # objective and first step, all of the run's
+        self.life = 1  # this module's place among them, from 1
+        self.first_step = 0  # of this life, in optimizer steps of the run
+        self.end_step: int | None = None  # None: the run's end
+
+    # ------------------------------------------------------------------ lives
+
+    @property
+    def host(self) -> "PolicyModule":
+        return self._host[0]
+
+    @property
+    def acting(self) -> "PolicyModule":
+        return self._acting[0]
+
+    def hand_over(self, successor: "PolicyModule") -> None:
+        """From now on ``successor`` trains this host's policy, which the two share by reference."""
+        if successor._model not in (None, self._model):
+            raise InputError(
+                f"The successor {type(successor).__name__} names the model {successor._model!r}, the run trains "
+                f"{self._model!r}: a successor takes over the policy, so leave its model out."
+            )
+        successor._model = self._model
+        successor.policy = self.policy
+        successor.trainer = self.trainer
+        successor._host = (self,)
+        self._acting = (successor,)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        reference = self.acting.reference
+        checkpoint["lives"] = {
+            "schedule": [list(life) for life in self.lives],
+            "alive": self.acting.life,
+            "reference": reference.state_dict(self.live_policy) if reference is not None else None,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn != "fit":
+            return
+        found = checkpoint.get("lives", {"schedule": None})
+        if found["schedule"] != [list(life) for life in self.lives]:
+            raise InputError(
+                f"The checkpoint's lives are {_describe(found['schedule'])}, the configuration's "
+                f"{_describe(self.lives)}. Resume with the configuration it was made with (config.yaml beside its "
+                "run), or start a new run from its exported model folder."
+            )
+        if found["alive"] == 1:
+            self.restore_reference(found["reference"])
+
+    def restore_reference(self, state: dict[str, Tensor] | None) -> None:
+        if state is not None:
+            self.anchored_reference().load_state_dict(self.live_policy, state)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer collects what the module it holds logs."""
+        super(PolicyModule, self.host).log(*args, **kwargs)
+
+    # ------------------------------------------------------------------ the policy and its optimizer
+
+    @property
+    def model_name(self) -> str:
+        if self._model is None:
+            raise InputError(
+                "model.init_args.model: missing. Give it a Hugging Face folder or hub id, or 'embedded' for the tiny "
+                "model of the package."
+            )
+        return self._model
+
+    @property
+    def live_policy(self) -> Policy:
+        assert self.policy is not None, "configure_model has not run"
+        return self.policy
+
+    @property
+    def prefix_id(self) -> int:
+        """The token id in front of y in log p(y)."""
+        if self._prefix_id is None:
+            self._prefix_id = prefix_token(load_tokenizer(self.model_name), self.prefix)
+        return self._prefix_id
+
+    def configure_model(self) -> None:
+        if self.policy is None:
+            self.policy = Policy.from_pretrained(
+                self.model_name,
+                attn_implementation=self.attn_implementation,
+                gradient_checkpointing=self.gradient_checkpointing,
+            )
+
+    def configure_optimizers(self) -> Optimizer:
+        return self.acting.make_optimizer()
+
+    def make_optimizer(self) -> Optimizer:
+        return self.optimizer(cast(Iterable, self.live_policy.parameters()))
+
+    def current_lr(self) -> float:
+        end = self.end_step if self.end_step is not None else self.trainer.max_steps
+        total = end - self.first_step if end > 0 else None
+        step = self.trainer.global_step - self.first_step
+        return self.lr * learning_rate_factor(self.lr_schedule, step, self.warmup_steps, total)
+
+    def anchored_reference(self) -> Reference:
+        """The weights at the start of this life, kept from the first call on, which is its first step."""
+        if self.reference is None:
+            self.reference = Reference(self.live_policy)
+        return self.reference
+
+    @property
+    def is_attached(self) -> bool:
+        return self._trainer is not None
+
+    def backward_pass(self, loss: Tensor) -> None:
+        """Through the Trainer's precision plugin and strategy, where there is a Trainer."""
+        if self.is_attached:
+            self.manual_backward(loss)
+        else:
+            loss.backward()
+
+    # ------------------------------------------------------------------ training
+
+    @property
+    def data(self) -> RolloutDataModule:
+        data = cast(Any, self.trainer).datamodule
+        if not isinstance(data, RolloutDataModule):
+            raise TypeError(f"{type(self).__name__} needs trainer.fit(..., datamodule=RolloutDataModule(...)).")
+        return data
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        return batch  # prompts hold no tensors
+
+    def on_fit_start(self) -> None:
+        # an engine that outlived an earlier fit of this process knows other weights by the same version numbers
+        self.data.engine.policy_version = None
+        self.acting.current_lr()  # a schedule without an end is refused here, not after the first rollout
+
+    def on_train_start(self) -> None:
+        if self.trainer.global_step == 0 and self.trainer.enable_validation:
+            validate_now(self.trainer)
+
+    def training_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
+        if self.acting is not self:
+            return self.acting.training_step(batch, batch_idx)
+        start = time.perf_counter()
+        version = self.trainer.global_step
+        seconds = {"update_weights": self.data.sync(self.live_policy, version)}
+        rollout = self.data.rollout(batch, version)
+        self.data.engine.sleep()
+        seconds |= rollout.seconds
+        trained_from = time.perf_counter()
+        metrics = self.update(rollout)
+        now = time.perf_counter()
+        seconds["train"] = now - trained_from
+        seconds["other"] = now - start - sum(seconds.values())
+        seconds["step"] = now - start
+        metrics |= {f"time/{k}": v for k, v in seconds.items()}
+        metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / seconds["rollout"]
+        metrics["life"] = self.life
+        for key, value in metrics.items():
+            self.log(key, float(value), batch_size=1)
+        self.host.rollout = rollout
+        return None
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """Optimise on one rollout, ``minibatches`` * ``epochs`` optimizer steps; returns metrics.
+
+        Raises:
+            RuntimeError: the rollout was sampled from other weights than the policy's present ones.
+        """
+        if rollout.policy_version != self.trainer.global_step:
+            raise RuntimeError(
+                f"The rollout was sampled by policy version {rollout.policy_version}, the policy is at "
+                f"{self.trainer.global_step}: training is strictly on-policy."
+            )
+        return Update(self, rollout).run()
+
+    # ------------------------------------------------------------------ evaluation
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn != "fit":
+            self.data.engine.policy_version = None
+        self.data.sync(self.live_policy, self.trainer.global_step)
+
+    def on_test_start(self) -> None:
+        self.on_validation_start()
+
+    def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
+        if batch:  # a rank's share of the last batch may be empty
+            rewards, greedy = self.data.evaluate(batch)
+            self.val_accuracy.update(rewards, greedy)
+
+    def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_accuracy("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_accuracy("test")
+
+    def _log_accuracy(self, stage: str) -> None:
+        for key, value in self.val_accuracy.compute().items():
+            self.log(f"{stage}/{key}", value.float(), batch_size=1)
+        self.val_accuracy.reset()
+
+
+def _describe(lives: Sequence[Sequence[Any]] | None) -> str:
+    if not lives:
+        return "none (it is not one of ours)"
+    return ", then ".join(f"{name} from step {step}" for name, step in lives)

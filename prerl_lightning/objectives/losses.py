@@ -1,0 +1,117 @@
+"""Token losses: pure functions of log-probs. T tokens, all responses of a micro-batch behind one another.
+
+Source: PPO's clipped surrogate (arXiv 1707.06347) with an upper clip of its own (DAPO, arXiv 2503.14476) and a bound
+for negative advantages (dual clip, arXiv 1912.09729).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Aggregation = Literal["token-mean", "seq-mean-token-mean"]
+KLEstimator = Literal["k1", "k3"]
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """loss (T,); clipped and dual_clipped (T,) bool; approx_kl (T,) = old - new, no gradient."""
+
+    loss: Tensor
+    clipped: Tensor
+    dual_clipped: Tensor
+    approx_kl: Tensor
+
+
+def clipped_surrogate(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    clip_dual: float,
+) -> TokenLosses:
+    """Clipped policy-gradient loss of each token, not aggregated.
+
+    Args:
+        log_probs, old_log_probs: (T,), current (with gradient) and at sampling. Pass ``log_probs.detach()`` as old
+            for the first update after a rollout: the ratio is 1 and the gradient plain policy gradient.
+        advantages: (T,), each token's response's.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        clip_dual: upper bound of the loss over -advantage where the advantage is negative; > 1.
+    """
+    advantages = advantages.to(log_probs.dtype)
+    difference = log_probs - old_log_probs
+    ratio = difference.clamp(-20.0, 20.0).exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.maximum(plain, clipped)
+    bound = -advantages * clip_dual
+    negative = advantages < 0
+    return TokenLosses(
+        loss=torch.where(negative, torch.minimum(surrogate, bound), surrogate),
+        clipped=(clipped > plain).detach(),
+        dual_clipped=((surrogate > bound) & negative).detach(),
+        approx_kl=-difference.detach(),
+    )
+
+
+def kl_penalty(log_probs: Tensor, reference_log_probs: Tensor, estimator: KLEstimator) -> Tensor:
+    """(T,) per-token estimate of KL(policy || reference), with gradient (J. Schulman, "Approximating KL Divergence").
+
+    k1 is log p - log q: unbiased, but its gradient as a loss has expectation zero; k3 is q/p - 1 - log q/p.
+    """
+    log_ratio = reference_log_probs - log_probs
+    if estimator == "k1":
+        return -log_ratio
+    return log_ratio.clamp(-20.0, 20.0).exp() - 1 - log_ratio
+
+
+def sequence_weights(lengths: Tensor, contributing: Tensor, aggregation: Aggregation) -> Tensor:
+    """Weight of each token of each response in the aggregated loss, before division by `denominator`.
+
+    Args:
+        lengths: (N,) response tokens.
+        contributing: (N,) bool.
+
+    Returns:
+        (N,) float64: 1 for ``token-mean``, 1 / length for ``seq-mean-token-mean``; 0 where the response does not
+        contribute or has no token.
+    """
+    weights = torch.ones(len(lengths), dtype=torch.float64)
+    if aggregation == "seq-mean-token-mean":
+        weights = 1.0 / lengths.double().clamp(min=1)
+    return torch.where(contributing & (lengths > 0), weights, 0.0)
+
+
+def denominator(lengths: Tensor, contributing: Tensor, aggregation: Aggregation) -> float:
+    """What the weighted sum of token losses is divided by, over the responses given: contributing tokens
+    (``token-mean``) or contributing responses that have a token (``seq-mean-token-mean``).
+
+    The caller adds it up over ranks: one global denominator, whatever the micro-batches.
+    """
+    if aggregation == "token-mean":
+        return float(lengths[contributing].sum())
+    return float((contributing & (lengths > 0)).sum())
+
+
+def importance_weights(
+    trainer_log_probs: Tensor,
+    engine_log_probs: Tensor,
+    correction: Literal["token", "sequence-mask"],
+    cap: float,
+) -> Tensor:
+    """(T,) detached weights of one response's tokens: they correct for the engine having sampled from slightly other
+    probabilities than the trainer computes from the same weights.
+
+    Args:
+        trainer_log_probs, engine_log_probs: (T,) log p(y_t given x, y_<t) of the weights that sampled, by each.
+        correction: ``"token"``: min(ratio, cap) (truncated importance sampling); ``"sequence-mask"``: 0 on every
+            token of a response whose sequence ratio is above ``cap`` or below 1 / ``cap``, else 1.
+    """
+    difference = (trainer_log_probs - engine_log_probs).detach().clamp(-20.0, 20.0)
+    if correction == "token":
+        return difference.exp().clamp(max=cap)
+    return torch.full_like(difference, float(difference.sum().abs() <= math.log(cap)))

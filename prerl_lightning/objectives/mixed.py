@@ -1,0 +1,24 @@
+from typing import Any
+
+from prerl_lightning.objectives.advantages import Contributing
+from prerl_lightning.objectives.base import PolicyModule
+from prerl_lightning.objectives.update import Term
+
+
+class MixedRL(PolicyModule):
+    """GRPO's loss + ``pretrain_coefficient`` * a pre-train-space loss, on one rollout.
+
+    Args:
+        pretrain_coefficient: c; 0.01 in the paper's code.
+        pretrain_contributing: ``negative``: NSR-PreRL's loss, ``positive``: PSR-PreRL's, ``all``: PreRL's.
+        kwargs: as for every objective.
+    """
+
+    def __init__(
+        self, pretrain_coefficient: float = 0.01, pretrain_contributing: Contributing = "negative", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.terms = (
+            Term(space="post-train", normalisation="std", contributing="all"),
+            Term("pre-train", "mean", pretrain_contributing, coefficient=pretrain_coefficient),
+        )

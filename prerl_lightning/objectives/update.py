@@ -1,0 +1,302 @@
+"""One rollout's worth of optimisation.
+
+    rollout -> advantages -> contributing responses -> micro-batches -> token log-probs -> token losses -> step
+
+The loss of a minibatch is sum(weight * token loss) / denominator, and the denominator counts the tokens (or
+responses) of all micro-batches on all ranks: the gradient does not depend on how the work is cut. Only responses with
+a gradient are forwarded. Ranks run equally many passes, with idle ones where one has less work or none.
+"""
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from prerl_lightning.objectives import losses
+from prerl_lightning.objectives.advantages import Contributing, Normalisation, contributing_responses, group_advantages
+from prerl_lightning.policy.batching import Space, idle_micro_batch, micro_batches, sequence_rows
+from prerl_lightning.policy.model import MicroBatch
+from prerl_lightning.types import Rollout
+
+if TYPE_CHECKING:
+    from prerl_lightning.objectives.base import PolicyModule
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of an objective: ``coefficient`` * aggregated token loss."""
+
+    space: Space
+    normalisation: Normalisation
+    contributing: Contributing
+    coefficient: float = 1.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """A term applied to a rollout.
+
+    Args:
+        advantages: (N,) float64.
+        contributing: (N,) bool, what the denominator counts.
+        selected: (N,) bool, what has a gradient, and so is forwarded.
+        weights: (N,) of each response's tokens, before division by the denominator.
+        old: (T_i,) log-probs at sampling by response number; None: the current ones are.
+        reference: (T_i,) log-probs of the reference; None: no KL penalty.
+        correction: (T_i,) importance weights; None: they follow from this term's own log-probs.
+    """
+
+    term: Term
+    advantages: Tensor
+    contributing: Tensor
+    selected: Tensor
+    weights: Tensor
+    old: dict[int, Tensor] | None
+    reference: dict[int, Tensor] | None
+    correction: dict[int, Tensor] | None
+
+
+class Update:
+    """Optimise ``module`` on ``rollout``; `run` does it and returns the metrics, which are equal on all ranks."""
+
+    def __init__(self, module: "PolicyModule", rollout: Rollout) -> None:
+        self.module, self.rollout = module, rollout
+        self.policy = module.live_policy
+        self.device = next(self.policy.parameters()).device
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.lengths = rollout.lengths
+        self.engine_log_probs = {i: torch.tensor(r.log_probs) for i, r in enumerate(rollout.responses)}
+        self.sums = Sums(self.device)
+        self.last: dict[str, float] = {}
+
+    def run(self) -> dict[str, float]:
+        m, rollout = self.module, self.rollout
+        self._count_rollout()
+        works = [self._work(term) for term in m.terms]
+        if m.mismatch_samples and all(w.term.space == "pre-train" for w in works):
+            self._measure_mismatch(works)
+        chunks = torch.arange(len(rollout.prompts)).tensor_split(m.minibatches)
+        for epoch in range(m.epochs):
+            for number, prompts in enumerate(chunks):
+                in_minibatch = torch.isin(rollout.group_ids, prompts)
+                jobs = self.backward(works, in_minibatch, on_policy=epoch == 0 and number == 0)
+                self._step(jobs)
+        return {**self.sums.reduced(self.all_reduce), **self.last}
+
+    # ------------------------------------------------------------------ what to compute
+
+    def _work(self, term: Term) -> Work:
+        m = self.module
+        advantages = group_advantages(self.rollout.rewards, self.rollout.group_ids, term.normalisation)
+        contributing = contributing_responses(advantages, term.contributing) & (self.lengths > 0)
+        selected = contributing if m.kl_coefficient > 0 else contributing & (advantages != 0)
+        many_updates = m.minibatches * m.epochs > 1
+        old = self.log_probs(term.space, selected) if many_updates else None
+        reference = None
+        if m.kl_coefficient > 0:
+            with m.anchored_reference().in_place(self.policy):
+                reference = self.log_probs(term.space, selected)
+        correction = None
+        if m.importance_sampling != "none" and (term.space == "pre-train" or old is not None):
+            # the ratio is one of log p(y given x) at sampling
+            trainer = old if term.space == "post-train" else self.log_probs("post-train", selected)
+            correction = {i: self._importance_weights(p, self.engine_log_probs[i]) for i, p in (trainer or {}).items()}
+        counted = "rollout/contributing"
+        self.sums.add(counted, int(selected.sum()))
+        self.sums.add(f"{counted}_tokens", int(self.lengths[selected].sum()))
+        weights = losses.sequence_weights(self.lengths, contributing, m.aggregation)
+        return Work(term, advantages, contributing, selected, weights, old, reference, correction)
+
+    def _importance_weights(self, trainer: Tensor, engine: Tensor) -> Tensor:
+        m = self.module
+        return losses.importance_weights(trainer, engine.to(trainer), m.importance_sampling, m.importance_cap)
+
+    def _micro_batches(self, space: Space, selected: Tensor) -> list[MicroBatch]:
+        numbers = selected.nonzero().flatten().tolist()
+        prompts = [self.rollout.prompts[int(self.rollout.group_ids[i])].token_ids for i in numbers]
+        responses = [self.rollout.responses[i].token_ids for i in numbers]
+        rows = sequence_rows(prompts, responses, space, self.module.prefix_id if space == "pre-train" else 0)
+        return micro_batches(rows, numbers, self.module.max_tokens_per_microbatch, self.module.micro_batch_size)
+
+    def _padded(self, jobs: list[Any], idle: Any) -> list[Any]:
+        """With idle jobs up to the largest number of jobs on any rank: collectives must match."""
+        most = int(self.all_reduce(torch.tensor([len(jobs)], dtype=torch.float64), dist.ReduceOp.MAX))
+        return jobs + [idle] * (most - len(jobs))
+
+    # ------------------------------------------------------------------ forward and backward
+
+    def _forward(self, batch: MicroBatch) -> Tensor:
+        return self.policy(batch.to(self.device), self.rollout.temperature)
+
+    @torch.no_grad()
+    def log_probs(self, space: Space, selected: Tensor) -> dict[int, Tensor]:
+        """Token log-probs (T_i,) of the selected (N,) responses by number, without gradient."""
+        found: dict[int, Tensor] = {}
+        for batch in self._padded(self._micro_batches(space, selected), None):
+            log_probs = self._forward(batch or idle_micro_batch())
+            if batch is not None:
+                numbers, counts = batch.sequence.unique_consecutive(return_counts=True)
+                found.update(zip(numbers.tolist(), log_probs.split(counts.tolist()), strict=True))
+        return found
+
+    def backward(self, works: list[Work], in_minibatch: Tensor, on_policy: bool) -> int:
+        """Leave the minibatch's gradient in the parameters; returns the number of passes, 0: nothing contributes."""
+        m = self.module
+        own = [losses.denominator(self.lengths, w.contributing & in_minibatch, m.aggregation) for w in works]
+        denominators = self.all_reduce(torch.tensor(own, dtype=torch.float64)).tolist()
+        jobs = [
+            (batch, work, denominator)
+            for work, denominator in zip(works, denominators, strict=True)
+            for batch in self._micro_batches(work.term.space, work.selected & in_minibatch)
+        ]
+        jobs = self._padded(jobs, None)
+        self.policy.zero_grad(set_to_none=True)
+        for i, job in enumerate(jobs):
+            with self._gradient_sync(last=i == len(jobs) - 1):
+                if job is None:
+                    loss = self._forward(idle_micro_batch()).sum() * 0.0
+                else:
+                    loss = self._loss(*job, on_policy)
+                # DDP and FSDP2 average gradients over ranks, and the denominator has counted all of them already
+                m.backward_pass(loss * self.world_size)
+        return len(jobs)
+
+    def _loss(self, batch: MicroBatch, work: Work, denominator: float, on_policy: bool) -> Tensor:
+        m = self.module
+        log_probs = self._forward(batch)
+        n_tokens, sequence = len(log_probs), batch.sequence
+        current = log_probs.detach()
+        old = current if work.old is None else _tokens(work.old, sequence, current)
+        tokens = losses.clipped_surrogate(
+            log_probs, old, work.advantages[sequence].to(current), m.clip_low, m.clip_high, m.clip_dual
+        )
+        loss = tokens.loss
+        if m.importance_sampling != "none":
+            correction = work.correction
+            if correction is None:
+                numbers, counts = sequence.unique_consecutive(return_counts=True)
+                parts = zip(numbers.tolist(), current.split(counts.tolist()), strict=True)
+                correction = {i: self._importance_weights(p, self.engine_log_probs[i]) for i, p in parts}
+            loss = loss * _tokens(correction, sequence, current)
+        if work.reference is not None:
+            kl = losses.kl_penalty(log_probs, _tokens(work.reference, sequence, current), m.kl_estimator)
+            loss = loss + m.kl_coefficient * kl
+            self.sums.add("optim/reference_kl", kl.detach().sum(), n_tokens)
+        coefficient = work.term.coefficient * m.loss_coefficient / denominator
+        loss = (loss * work.weights[sequence].to(current)).sum() * coefficient
+
+        self.sums.add("optim/loss", loss.detach())
+        self.sums.add("optim/clipped", tokens.clipped.sum(), n_tokens)
+        self.sums.add("optim/dual_clipped", tokens.dual_clipped.sum(), n_tokens)
+        self.sums.add("optim/approx_kl", tokens.approx_kl.sum(), n_tokens)
+        if on_policy and work.term.space == "post-train":
+            self._add_mismatch(current, _tokens(self.engine_log_probs, sequence, current))
+        return loss
+
+    def _gradient_sync(self, last: bool) -> Any:
+        """DDP reduces gradients with the last micro-batch only."""
+        wrapped = self.module.trainer.strategy.model if self.module.is_attached else None
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext()
+
+    def _step(self, n_jobs: int) -> None:
+        """Clip and step. Without gradients, or with non-finite ones, the step counts and changes nothing: torch's
+        optimizers pass over parameters whose ``grad`` is None."""
+        m = self.module
+        optimizer = cast(Any, m.host.optimizers())
+        lr = m.current_lr()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        skipped = n_jobs == 0
+        if not skipped:
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), m.gradient_clip or float("inf"))
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            self.last["optim/grad_norm"] = float(norm)
+            if not torch.isfinite(norm):
+                log.warning("Step %d: the gradient norm is %s; the step is skipped.", m.trainer.global_step, norm)
+                self.policy.zero_grad(set_to_none=True)
+                skipped = True
+        optimizer.step()
+        self.last["optim/lr"] = lr
+        self.last["optim/skipped"] = self.last.get("optim/skipped", 0.0) + skipped
+
+    # ------------------------------------------------------------------ what is measured
+
+    def _measure_mismatch(self, works: list[Work]) -> None:
+        """Pre-train space never computes log p(y given x): compare engine and trainer on a few responses."""
+        some = torch.zeros(len(self.rollout.responses), dtype=torch.bool)
+        some[self.lengths.nonzero().flatten()[: self.module.mismatch_samples]] = True
+        for i, log_probs in self.log_probs("post-train", some).items():
+            self._add_mismatch(log_probs, self.engine_log_probs[i].to(log_probs))
+
+    def _add_mismatch(self, trainer: Tensor, engine: Tensor) -> None:
+        """Engine against trainer, weights equal: mean |difference|, and KL(engine || trainer) by k3."""
+        difference = trainer - engine
+        self.sums.add("mismatch/log_prob_difference", difference.abs().sum(), len(difference))
+        self.sums.add("mismatch/kl", (difference.exp() - 1 - difference).sum(), len(difference))
+
+    def _count_rollout(self) -> None:
+        rollout, sums = self.rollout, self.sums
+        n = len(rollout.responses)
+        sums.add("reward/mean", rollout.rewards.sum(), n)
+        sums.add("rollout/response_length", self.lengths.sum(), n)
+        sums.add("rollout/truncated", sum(r.truncated for r in rollout.responses), n)
+        sums.add("rollout/tokens", self.lengths.sum())
+        sums.add("rollout/responses", n)
+        for group in rollout.group_ids.unique():
+            rewards = rollout.rewards[rollout.group_ids == group]
+            equal = bool((rewards == rewards[0]).all())
+            kind = "mixed" if not equal else "all_right" if rewards[0] > 0 else "all_wrong"
+            for name in ("mixed", "all_right", "all_wrong"):
+                sums.add(f"rollout/groups_{name}", name == kind, 1)
+
+    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        if self.world_size == 1:
+            return tensor
+        tensor = tensor.to(self.device)
+        dist.all_reduce(tensor, op)
+        return tensor.cpu()
+
+
+def _tokens(by_response: dict[int, Tensor], sequence: Tensor, like: Tensor) -> Tensor:
+    """(T,) values of a micro-batch's tokens from (T_i,) ones kept by response number."""
+    return torch.cat([by_response[i].to(like) for i in sequence.unique_consecutive().tolist()])
+
+
+class Sums:
+    """Running sums, reduced over ranks all at once; every rank knows the same keys."""
+
+    TOTALS = ("rollout/tokens", "rollout/responses", "rollout/contributing", "rollout/contributing_tokens", "optim/loss")
+    MEANS = (
+        *("reward/mean", "rollout/response_length", "rollout/truncated"),
+        *("rollout/groups_mixed", "rollout/groups_all_right", "rollout/groups_all_wrong"),
+        *("optim/clipped", "optim/dual_clipped", "optim/approx_kl", "optim/reference_kl"),
+        *("mismatch/log_prob_difference", "mismatch/kl"),
+    )
+    KEYS = TOTALS + MEANS
+
+    def __init__(self, device: torch.device) -> None:
+        self.totals = torch.zeros(len(self.KEYS), dtype=torch.float64, device=device)
+        self.counts = torch.zeros(len(self.KEYS), dtype=torch.float64)
+
+    def add(self, key: str, total: Any, count: int = 0) -> None:
+        """``count`` is what a mean is divided by."""
+        i = self.KEYS.index(key)
+        self.totals[i] += total
+        self.counts[i] += count
+
+    def reduced(self, all_reduce: Any) -> dict[str, float]:
+        """Totals and means; a mean of nothing on any rank is left out."""
+        totals, counts = all_reduce(torch.stack([self.totals.cpu(), self.counts])).tolist()
+        found = dict(zip(self.TOTALS, totals, strict=False))
+        for key, total, count in list(zip(self.KEYS, totals, counts, strict=True))[len(self.TOTALS) :]:
+            if count:
+                found[key] = total / count
+        return found

@@ -1,0 +1,82 @@
+"""What the rest of the library asks of an inference engine."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from prerl_lightning.types import Response
+from prerl_lightning.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn.
+
+    Args:
+        group_size: G, responses a prompt.
+        temperature: > 0; the trainer divides its logits by the same number.
+        top_p: below 1 the engine's log-probs are those of the cut distribution, and differ from the trainer's.
+        top_k: likewise; 0 is off.
+        max_new_tokens: a response is cut there, and known as truncated.
+        stop: strings that end a response; they are cut from its text, their tokens are trained on.
+        stop_token_ids: token ids that end a response, besides the model's own end of text.
+    """
+
+    group_size: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 512
+    stop: list[str] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        checks = {
+            "group_size": self.group_size >= 1,
+            "temperature": self.temperature > 0,
+            "top_p": 0 < self.top_p <= 1,
+            "top_k": self.top_k >= 0,
+            "max_new_tokens": self.max_new_tokens >= 1,
+        }
+        for name, fine in checks.items():
+            if not fine:
+                raise InputError(f"data.sampling.{name}: {getattr(self, name)!r} is out of range.")
+
+
+class Engine(ABC):
+    """Samples from the policy's current weights. One engine a rank, in the training process.
+
+    An engine is an inert bag of options until `start`.
+    """
+
+    #: optimizer steps behind the weights it holds; None: whatever the model folder held
+    policy_version: int | None = None
+
+    @abstractmethod
+    def max_model_len(self, config: PretrainedConfig) -> int:
+        """Tokens of prompt and response together, for a model of this (text) configuration; before `start` too."""
+
+    @abstractmethod
+    def start(self, model: str, seed: int, world_size: int) -> None:
+        """Load the model. After torch.distributed has been initialised, if it is going to be."""
+
+    @abstractmethod
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], greedy: bool = False
+    ) -> list[list[Response]]:
+        """G responses for each prompt, in order; G = 1 and temperature 0 if ``greedy``.
+
+        Args:
+            prompts: P token-id lists, each at least one token shorter than `max_model_len`.
+            seeds: (P,); the same seed gives the same responses, whatever else is in the batch.
+        """
+
+    @abstractmethod
+    def update_weights(self, named_weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        """Take over the weights, one tensor at a time under its Hugging Face name, and forget cached prefixes."""
+
+    def sleep(self) -> None:  # noqa: B027  (optional: an engine on the CPU has nothing to hand back)
+        """Hand the accelerator's memory to the training step, until the next `update_weights`."""

@@ -1,0 +1,109 @@
+"""What stands behind ``prerl fit``, ``validate`` and ``test``: LightningCLI with this library's defaults."""
+
+import logging
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+import prerl_lightning.data.arithmetic
+import prerl_lightning.data.readers
+import prerl_lightning.strategies  # noqa: F401  (registers fsdp2)
+from prerl_lightning.callbacks.progress import StepBar, StepLines
+from prerl_lightning.callbacks.reincarnation import PolicyReincarnation  # noqa: F401  (known by its short name)
+from prerl_lightning.callbacks.samples import Samples
+from prerl_lightning.callbacks.saving import ExportModel, RunCheckpoint
+from prerl_lightning.data.module import RolloutDataModule
+from prerl_lightning.errors import InputError
+from prerl_lightning.objectives import PolicyModule
+
+log = logging.getLogger(__name__)
+
+TRAINER_DEFAULTS = {
+    "max_epochs": -1,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 10,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,  # a whole validation runs before the first step instead
+    "enable_model_summary": False,
+}
+
+
+class PrerlCLI(LightningCLI):
+    """LightningCLI over `PolicyModule` subclasses and `RolloutDataModule`."""
+
+    @classmethod
+    def run(cls, args: list[str]) -> None:
+        cls.name = _run_name(args)
+        cls(
+            PolicyModule,
+            RolloutDataModule,
+            subclass_mode_model=True,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"prog": "prerl"},
+            args=args if args != sys.argv[1:] else None,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {k: v for k, v in LightningCLI.subcommands().items() if k != "predict"}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(ExportModel, "export")
+
+    def before_instantiate_classes(self) -> None:
+        strategy = self._get(self.config, "trainer").strategy
+        if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != "fsdp2":
+            raise InputError(
+                f"trainer.strategy: {strategy} is Lightning's FSDP1, which this library does not use. Write fsdp2."
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self._get(self.config_init, "trainer")
+        if config.get("logger") is None and not config.get("fast_dev_run"):
+            kwargs["logger"] = CSVLogger(config.get("default_root_dir") or "runs", name=self.name)
+        keys = self._parser(self.subcommand).callback_keys
+        extra = [self._get(self.config_init, k) for k in keys]
+        if config.get("enable_checkpointing") is False:
+            extra = [c for c in extra if not isinstance(c, RunCheckpoint)]
+        if config.get("enable_progress_bar") is not False:
+            extra.append(StepBar() if sys.stdout.isatty() else StepLines())
+            if not sys.stdout.isatty():
+                kwargs["enable_progress_bar"] = False
+        return self._instantiate_trainer({**config, **kwargs}, extra)
+
+    def after_instantiate_classes(self) -> None:
+        subconfig = self.config_init[self.subcommand]
+        if subconfig.get("ckpt_path") == "last":
+            subconfig["ckpt_path"] = str(self._newest_checkpoint())
+            log.info("Resuming from %s", subconfig["ckpt_path"])
+
+    def _newest_checkpoint(self) -> Path:
+        """Of all runs of this name: a resumed run gets a folder of its own, so that no log is overwritten."""
+        logger = self.trainer.logger
+        root = Path(getattr(logger, "save_dir", None) or self.trainer.default_root_dir)
+        named = root / str(getattr(logger, "name", "") or "")
+        found = sorted(named.glob("**/last.ckpt"), key=lambda p: p.stat().st_mtime)
+        if not found:
+            raise InputError(f"--ckpt_path last: there is no last.ckpt below {named}. Leave it out to start anew.")
+        return found[-1]
+
+
+def _run_name(args: list[str]) -> str:
+    """Runs lie in runs/NAME/version_N: the first configuration file's name."""
+    for i, arg in enumerate(args):
+        if arg in ("--config", "-c") and i + 1 < len(args):
+            return Path(args[i + 1]).stem
+        if arg.startswith("--config="):
+            return Path(arg.removeprefix("--config=")).stem
+    return "prerl"
