@@ -43,10 +43,13 @@ def main(argv: list[str] | None = None) -> None:
     debug = bool(os.environ.get("PRERL_DEBUG"))
     if not debug:
         _quiet()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _log_to_stdout()
     from prerl_lightning.errors import InputError
     from prerl_lightning.run import PrerlCLI
 
+    if not debug:
+        for name in ("lightning.pytorch", "lightning.fabric"):  # their import has set them to INFO
+            logging.getLogger(name).setLevel(logging.WARNING)
     try:
         PrerlCLI.run(args)
     except InputError as error:
@@ -54,6 +57,17 @@ def main(argv: list[str] | None = None) -> None:
             raise
         print(f"prerl: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _log_to_stdout() -> None:
+    """Our own log lines, of rank 0; of all ranks from warnings on."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("prerl_lightning")
+    log.addHandler(handler)
+    log.propagate = False
+    first_rank = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+    log.setLevel(logging.INFO if first_rank else logging.WARNING)
 
 
 def _quiet() -> None:

@@ -66,7 +66,7 @@ class PolicyReincarnation(L.Callback):
         if old is not new and hasattr(trainer.strategy, "device_mesh"):
             raise InputError("Under fsdp2 all lives must use one optimizer class, or a resume would load the wrong one.")
         self.successor.trainer = trainer
-        self.successor.current_lr()
+        self.successor.lr_at(self.successor.warmup_steps)
 
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: PolicyModule, batch: Any, batch_idx: int

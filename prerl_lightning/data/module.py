@@ -138,6 +138,9 @@ class RolloutDataModule(L.LightningDataModule):
         trainer = self.trainer
         return PromptLoader(self._prompts[key], batch_size, trainer.global_rank, trainer.world_size, shuffle_seed)
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # prompts hold no tensors
+
     # ------------------------------------------------------------------ rollouts
 
     def sync(self, policy: "Policy", policy_version: int) -> float:

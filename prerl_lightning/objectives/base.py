@@ -216,11 +216,10 @@ class PolicyModule(L.LightningModule):
     def make_optimizer(self) -> Optimizer:
         return self.optimizer(cast(Iterable, self.live_policy.parameters()))
 
-    def current_lr(self) -> float:
+    def lr_at(self, step_of_life: int) -> float:
         end = self.end_step if self.end_step is not None else self.trainer.max_steps
         total = end - self.first_step if end > 0 else None
-        step = self.trainer.global_step - self.first_step
-        return self.lr * learning_rate_factor(self.lr_schedule, step, self.warmup_steps, total)
+        return self.lr * learning_rate_factor(self.lr_schedule, step_of_life, self.warmup_steps, total)
 
     def anchored_reference(self) -> Reference:
         """The weights at the start of this life, kept from the first call on, which is its first step."""
@@ -248,13 +247,10 @@ class PolicyModule(L.LightningModule):
             raise TypeError(f"{type(self).__name__} needs trainer.fit(..., datamodule=RolloutDataModule(...)).")
         return data
 
-    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        return batch  # prompts hold no tensors
-
     def on_fit_start(self) -> None:
         # an engine that outlived an earlier fit of this process knows other weights by the same version numbers
         self.data.engine.policy_version = None
-        self.acting.current_lr()  # a schedule without an end is refused here, not after the first rollout
+        self.lr_at(self.warmup_steps)  # a decay without an end is refused here, not after the first rollout
 
     def on_train_start(self) -> None:
         if self.trainer.global_step == 0 and self.trainer.enable_validation:
@@ -322,7 +318,7 @@ class PolicyModule(L.LightningModule):
 
     def _log_accuracy(self, stage: str) -> None:
         for key, value in self.val_accuracy.compute().items():
-            self.log(f"{stage}/{key}", value.float(), batch_size=1)
+            self.log(f"{stage}/{key}", value.float(), batch_size=1, sync_dist=True)
         self.val_accuracy.reset()
 
 

@@ -211,7 +211,7 @@ class Update:
         optimizers pass over parameters whose ``grad`` is None."""
         m = self.module
         optimizer = cast(Any, m.host.optimizers())
-        lr = m.current_lr()
+        lr = m.lr_at(m.trainer.global_step - m.first_step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         skipped = n_jobs == 0

@@ -104,7 +104,7 @@ class Policy(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.train()  # gradient checkpointing asks for it
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

@@ -23,8 +23,6 @@ from transformers import PretrainedConfig
 from prerl_lightning.rollout.engine import Engine, Sampling
 from prerl_lightning.types import Response
 
-log = logging.getLogger(__name__)
-
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # before vllm is imported; a value the user has set stays
@@ -80,7 +78,8 @@ class VLLMEngine(Engine):
             self._llm = self._load(model, seed, world_size)
 
     def _load(self, model: str, seed: int, world_size: int) -> Any:
-        _quiet_vllm()
+        if os.environ["VLLM_LOGGING_LEVEL"] == "ERROR":
+            logging.getLogger("vllm").setLevel(logging.ERROR)  # some lines come before vLLM reads the variable
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -106,6 +105,7 @@ class VLLMEngine(Engine):
             enable_chunked_prefill=False,
             enable_sleep_mode=sleeping,
             disable_log_stats=True,
+            use_tqdm_on_load=os.environ["VLLM_LOGGING_LEVEL"] != "ERROR",
             distributed_executor_backend="external_launcher" if world_size > 1 else None,
             **options,
             **extra,
@@ -217,9 +217,3 @@ def _undo_helper_compilation() -> None:
     plain = getattr(helper, "_torchdynamo_orig_callable", None)
     if plain is not None:
         sampler.batched_count_greater_than = plain
-
-
-def _quiet_vllm() -> None:
-    """vLLM's and gloo's start-up lines appear only when asked for by VLLM_LOGGING_LEVEL."""
-    if os.environ["VLLM_LOGGING_LEVEL"] == "ERROR":
-        logging.getLogger("vllm").setLevel(logging.ERROR)

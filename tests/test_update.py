@@ -1,0 +1,222 @@
+"""The optimisation loop against plain computations, on a random-weight model in fp32."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from prerl_lightning.objectives import GRPO, NSRRL, PSRRL, MixedRL, NSRPreRL, PreRL, PSRPreRL
+from prerl_lightning.objectives.advantages import group_advantages
+from prerl_lightning.objectives.update import Update
+
+OBJECTIVES = [GRPO, NSRPreRL, PSRPreRL, PreRL, NSRRL, PSRRL, MixedRL]
+
+
+def attached(cls, folder, **options):
+    """A module with its policy, and no Trainer."""
+    module = cls(model=folder, **options)
+    module.configure_model()
+    return module
+
+
+def gradient(module, rollout, n_expected=None):
+    """The gradient of one minibatch over the whole rollout, as one vector in fp64."""
+    update = Update(module, rollout)
+    works = [update._work(term) for term in module.terms]
+    passes = update.backward(works, torch.ones(len(rollout.responses), dtype=torch.bool), on_policy=True)
+    if n_expected is not None:
+        assert passes == n_expected
+    return torch.cat([p.grad.flatten() for p in module.policy.parameters() if p.grad is not None]).double()
+
+
+def plain_log_probs(folder, context, response, temperature, dtype=torch.float32):
+    """Token log-probs by one plain Hugging Face forward over context + response."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    logits = model(torch.tensor([[*context, *response]])).logits[0, len(context) - 1 : -1]
+    return F.log_softmax(logits / temperature, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+def close(a, b, tolerance=1e-5):
+    assert float((a - b).norm() / b.norm()) < tolerance
+
+
+@pytest.mark.parametrize("shape", ["llama-tied", "qwen2-tied", "qwen3-untied"])
+def test_log_probs_equal_a_plain_forward(model_folder, make_rollout, shape):
+    module, rollout = attached(GRPO, model_folder(shape)), make_rollout()
+    update = Update(module, rollout)
+    everything = torch.ones(len(rollout.responses), dtype=torch.bool)
+    for space, context in (("post-train", None), ("pre-train", (module.prefix_id,))):
+        found = update.log_probs(space, everything)
+        for i, response in enumerate(rollout.responses):
+            prompt = rollout.prompts[int(rollout.group_ids[i])].token_ids
+            expected = plain_log_probs(model_folder(shape), context or prompt, response.token_ids, 0.7)
+            torch.testing.assert_close(found[i], expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_log_p_y_does_not_see_the_prompt(model_folder, make_rollout):
+    from dataclasses import replace
+
+    module, rollout = attached(PreRL, model_folder("llama-tied")), make_rollout()
+    other = tuple(replace(p, token_ids=(1, 9, 9, 9, 9)) for p in rollout.prompts)
+    everything = torch.ones(len(rollout.responses), dtype=torch.bool)
+    a = Update(module, rollout).log_probs("pre-train", everything)
+    b = Update(module, replace(rollout, prompts=other)).log_probs("pre-train", everything)
+    assert all(torch.equal(a[i], b[i]) for i in a)
+    c = Update(module, replace(rollout, prompts=other)).log_probs("post-train", everything)
+    d = Update(module, rollout).log_probs("post-train", everything)
+    assert not torch.allclose(c[0], d[0])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_gradient_does_not_depend_on_micro_batches(model_folder, make_rollout, objective):
+    rollout = make_rollout()
+    results = [
+        gradient(attached(objective, model_folder("llama-tied"), **options), rollout)
+        for options in ({}, {"micro_batch_size": 1}, {"micro_batch_size": 3}, {"max_tokens_per_microbatch": 40})
+    ]
+    for result in results[1:]:
+        close(result, results[0])
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+def test_nsr_prerl_equals_a_plain_loop_in_fp64(model_folder, make_rollout, aggregation):
+    """Loss from the definition: mean over the negatives' tokens of -A log p(y_t | y_<t), one response at a time."""
+    folder, rollout = model_folder("llama-tied"), make_rollout()
+    module = attached(NSRPreRL, folder, aggregation=aggregation)
+    advantages = group_advantages(rollout.rewards, rollout.group_ids, "mean")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for i, response in enumerate(rollout.responses):
+        if advantages[i] < 0:
+            ids = [module.prefix_id, *response.token_ids]
+            log_probs = F.log_softmax(model(torch.tensor([ids[:-1]])).logits[0] / 0.7, -1)
+            token = log_probs.gather(1, torch.tensor(ids[1:])[:, None])
+            total = total + (-advantages[i] * token).sum() / (1 if aggregation == "token-mean" else len(token))
+            count += len(token) if aggregation == "token-mean" else 1
+    (total / count).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    close(gradient(module, rollout), expected)
+
+
+def test_nothing_is_forwarded_without_a_gradient(model_folder, make_rollout):
+    folder = model_folder("llama-tied")
+    all_equal = make_rollout(2, 4, rewards=[1, 1, 1, 1, 0, 0, 0, 0])
+    for objective in OBJECTIVES:
+        update = Update(attached(objective, folder), all_equal)
+        assert update.backward([update._work(t) for t in update.module.terms], torch.ones(8).bool(), True) == 0
+    mixed = make_rollout(2, 4, rewards=[1, 0, 0, 1, 0, 0, 0, 0])
+    for objective, count in ((GRPO, 4), (NSRPreRL, 2), (PSRPreRL, 2)):
+        update = Update(attached(objective, folder), mixed)
+        assert int(update._work(update.module.terms[0]).selected.sum()) == count
+
+
+def test_rewards_whose_float_mean_misses_them_have_no_advantage():
+    rewards = torch.full((7,), 0.1)  # 0.1 + ... + 0.1, divided by 7, is not 0.1
+    assert torch.equal(group_advantages(rewards, torch.zeros(7).long(), "std"), torch.zeros(7).double())
+    single = group_advantages(torch.tensor([0.5]), torch.tensor([3]), "std")
+    torch.testing.assert_close(single, torch.tensor([0.5], dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+def test_zero_advantages_count_in_grpo_s_denominator(model_folder, make_rollout):
+    """Doubling the batch by groups without a gradient halves GRPO's gradient, and leaves NSR-PreRL's alone."""
+    folder = model_folder("llama-tied")
+    one, two = make_rollout(1, 4, rewards=[1, 0, 0, 1]), make_rollout(2, 4, rewards=[1, 0, 0, 1, 1, 1, 1, 1])
+    from dataclasses import replace
+
+    two = replace(two, prompts=one.prompts * 2, responses=one.responses * 2)
+    close(2 * gradient(attached(GRPO, folder), two), gradient(attached(GRPO, folder), one))
+    close(gradient(attached(NSRPreRL, folder), two), gradient(attached(NSRPreRL, folder), one))
+
+
+def test_the_head_in_chunks_equals_the_head_at_once(model_folder, make_rollout, monkeypatch):
+    folder, rollout = model_folder("llama-untied"), make_rollout()
+    at_once = gradient(attached(GRPO, folder), rollout)
+    monkeypatch.setattr("prerl_lightning.policy.model.HEAD_CHUNK_ELEMENTS", 30 * 7)
+    close(gradient(attached(GRPO, folder), rollout), at_once)
+
+
+def test_importance_weights():
+    from prerl_lightning.objectives.losses import importance_weights
+
+    trainer, engine = torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -1.0])
+    token = importance_weights(trainer, engine, "token", 2.0)
+    torch.testing.assert_close(token, torch.tensor([2.0, 0.36788]))
+    assert importance_weights(trainer, engine, "sequence-mask", 2.0).tolist() == [1.0, 1.0]
+    assert importance_weights(trainer, engine - 1, "sequence-mask", 2.0).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("objective", [GRPO, NSRPreRL])
+def test_importance_sampling_reaches_the_gradient(model_folder, make_rollout, objective):
+    """With every engine log-prob off by log 2, token weights of 2 double the gradient."""
+    from dataclasses import replace
+
+    folder, rollout = model_folder("llama-tied"), make_rollout()
+    update = Update(attached(objective, folder), rollout)
+    true = update.log_probs("post-train", torch.ones(len(rollout.responses), dtype=torch.bool))
+    shift = torch.tensor(2.0).log()
+    off = tuple(replace(r, log_probs=tuple((true[i] - shift).tolist())) for i, r in enumerate(rollout.responses))
+    corrected = attached(objective, folder, importance_sampling="token", importance_cap=3.0)
+    plain = gradient(attached(objective, folder), rollout)
+    close(gradient(corrected, replace(rollout, responses=off)), 2 * plain, 1e-4)
+
+
+def test_kl_to_the_reference(model_folder, make_rollout):
+    """Zero at the anchor; away from it the penalty's gradient is the k3 estimator's, by autograd on a plain model."""
+    folder = model_folder("llama-tied")
+    rollout = make_rollout(2, 4, rewards=[0] * 8)  # no advantage: the penalty is all there is
+    module = attached(GRPO, folder, kl_coefficient=0.5)
+    assert float(gradient(module, rollout).abs().max()) < 1e-6
+    before = [p.detach().clone() for p in module.policy.parameters()]
+    with torch.no_grad():
+        for i, p in enumerate(module.policy.parameters()):
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    moved = [p.detach().clone() for p in module.policy.parameters()]
+    found = gradient(module, rollout)
+    assert all(torch.equal(p, m) for p, m in zip(module.policy.parameters(), moved, strict=True))
+    assert module.reference is not None
+    assert all(torch.equal(s, b) for s, b in zip(module.reference.shards.values(), before, strict=True))
+
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    total = torch.zeros(())
+    for i, response in enumerate(rollout.responses):
+        prompt = rollout.prompts[int(rollout.group_ids[i])].token_ids
+        ids = torch.tensor([[*prompt, *response.token_ids]])
+        of = [F.log_softmax(m(ids).logits[0, len(prompt) - 1 : -1] / 0.7, -1) for m in (module.policy.model, reference)]
+        p, q = (t.gather(1, torch.tensor(response.token_ids)[:, None]) for t in of)
+        total = total + ((q.detach() - p).exp() - 1 - (q.detach() - p)).sum()
+    module.policy.zero_grad()
+    (0.5 * total / rollout.lengths.sum()).backward()
+    expected = torch.cat([p.grad.flatten() for p in module.policy.parameters()]).double()
+    close(found, expected, 1e-4)
+
+
+def test_learning_rate_schedules():
+    from prerl_lightning.errors import InputError
+    from prerl_lightning.objectives.schedule import learning_rate_factor as factor
+
+    assert [factor("constant", s, 4, None) for s in (0, 3, 4, 99)] == [0.25, 1.0, 1.0, 1.0]
+    assert [factor("linear", s, 0, 10) for s in (0, 5, 10)] == [1.0, 0.5, 0.0]
+    assert factor("cosine", 5, 0, 10) == pytest.approx(0.5)
+    with pytest.raises(InputError, match="max_steps"):
+        factor("cosine", 5, 0, None)
+
+
+def test_prefix_token():
+    from transformers import PreTrainedTokenizerFast
+
+    from prerl_lightning.data.pretrain import make_tokenizer
+    from prerl_lightning.errors import InputError
+    from prerl_lightning.policy.model import prefix_token
+
+    tokenizer = make_tokenizer()
+    assert prefix_token(tokenizer, None) == tokenizer.bos_token_id
+    assert prefix_token(tokenizer, "#") == tokenizer("#")["input_ids"][1]
+    assert prefix_token(tokenizer, 7) == 7
+    for wrong, word in ((999, "outside"), ("12", "must be one")):
+        with pytest.raises(InputError, match=word):
+            prefix_token(tokenizer, wrong)
+    chat = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(InputError, match="neither a BOS"):
+        prefix_token(chat, None)
+    chat.chat_template = "{% for m in messages %}wait{{ m['content'] }}{% endfor %}"
+    assert prefix_token(chat, None) == tokenizer("w")["input_ids"][1]
