@@ -10,6 +10,7 @@ import logging
 import math
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -62,25 +63,27 @@ def make_model(vocab_size: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def batch_of_documents(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int) -> torch.Tensor:
-    """(size, L) ids with BOS and EOS, padded on the right."""
-    rows = [[*tokenizer(document(rng))["input_ids"], EOS] for _ in range(size)]
-    width = max(map(len, rows))
-    return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int) -> Iterator[torch.Tensor]:
+    """(size, L) ids with BOS and EOS, padded on the right; documents of like length share a batch."""
+    while True:
+        rows = sorted(([*tokenizer(document(rng))["input_ids"], EOS] for _ in range(8 * size)), key=len)
+        cut = [rows[i : i + size] for i in range(0, len(rows), size)]
+        rng.shuffle(cut)
+        for batch in cut:
+            width = len(batch[-1])
+            yield torch.tensor([row + [PAD] * (width - len(row)) for row in batch])
 
 
 @torch.no_grad()
 def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: int = 128, k: int = 8) -> float:
     """Held-out avg@k at temperature 1."""
-    right = 0.0
     held_out = ArithmeticProblems("held_out", problems)
-    for i in range(problems):
-        problem = held_out[i]
-        ids = torch.tensor([tokenizer(problem.prompt)["input_ids"]])
-        rows = model.generate(ids, do_sample=True, top_k=0, num_return_sequences=k, max_new_tokens=64)
-        texts = tokenizer.batch_decode(rows[:, ids.shape[1] :], skip_special_tokens=True)
-        right += sum(arithmetic_reward("", text, problem.ground_truth, {}) for text in texts)
-    return right / (problems * k)
+    prompts = [held_out[i] for i in range(problems)]
+    ids = torch.tensor([tokenizer(p.prompt)["input_ids"] for p in prompts])  # all questions have 10 characters
+    rows = model.generate(ids, do_sample=True, top_k=0, num_return_sequences=k, max_new_tokens=64)
+    texts = tokenizer.batch_decode(rows[:, ids.shape[1] :], skip_special_tokens=True)
+    right = [arithmetic_reward("", text, prompts[i // k].ground_truth, {}) for i, text in enumerate(texts)]
+    return sum(right) / len(right)
 
 
 def pretrain(out: Path, steps: int, documents: int, lr: float, seed: int) -> None:
@@ -91,12 +94,13 @@ def pretrain(out: Path, steps: int, documents: int, lr: float, seed: int) -> Non
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    corpus = batches(tokenizer, rng, documents)
     started, loss_sum = time.process_time(), 0.0
     for step in range(1, steps + 1):
         decay = 0.55 + 0.45 * math.cos(math.pi * step / steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, step / 50) * decay
-        ids = batch_of_documents(tokenizer, rng, documents)
+            group["lr"] = lr * min(1.0, step / 100) * decay
+        ids = next(corpus)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD)
         optimizer.zero_grad()
@@ -104,8 +108,8 @@ def pretrain(out: Path, steps: int, documents: int, lr: float, seed: int) -> Non
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         loss_sum += float(loss.detach())
-        if step % 50 == 0:
-            log.info("step %d, loss %.4f, %.0f CPU seconds", step, loss_sum / 50, time.process_time() - started)
+        if step % 100 == 0:
+            log.info("step %d, loss %.4f, %.0f CPU seconds", step, loss_sum / 100, time.process_time() - started)
             loss_sum = 0.0
         if step % 200 == 0 or step == steps:
             model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
@@ -118,9 +122,9 @@ def pretrain(out: Path, steps: int, documents: int, lr: float, seed: int) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--documents", type=int, default=192, help="in a batch")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--documents", type=int, default=96, help="in a batch")
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
