@@ -56,6 +56,7 @@ def make_model(vocab_size: int) -> LlamaForCausalLM:
         num_key_value_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
+        initializer_range=0.06,  # near 1 / sqrt(hidden size); the default is made for wide models and starts slowly
         bos_token_id=BOS,
         eos_token_id=EOS,
         pad_token_id=PAD,
@@ -93,7 +94,7 @@ def pretrain(out: Path, steps: int, documents: int, lr: float, seed: int) -> Non
     rng = random.Random(f"corpus {seed}")
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     corpus = batches(tokenizer, rng, documents)
     started, loss_sum = time.process_time(), 0.0
     for step in range(1, steps + 1):

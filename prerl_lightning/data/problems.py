@@ -1,6 +1,7 @@
 """The base of all problem sets: a sized sequence of `Problem`, cheap to construct, opened in `load`."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 from prerl_lightning.types import Problem
 
@@ -20,3 +21,6 @@ class ProblemSet(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Problem: ...
+
+    def __iter__(self) -> Iterator[Problem]:
+        return (self[i] for i in range(len(self)))

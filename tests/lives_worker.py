@@ -1,0 +1,101 @@
+"""Runs under 1 or 2 processes (see test_lives.py): DSRL in several ways on one strategy, the weights of each saved.
+
+Real vLLM, one engine a process, shared by all runs.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+import prerl_lightning.strategies  # noqa: F401
+from prerl_lightning.callbacks import PolicyReincarnation
+from prerl_lightning.callbacks.saving import RunCheckpoint
+from prerl_lightning.data.arithmetic import ArithmeticProblems
+from prerl_lightning.data.module import RolloutDataModule
+from prerl_lightning.objectives import GRPO, NSRPreRL, PolicyModule
+from prerl_lightning.rollout.engine import Sampling
+from prerl_lightning.rollout.vllm_engine import VLLMEngine
+
+SWITCH, END = 2, 4
+ENGINE = VLLMEngine(max_model_len=64, kv_cache_mib=32)
+
+
+def parity_reward(prompt, response, ground_truth, extra):
+    """A random model gets all sums wrong; this splits groups of 3, and leaves many with nothing to learn from."""
+    return float(len(response) % 3 == 0)
+
+
+def fit(folder: Path, strategy: str, model: PolicyModule, callbacks, steps=END, ckpt_path=None) -> PolicyModule:
+    L.seed_everything(0)
+    data = RolloutDataModule(
+        train=ArithmeticProblems("train", 64),
+        reward=parity_reward,
+        val=ArithmeticProblems("held_out", 5),
+        sampling=Sampling(group_size=3, max_new_tokens=16),
+        engine=ENGINE,
+        prompts_per_step=4,
+        val_samples=2,
+    )
+    checkpoint = RunCheckpoint(every_n_train_steps=1, save_top_k=-1, dirpath=str(folder / "checkpoints"))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=int(os.environ.get("WORLD_SIZE", 1)),
+        strategy=strategy,
+        max_steps=steps,
+        max_epochs=-1,
+        logger=CSVLogger(folder, name="", version=""),
+        callbacks=[*callbacks, checkpoint],
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+    assert trainer.global_step == steps
+    weights = dict(model.live_policy.named_weights())
+    if trainer.is_global_zero:
+        torch.save({k: v.cpu() for k, v in weights.items()}, folder / "weights.pt")
+    trainer.strategy.barrier()
+    return model
+
+
+def lives(optimizer="carry", kl=0.0):
+    """kl in life 2: its reference is anchored at the switch, and has to survive a resume."""
+    successor = GRPO(lr=2e-3, kl_coefficient=kl)
+    return [PolicyReincarnation(at_step=SWITCH, successor=successor, optimizer=optimizer)]
+
+
+def main(out: Path, model: str, strategy: str) -> None:
+    def first() -> NSRPreRL:
+        return NSRPreRL(model=model, lr=1e-3, mismatch_samples=2)
+
+    whole = fit(out / "whole", strategy, first(), lives())
+    assert type(whole.acting) is GRPO
+    assert whole.acting.policy is whole.policy
+    for step in (1, 2, 3):
+        path = out / "whole" / "checkpoints" / f"step={step}.ckpt"
+        resumed = fit(out / f"resumed_{step}", strategy, first(), lives(), ckpt_path=path)
+        assert type(resumed.acting) is GRPO
+
+    # one run of life 1 alone, saved at the switch, goes on as plain GRPO with the same optimizer state
+    fit(out / "life_1", strategy, first(), [], steps=SWITCH)
+    path = out / "life_1" / "checkpoints" / f"step={SWITCH}.ckpt"
+    if os.environ.get("RANK", "0") == "0":
+        checkpoint = torch.load(path, weights_only=False)
+        checkpoint["lives"]["schedule"] = [["GRPO", 0]]
+        torch.save(checkpoint, path)
+    fit(out / "sequential", strategy, GRPO(model=model, lr=2e-3), [], ckpt_path=path)
+
+    fit(out / "reset", strategy, first(), lives("reset"))
+    fit(out / "kl", strategy, first(), lives(kl=0.1))
+    fit(out / "kl_resumed", strategy, first(), lives(kl=0.1), ckpt_path=out / "kl" / "checkpoints" / "step=3.ckpt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
