@@ -1,7 +1,6 @@
 """What stands behind ``prerl fit``, ``validate`` and ``test``: LightningCLI with this library's defaults."""
 
 import logging
-
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,12 @@ TRAINER_DEFAULTS = {
 class PrerlCLI(LightningCLI):
     """LightningCLI over `PolicyModule` subclasses and `RolloutDataModule`."""
 
+    name = "prerl"  # of the run: runs/NAME/version_N
+
     @classmethod
-    def run(cls, args: list[str]) -> None:
+    def run(cls, args: list[str]) -> "PrerlCLI":
         cls.name = _run_name(args)
-        cls(
+        return cls(
             PolicyModule,
             RolloutDataModule,
             subclass_mode_model=True,

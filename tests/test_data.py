@@ -120,7 +120,7 @@ def test_formats():
     assert PromptFormat(chat=True).encode(Problem(0, "1", "1"), tokenizer).text == "user:1\n"
     with pytest.raises(InputError, match="needs chat"):
         PromptFormat(system="be").encode(Problem(0, "1", "1"), tokenizer)
-    with pytest.raises(InputError, match="no {prompt} in it"):
+    with pytest.raises(InputError, match=r"no \{prompt\} in it"):
         PromptFormat(template="x")
 
 
@@ -159,7 +159,7 @@ def test_ranks_share_each_global_batch():
     two = [PromptLoader(prompts(20), 4, rank, 2, shuffle_seed=3) for rank in (0, 1)]
     joined = [a + b for a, b in zip(*map(rows, two), strict=True)]
     assert rows(one) == joined
-    assert sorted(sum(joined, [])) == list(range(20))
+    assert sorted(row for batch in joined for row in batch) == list(range(20))
     held_out = [rows(PromptLoader(prompts(5), 4, rank, 2, None)) for rank in (0, 1)]
     assert held_out == [[[0, 1], [4]], [[2, 3], []]]
 
@@ -224,5 +224,3 @@ def test_tokenizer_round_trip():
     text = "43-36+17=?\n43-36=17 wait 43-36=7 check 7+36=43;7+17=24#24"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     assert tokenizer("§")["input_ids"] == [tokenizer.bos_token_id, tokenizer.unk_token_id]
-
-

@@ -1,8 +1,6 @@
 """Real vLLM in this process: weights arrive, log-probs agree, seeds hold. What silently went wrong in other trainers
 is left out on purpose here, to see that these tests would notice."""
 
-
-
 import pytest
 import torch
 
@@ -75,7 +73,7 @@ class TestEngine:
 
     def test_same_seed_same_responses_whatever_the_batch(self, engine):
         a = engine.generate(PROMPTS, SAMPLING, [11, 10**12])
-        b = engine.generate(PROMPTS[::-1] + [[1, 4]], SAMPLING, [10**12, 11, 5])
+        b = engine.generate([*PROMPTS[::-1], [1, 4]], SAMPLING, [10**12, 11, 5])
         assert [r.token_ids for r in a[0]] == [r.token_ids for r in b[1]]
         assert [r.token_ids for r in a[1]] == [r.token_ids for r in b[0]]
         assert len({r.token_ids for r in a[0]}) > 1
@@ -122,5 +120,3 @@ def test_it_would_be_seen_if_a_tied_head_were_not_repacked(engine, monkeypatch):
     monkeypatch.undo()
     engine.update_weights(policy.named_weights(), 4)
     assert difference(engine, policy) < 1e-4
-
-

@@ -70,6 +70,5 @@ def test_loss_gradient_and_diagnostics(cases, number, name, aggregation):
     expected = case["expected"][f"{name}/{aggregation}"]
     # the reference divides by (sum + 1e-8); with 25 to 109 in the sum that is up to 4e-10 relative
     for key, value in found.items():
-        torch.testing.assert_close(
-            value.detach(), torch.tensor(expected[key], dtype=torch.float64), rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}"
-        )
+        wanted = torch.tensor(expected[key], dtype=torch.float64)
+        torch.testing.assert_close(value.detach(), wanted, rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")

@@ -29,9 +29,7 @@ class PolicyReincarnation(L.Callback):
             starts with an empty one.
     """
 
-    def __init__(
-        self, at_step: int, successor: PolicyModule, optimizer: Literal["carry", "reset"] = "carry"
-    ) -> None:
+    def __init__(self, at_step: int, successor: PolicyModule, optimizer: Literal["carry", "reset"] = "carry") -> None:
         if at_step < 1:
             raise InputError(f"PolicyReincarnation.at_step: {at_step} must be at least 1.")
         self.at_step, self.successor, self.optimizer = at_step, successor, optimizer
@@ -42,7 +40,9 @@ class PolicyReincarnation(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not isinstance(pl_module, PolicyModule):
-            raise InputError(f"PolicyReincarnation needs an objective of prerl_lightning, not {type(pl_module).__name__}.")
+            raise InputError(
+                f"PolicyReincarnation needs an objective of prerl_lightning, not {type(pl_module).__name__}."
+            )
         callbacks = _reincarnations(trainer)
         steps = [c.at_step for c in callbacks]
         if len(set(steps)) < len(steps):
@@ -64,7 +64,9 @@ class PolicyReincarnation(L.Callback):
                 f"{new.__name__}; write optimizer: reset, or use one optimizer class."
             )
         if old is not new and hasattr(trainer.strategy, "device_mesh"):
-            raise InputError("Under fsdp2 all lives must use one optimizer class, or a resume would load the wrong one.")
+            raise InputError(
+                "Under fsdp2 all lives must use one optimizer class, or a resume would load the wrong one."
+            )
         self.successor.trainer = trainer
         self.successor.lr_at(self.successor.warmup_steps)
 

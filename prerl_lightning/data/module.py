@@ -17,11 +17,11 @@ from transformers import AutoConfig
 from prerl_lightning.data.loader import PromptLoader
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.data.prompts import PromptFormat, encode_all
+from prerl_lightning.errors import InputError
 from prerl_lightning.policy.model import load_tokenizer, model_path
 from prerl_lightning.rollout.engine import Engine, Sampling
 from prerl_lightning.rollout.vllm_engine import VLLMEngine
 from prerl_lightning.types import Prompt, Response, Rollout
-from prerl_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from prerl_lightning.policy.model import Policy
@@ -89,7 +89,7 @@ class RolloutDataModule(L.LightningDataModule):
         assert self.trainer is not None
         if self._prompts:
             return
-        model = self.trainer.lightning_module.model_name
+        model = str(self.trainer.lightning_module.model_name)
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         world_size = self.trainer.world_size

@@ -2,7 +2,9 @@
 
     python -m prerl_lightning.data.pretrain OUT_DIR
 
-One core, seeded. RESULT
+One core, seeded: 1,100 steps of 96 documents take about 320 CPU seconds and end at a held-out avg@8 of 0.336 (temperature
+1, 128 problems). Careless writers are always wrong where a carry or borrow occurs, so there is room above. It stops there
+on purpose: the digit tables are learnt between steps 800 and 1,000, and RL is left something to do.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -81,7 +84,7 @@ def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, proble
     held_out = ArithmeticProblems("held_out", problems)
     prompts = [held_out[i] for i in range(problems)]
     ids = torch.tensor([tokenizer(p.prompt)["input_ids"] for p in prompts])  # all questions have 10 characters
-    rows = model.generate(ids, do_sample=True, top_k=0, num_return_sequences=k, max_new_tokens=64)
+    rows = cast(Any, model).generate(ids, do_sample=True, top_k=0, num_return_sequences=k, max_new_tokens=64)
     texts = tokenizer.batch_decode(rows[:, ids.shape[1] :], skip_special_tokens=True)
     right = [arithmetic_reward("", text, prompts[i // k].ground_truth, {}) for i, text in enumerate(texts)]
     return sum(right) / len(right)

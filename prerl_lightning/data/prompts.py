@@ -8,8 +8,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from prerl_lightning.data.problems import ProblemSet
-from prerl_lightning.types import Message, Problem, Prompt
 from prerl_lightning.errors import InputError
+from prerl_lightning.types import Message, Problem, Prompt
 
 log = logging.getLogger(__name__)
 

@@ -21,6 +21,12 @@ class SampleAccuracy(Metric):
 
     full_state_update = False
     higher_is_better = True
+    reward: Tensor
+    problems: Tensor
+    samples: Tensor
+    greedy: Tensor
+    greedy_problems: Tensor
+    passed: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ from torch.optim import AdamW, Optimizer
 
 from prerl_lightning.compat import validate_now
 from prerl_lightning.data.module import RolloutDataModule
+from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.accuracy import SampleAccuracy
 from prerl_lightning.objectives.losses import Aggregation, KLEstimator
 from prerl_lightning.objectives.schedule import Schedule, learning_rate_factor
@@ -28,7 +29,6 @@ from prerl_lightning.objectives.update import Term, Update
 from prerl_lightning.policy.model import Policy, load_tokenizer, prefix_token
 from prerl_lightning.policy.reference import Reference
 from prerl_lightning.types import Prompt, Rollout
-from prerl_lightning.errors import InputError
 
 
 class PolicyModule(L.LightningModule):

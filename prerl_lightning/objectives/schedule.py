@@ -2,6 +2,7 @@
 
 import math
 from typing import Literal
+
 from prerl_lightning.errors import InputError
 
 Schedule = Literal["constant", "linear", "cosine"]

@@ -117,6 +117,7 @@ class Update:
 
     def _importance_weights(self, trainer: Tensor, engine: Tensor) -> Tensor:
         m = self.module
+        assert m.importance_sampling != "none"
         return losses.importance_weights(trainer, engine.to(trainer), m.importance_sampling, m.importance_cap)
 
     def _micro_batches(self, space: Space, selected: Tensor) -> list[MicroBatch]:
@@ -161,10 +162,7 @@ class Update:
         self.policy.zero_grad(set_to_none=True)
         for i, job in enumerate(jobs):
             with self._gradient_sync(last=i == len(jobs) - 1):
-                if job is None:
-                    loss = self._forward(idle_micro_batch()).sum() * 0.0
-                else:
-                    loss = self._loss(*job, on_policy)
+                loss = self._loss(*job, on_policy) if job else self._forward(idle_micro_batch()).sum() * 0.0
                 # DDP and FSDP2 average gradients over ranks, and the denominator has counted all of them already
                 m.backward_pass(loss * self.world_size)
         return len(jobs)
@@ -273,7 +271,13 @@ def _tokens(by_response: dict[int, Tensor], sequence: Tensor, like: Tensor) -> T
 class Sums:
     """Running sums, reduced over ranks all at once; every rank knows the same keys."""
 
-    TOTALS = ("rollout/tokens", "rollout/responses", "rollout/contributing", "rollout/contributing_tokens", "optim/loss")
+    TOTALS = (
+        "rollout/tokens",
+        "rollout/responses",
+        "rollout/contributing",
+        "rollout/contributing_tokens",
+        "optim/loss",
+    )
     MEANS = (
         *("reward/mean", "rollout/response_length", "rollout/truncated"),
         *("rollout/groups_mixed", "rollout/groups_all_right", "rollout/groups_all_wrong"),

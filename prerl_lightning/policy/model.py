@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
 from prerl_lightning.errors import InputError
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "arithmetic"

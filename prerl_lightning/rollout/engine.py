@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from prerl_lightning.types import Response
 from prerl_lightning.errors import InputError
+from prerl_lightning.types import Response
 
 
 @dataclass(frozen=True)

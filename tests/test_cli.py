@@ -1,0 +1,125 @@
+"""The command line: every shipped YAML parses, wrong input is named, and nothing heavy stands before --help."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+RUNS = sorted(p for folder in (CONFIGS, CONFIGS / "paper") for p in folder.glob("*.yaml") if p.stem != "time_limit")
+OVERLAYS = [
+    CONFIGS / "time_limit.yaml",
+    *sorted((CONFIGS / "strategy").glob("*")),
+    *sorted((CONFIGS / "logger").glob("*")),
+]
+
+
+def prerl(*args, cwd=None, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "prerl_lightning.cli", *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **env},
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Parse a command line as `prerl` does, without building anything."""
+    from prerl_lightning.run import PrerlCLI
+
+    class ParsedOnly(PrerlCLI):
+        def instantiate_classes(self):
+            pass
+
+        def after_instantiate_classes(self):
+            pass
+
+        def _run_subcommand(self, subcommand):
+            pass
+
+    def parsed(*args):
+        monkeypatch.setattr(sys, "argv", ["prerl"])
+        cli = ParsedOnly.run(list(map(str, args)))
+        return cli.config.fit
+
+    return parsed
+
+
+def test_help_and_version_import_nothing_heavy():
+    code = (
+        "import sys, prerl_lightning.cli as c; c.main(['--help']); c.main(['--version']); "
+        "assert not {'torch', 'lightning', 'vllm', 'transformers'} & set(sys.modules), 'heavy'"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "usage: prerl" in found.stdout
+    assert "prerl 0." in found.stdout
+
+
+@pytest.mark.parametrize("config", RUNS, ids=lambda p: p.stem)
+def test_every_run_parses(parse, config):
+    found = parse("fit", "--config", config)
+    assert found.model.class_path.startswith("prerl_lightning.objectives")
+    assert found.trainer.max_steps > 0
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.stem)
+def test_overlays_keep_the_callbacks(parse, overlay):
+    base = parse("fit", "--config", CONFIGS / "dsrl.yaml")
+    found = parse("fit", "--config", CONFIGS / "dsrl.yaml", "--config", overlay)
+    assert found.trainer.callbacks[0].class_path == base.trainer.callbacks[0].class_path
+    assert found.trainer != base.trainer
+    if overlay.stem == "time_limit":
+        assert [c.class_path.rpartition(".")[2] for c in found.trainer.callbacks] == ["PolicyReincarnation", "Timer"]
+
+
+def test_overrides(parse):
+    found = parse(
+        *("fit", "--config", CONFIGS / "dsrl.yaml", "--model.init_args.lr=3e-4", "--trainer.max_steps=7"),
+        *("--data.sampling.group_size=4", "--trainer.strategy=fsdp2", "--checkpoint.every_n_train_steps=5"),
+    )
+    assert found.model.init_args.lr == 3e-4
+    assert (found.trainer.max_steps, found.data.sampling.group_size) == (7, 4)
+    assert found.checkpoint.every_n_train_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["fit", "--config", CONFIGS / "dsrl.yaml", "--model.init_args.learning_rate=1"], "learning_rate"),
+        (["fit", "--config", CONFIGS / "dsrl.yaml", "--data.sampling.temperature=0"], "data.sampling.temperature"),
+        (["fit", "--config", CONFIGS / "dsrl.yaml", "--trainer.strategy=fsdp"], "Write fsdp2"),
+        (
+            ["fit", "--config", CONFIGS / "dsrl.yaml", "--model.init_args.model=./nowhere"],
+            "no folder with a config.json",
+        ),
+        (["fit", "--config", CONFIGS / "dsrl.yaml", "--model.init_args.model=null"], "model.init_args.model: missing"),
+        (["fit", "--config", CONFIGS / "dsrl.yaml", "--ckpt_path=last"], "no last.ckpt below"),
+        (["fit", "--config", CONFIGS / "dsrl.yaml", "--data.reward=math.nowhere"], "nowhere"),
+        (
+            ["fit", "--config", CONFIGS / "dsrl.yaml", "--data.prompts_per_step=9999"],
+            "fewer than data.prompts_per_step",
+        ),
+        (
+            ["fit", "--config", CONFIGS / "dsrl.yaml", "--data.sampling.max_new_tokens=128"],
+            "leaves no room for a prompt",
+        ),
+        (
+            ["fit", "--config", CONFIGS / "smollm2_math.yaml", "--model.init_args.model=embedded"],
+            "math_train.parquet: no such",
+        ),
+        (["dance"], "dance"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_input_is_named_without_a_traceback(tmp_path, args, words):
+    found = prerl(*args, cwd=tmp_path)
+    assert found.returncode == 2
+    assert words in found.stderr
+    assert "Traceback" not in found.stderr
