@@ -173,7 +173,8 @@ def install(extra):
             override.write_text(spec, encoding="utf-8")
             arguments += ["--overrides", str(override)]
     say(f"prerl-lightning[{extra},dev] and what it needs")
-    run(*UV, "install", *arguments, "-e", f".[{extra},dev]")
+    # compiled now: else the first start takes half a minute more, and every start where Python may not write bytecode
+    run(*UV, "install", *arguments, "--compile-bytecode", "-e", f".[{extra},dev]")
 
 
 def main():

@@ -1,0 +1,134 @@
+"""`prerl` end to end, as a user starts it: the embedded run, kill -9 and resume, validate on the exported folder."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    *(
+        "--config",
+        str(ROOT / "configs" / "dsrl.yaml"),
+        "--data.val.init_args.size=16",
+        "--trainer.val_check_interval=2",
+    ),
+    *("--trainer.callbacks.init_args.at_step=3", "--checkpoint.every_n_train_steps=1", "--samples.every_n_steps=2"),
+]
+
+
+def start(cwd, *args, **kwargs):
+    command = [sys.executable, "-m", "prerl_lightning.cli", *args]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return output
+
+
+def rows(run, column):
+    with (run / "metrics.csv").open() as lines:
+        return [(int(r["step"]), float(r[column])) for r in csv.DictReader(lines) if r.get(column)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One uninterrupted run of 6 steps, 3 in each life."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, finish(start(folder, "fit", *SMALL, "--trainer.max_steps=6"))
+
+
+def test_what_a_run_shows_and_leaves(whole):
+    folder, output = whole
+    run = folder / "runs" / "dsrl" / "version_0"
+    lines = [line for line in output.splitlines() if line.startswith("step ")]
+    assert len(lines) == 6
+    assert all(word in lines[5] for word in ("step 6/6", "life 2 GRPO", "reward", "tok/s", "rollout", "train"))
+    assert "life 1 NSRPreRL" in lines[2]
+    assert "reborn as GRPO" in output
+    assert output.count("held out at step") == 4
+    assert "sample: reward" in output
+    noise = [line for line in output.splitlines() if "WARNING" in line or "Loading" in line or "INFO" in line]
+    assert not noise
+    assert [step for step, _ in rows(run, "val/avg@8")] == [0, 1, 3, 5]
+    assert {"config.yaml", "metrics.csv", "samples.jsonl", "checkpoints", "model"} <= set(os.listdir(run))
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
+    assert {"step", "life", "prompt", "response", "reward", "truncated"} <= set(sample)
+    assert max(v for _, v in rows(run, "mismatch/log_prob_difference")) < 1e-4
+
+
+def test_the_exported_model_loads_and_validates_alike(whole, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = whole
+    run = folder / "runs" / "dsrl" / "version_0"
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, saved[f"policy.model.{name}"]), name
+    output = finish(start(tmp_path, "validate", *SMALL, f"--model.init_args.model={run / 'model'}"))
+    found = [line for line in output.splitlines() if "held out at step" in line][-1]
+    last = rows(run, "val/avg@8")[-1][1]
+    assert f"avg@8 {last:.3f}" in found
+
+
+def test_the_same_seed_gives_the_same_run(whole, tmp_path):
+    folder, _ = whole
+    finish(start(tmp_path, "fit", *SMALL, "--trainer.max_steps=2"))
+    for column in ("reward/mean", "optim/loss", "val/avg@8"):
+        again = rows(tmp_path / "runs" / "dsrl" / "version_0", column)
+        assert again == pytest.approx(rows(folder / "runs" / "dsrl" / "version_0", column)[: len(again)], rel=1e-4)
+
+
+@pytest.mark.parametrize("killed_at", [2, 4])
+def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path, killed_at):
+    folder, _ = whole
+    process = start(tmp_path, "fit", *SMALL, "--trainer.max_steps=6", bufsize=1)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(f"step {killed_at}/"):
+            break
+    else:
+        pytest.fail("the run ended before it could be killed")
+    while not list((tmp_path / "runs").glob(f"**/step={killed_at}.ckpt")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    output = finish(start(tmp_path, "fit", *SMALL, "--trainer.max_steps=6", "--ckpt_path=last"))
+    assert "Resuming from" in output
+    assert ("life 1 NSRPreRL" in output) == (killed_at == 2)
+    weights = [
+        torch.load(next((base / "runs" / "dsrl").glob(f"version_{v}/checkpoints/last.ckpt")), weights_only=False)
+        for base, v in ((folder, 0), (tmp_path, 1))
+    ]
+    assert weights[0]["global_step"] == weights[1]["global_step"] == 6
+    for name, tensor in weights[0]["state_dict"].items():
+        torch.testing.assert_close(weights[1]["state_dict"][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_fast_dev_run(tmp_path):
+    finish(start(tmp_path, "fit", *SMALL, "--trainer.fast_dev_run=true"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_interrupt_saves_the_run(tmp_path):
+    process = start(tmp_path, "fit", *SMALL, "--trainer.max_steps=500", bufsize=1)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    process.stdout.read()
+    process.wait(timeout=60)
+    run = tmp_path / "runs" / "dsrl" / "version_0"
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert len(rows(run, "reward/mean")) >= 2
