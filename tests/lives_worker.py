@@ -10,13 +10,14 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from torch.optim import SGD
 
 import prerl_lightning.strategies  # noqa: F401
 from prerl_lightning.callbacks import PolicyReincarnation
 from prerl_lightning.callbacks.saving import RunCheckpoint
 from prerl_lightning.data.arithmetic import ArithmeticProblems
 from prerl_lightning.data.module import RolloutDataModule
-from prerl_lightning.objectives import GRPO, NSRPreRL, PolicyModule
+from prerl_lightning.objectives import GRPO, MixedRL, NSRPreRL, PolicyModule
 from prerl_lightning.rollout.engine import Sampling
 from prerl_lightning.rollout.vllm_engine import VLLMEngine
 
@@ -91,6 +92,13 @@ def main(out: Path, model: str, strategy: str) -> None:
         checkpoint["lives"]["schedule"] = [["GRPO", 0]]
         torch.save(checkpoint, path)
     fit(out / "sequential", strategy, GRPO(model=model, lr=2e-3), [], ckpt_path=path)
+
+    # plain gradient descent, one step: the move is the gradient; cut as finely as can be where there are two ranks
+    pieces = None if strategy == "auto" else 1
+    descent = MixedRL(
+        0.5, model=model, lr=0.1, optimizer=lambda p: SGD(p, lr=0.1), gradient_clip=0.0, micro_batch_size=pieces
+    )
+    fit(out / "gradient", strategy, descent, [], steps=1)
 
     fit(out / "reset", strategy, first(), lives("reset"))
     fit(out / "kl", strategy, first(), lives(kl=0.1))

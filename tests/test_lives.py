@@ -87,6 +87,11 @@ class TestLives:
         assert distance(weights(out / "reset"), weights(out / "whole"), origin) > 1e-2
         assert distance(weights(out / "kl"), weights(out / "whole"), origin) > 1e-4
 
+    def test_the_gradient_does_not_depend_on_ranks(self, runs, model_folder, strategy):
+        """One process with whole micro-batches against two with one response each, unequal work between them."""
+        origin = start(model_folder("llama-tied"))
+        assert distance(weights(runs(strategy) / "gradient"), weights(runs("auto") / "gradient"), origin) < 1e-5
+
     def test_same_as_one_process(self, runs, model_folder, strategy):
         origin = start(model_folder("llama-tied"))
         assert distance(weights(runs(strategy) / "whole"), weights(runs("auto") / "whole"), origin) < 1e-3
