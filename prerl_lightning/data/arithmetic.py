@@ -17,7 +17,7 @@ from prerl_lightning.types import Problem
 
 Split = Literal["train", "held_out"]
 
-CARELESS = 0.85  # share of writers who forget carries and borrows
+CARELESS = 0.75  # share of writers who forget carries and borrows
 SLIP = 0.25  # chance that a careful writer slips at a step, and notices
 CHECK = 0.1  # chance that a careful writer checks a step
 WITHOUT_QUESTION = 0.2  # share of documents that are a solution alone, so that log p(y) means something
