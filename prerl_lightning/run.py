@@ -72,7 +72,8 @@ class PrerlCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
         if config.get("logger") is None and not config.get("fast_dev_run"):
-            kwargs["logger"] = CSVLogger(config.get("default_root_dir") or "runs", name=self.name)
+            folder = config.get("default_root_dir") or "runs"
+            kwargs["logger"] = CSVLogger(folder, name=self.name, flush_logs_every_n_steps=1)  # a kill loses no row
         keys = self._parser(self.subcommand).callback_keys
         extra = [self._get(self.config_init, k) for k in keys]
         if config.get("enable_checkpointing") is False:
