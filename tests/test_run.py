@@ -29,8 +29,8 @@ def start(cwd, *args, **kwargs):
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
 
 
-def finish(process):
-    output, _ = process.communicate(timeout=400)
+def finish(process, seconds=400):
+    output, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, output
     return output
 
