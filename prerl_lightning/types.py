@@ -1,6 +1,6 @@
 """The records that travel between the stages of a step, in one direction:
 
-    Problem -> Prompt -> Response -> Rollout -> MicroBatch (policy.model)
+    Problem -> Prompt -> Response -> Rollout -> MicroBatch (policy.packing)
 
 All are frozen. P prompts, G responses a prompt, N = P * G sequences, T tokens.
 """

@@ -128,13 +128,6 @@ def test_zero_advantages_count_in_grpo_s_denominator(model_folder, make_rollout)
     close(gradient(attached(NSRPreRL, folder), two), gradient(attached(NSRPreRL, folder), one))
 
 
-def test_the_head_in_chunks_equals_the_head_at_once(model_folder, make_rollout, monkeypatch):
-    folder, rollout = model_folder("llama-untied"), make_rollout()
-    at_once = gradient(attached(GRPO, folder), rollout)
-    monkeypatch.setattr("prerl_lightning.policy.model.HEAD_CHUNK_ELEMENTS", 30 * 7)
-    close(gradient(attached(GRPO, folder), rollout), at_once)
-
-
 def test_importance_weights():
     from prerl_lightning.objectives.losses import importance_weights
 

@@ -60,8 +60,11 @@ class PolicyModule(L.LightningModule):
         importance_cap: > 1.
         mismatch_samples: an objective in pre-train space never computes log p(y given x); so many responses a step
             are forwarded without gradient to compare engine and trainer. 0: none.
-        max_tokens_per_microbatch: padded tokens of one forward pass.
+        max_tokens_per_microbatch: input tokens of one forward pass, padding included.
         micro_batch_size: at most so many responses in one forward pass; None: no such limit.
+        packing: forward many responses as one row of tokens without padding, where the model's attention allows it.
+        share_prompts: in a pack, the responses of a group share one pass over their prompt where that pays.
+        chunked_head: token log-probs without a tokens x vocabulary tensor; False: all logits at once.
         gradient_checkpointing: recompute activations in the backward pass.
         attn_implementation: of transformers, e.g. ``sdpa`` or ``flash_attention_2``; None: its own choice.
     """
@@ -91,6 +94,9 @@ class PolicyModule(L.LightningModule):
         mismatch_samples: int = 8,
         max_tokens_per_microbatch: int = 16384,
         micro_batch_size: int | None = None,
+        packing: bool = True,
+        share_prompts: bool = True,
+        chunked_head: bool = True,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
     ) -> None:
@@ -107,6 +113,7 @@ class PolicyModule(L.LightningModule):
         self.importance_sampling, self.importance_cap = importance_sampling, importance_cap
         self.mismatch_samples = mismatch_samples
         self.max_tokens_per_microbatch, self.micro_batch_size = max_tokens_per_microbatch, micro_batch_size
+        self.packing, self.share_prompts, self.chunked_head = packing, share_prompts, chunked_head
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
         least = {"lr": 0, "warmup_steps": 0, "gradient_clip": 0, "kl_coefficient": 0, "mismatch_samples": 0}
         least |= {"minibatches": 1, "epochs": 1, "max_tokens_per_microbatch": 1, "clip_dual": 1, "importance_cap": 1}
@@ -208,6 +215,7 @@ class PolicyModule(L.LightningModule):
                 self.model_name,
                 attn_implementation=self.attn_implementation,
                 gradient_checkpointing=self.gradient_checkpointing,
+                chunked_head=self.chunked_head,
             )
 
     def configure_optimizers(self) -> Optimizer:

@@ -20,8 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prerl_lightning.objectives import losses
 from prerl_lightning.objectives.advantages import Contributing, Normalisation, contributing_responses, group_advantages
-from prerl_lightning.policy.batching import Space, idle_micro_batch, micro_batches, sequence_rows
-from prerl_lightning.policy.model import MicroBatch
+from prerl_lightning.policy.packing import MicroBatch, Space, families, idle_micro_batch, micro_batches
 from prerl_lightning.types import Rollout
 
 if TYPE_CHECKING:
@@ -121,11 +120,17 @@ class Update:
         return losses.importance_weights(trainer, engine.to(trainer), m.importance_sampling, m.importance_cap)
 
     def _micro_batches(self, space: Space, selected: Tensor) -> list[MicroBatch]:
+        m, rollout = self.module, self.rollout
+        packed = m.packing and self.policy.can_pack
         numbers = selected.nonzero().flatten().tolist()
-        prompts = [self.rollout.prompts[int(self.rollout.group_ids[i])].token_ids for i in numbers]
-        responses = [self.rollout.responses[i].token_ids for i in numbers]
-        rows = sequence_rows(prompts, responses, space, self.module.prefix_id if space == "pre-train" else 0)
-        return micro_batches(rows, numbers, self.module.max_tokens_per_microbatch, self.module.micro_batch_size)
+        if space == "post-train":
+            contexts = [rollout.prompts[int(rollout.group_ids[i])].token_ids for i in numbers]
+        else:
+            contexts = [(m.prefix_id,)] * len(numbers)
+        share = packed and m.share_prompts and space == "post-train" and m.micro_batch_size is None
+        responses = [rollout.responses[i].token_ids for i in numbers]
+        made = families(contexts, responses, numbers, share, m.max_tokens_per_microbatch)
+        return micro_batches(made, m.max_tokens_per_microbatch, m.micro_batch_size, packed)
 
     def _padded(self, jobs: list[Any], idle: Any) -> list[Any]:
         """With idle jobs up to the largest number of jobs on any rank: collectives must match."""

@@ -4,25 +4,24 @@ Everything that touches parameters happens inside `Policy.forward`, because DDP 
 module they wrap: an output head called from outside would see a shard.
 """
 
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prerl_lightning.errors import InputError
+from prerl_lightning.policy import attention
+from prerl_lightning.policy.head import head_log_probs
+from prerl_lightning.policy.packing import Family, MicroBatch, micro_batches
+
+log = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "arithmetic"
-
-# Logits alive at once in the head, in elements: more tokens than this allows go chunk by chunk, and a chunk's
-# logits are made again in the backward pass instead of being kept. 2^24 fp32 elements are 64 MiB.
-HEAD_CHUNK_ELEMENTS = 1 << 24
 
 
 def model_path(model: str) -> str:
@@ -73,37 +72,16 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase, prefix: str | int | None) -
     return int(ids[0])
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Right-padded rows for one forward pass, and where in them the response tokens are predicted.
-
-    A causal model never looks to the right, so right padding needs no attention mask.
-
-    Args:
-        input_ids: (B, L).
-        predictors: (T,) positions in the flattened (B * L) rows whose hidden state predicts a response token.
-        targets: (T,) the response tokens, response after response.
-        sequence: (T,) the number of each token's response within the rollout.
-    """
-
-    input_ids: Tensor
-    predictors: Tensor
-    targets: Tensor
-    sequence: Tensor
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        return MicroBatch(*(t.to(device, non_blocking=True) for t in vars(self).values()))
-
-
 class Policy(nn.Module):
     """Wraps a Hugging Face causal LM. Parameter names are the model's behind ``model.``.
 
     Args:
         model: the LM; its dropout is switched off, since the log-probs of a sampled response must be those it was
             sampled with.
+        chunked_head: no tokens x vocabulary tensor (policy/head.py); False: all logits at once.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, chunked_head: bool = True) -> None:
         super().__init__()
         self.model = model.train()  # gradient checkpointing asks for it
         for module in model.modules():
@@ -115,40 +93,68 @@ class Policy(nn.Module):
         # the names under which model families put a scale or a soft cap on their logits (Cohere, Granite, Gemma)
         self.logit_scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self.logit_softcap = getattr(config, "final_logit_softcapping", None)
+        if self.logit_softcap and self.logit_scale != 1:
+            raise InputError(
+                f"model: {type(model).__name__} both scales and caps its logits: not implemented."
+            )
+        self.can_pack = False
+        self.chunked_head = chunked_head
 
     @classmethod
     def from_pretrained(
-        cls, model: str, attn_implementation: str | None = None, gradient_checkpointing: bool = False
+        cls,
+        model: str,
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        chunked_head: bool = True,
     ) -> "Policy":
         """fp32 master weights. Raises InputError, with the mend, where ``model`` is no model folder."""
         kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
         lm = AutoModelForCausalLM.from_pretrained(_existing(model), dtype=torch.float32, **kwargs)
+        policy = cls(lm, chunked_head)
+        policy._prepare_packing()
         if gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
-        return cls(lm)
+        return policy
+
+    @torch.no_grad()
+    def _prepare_packing(self) -> None:
+        """Switch to packed attention where a small pack gives what its sequences give alone, else say that packing
+        is off: which models it covers is seen, not looked up."""
+        before = self.model.config._attn_implementation
+        reason = ""
+        if before != "sdpa":
+            reason = f"its attention is {before}"
+        elif any(kind != "full_attention" for kind in getattr(self.model.config, "layer_types", None) or ()):
+            reason = "not all of its layers have full attention"
+        else:
+            made = [
+                Family((1, 0, 2), ((0, (0, 1, 2, 0, 1)), (1, (2, 2, 0))), shared=True),
+                Family((2,), ((2, (1, 0)),)),
+            ]
+            alone = [self(b) for b in micro_batches(made, 64, packed=False)]
+            try:
+                self.model.set_attn_implementation(attention.NAME)
+                together = self(micro_batches(made, 64)[0])
+                self.can_pack = torch.allclose(torch.cat(alone), together, rtol=1e-4, atol=1e-4)
+                reason = "packed sequences come out differently"
+            except (TypeError, ValueError, NotImplementedError) as error:
+                reason = str(error)
+        if not self.can_pack:
+            self.model.set_attn_implementation(before)
+            log.info("Responses are padded, not packed: %s: %s", type(self.model).__name__, reason)
 
     def forward(self, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
         """(T,) fp32 log-probs of ``batch.targets``, logits divided by ``temperature`` as in sampling."""
         body = cast(nn.Module, self.model.base_model)
-        hidden = body(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        packed = {} if batch.plan is None else {"position_ids": batch.positions, "plan": batch.plan}
+        hidden = body(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.predictors)
         head = cast(nn.Linear, self.model.get_output_embeddings())
-        rows = max(1, HEAD_CHUNK_ELEMENTS // head.weight.shape[0])
-        if len(hidden) <= rows:
-            return self._head_log_probs(hidden, batch.targets, temperature)
-        chunks = [
-            checkpoint(self._head_log_probs, h, t, temperature, use_reentrant=False)
-            for h, t in zip(hidden.split(rows), batch.targets.split(rows), strict=True)
-        ]
-        return torch.cat(cast(list[Tensor], chunks))
-
-    def _head_log_probs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        """hidden (T, H) -> (T,); the T x V logits live only in here."""
-        head = cast(nn.Linear, self.model.get_output_embeddings())
-        logits = head(hidden).float() * self.logit_scale
-        if self.logit_softcap:
-            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
-        return -F.cross_entropy(logits / temperature, targets, reduction="none")
+        scale = self.logit_scale / temperature
+        return head_log_probs(
+            hidden, head.weight, head.bias, batch.targets, scale, self.logit_softcap, self.chunked_head
+        )
 
     def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """The weights by their Hugging Face names, one full tensor at a time, tied ones once.

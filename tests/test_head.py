@@ -1,0 +1,80 @@
+"""The chunked head against autograd over all logits at once, and against fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from prerl_lightning.policy import head
+from prerl_lightning.policy.head import head_log_probs
+
+V, H, T = 2500, 24, 37
+
+
+def inputs(bias, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(T, H, generator=generator), torch.randn(V, H, generator=generator)
+    offset = torch.randn(V, generator=generator) if bias else None
+    targets = torch.randint(V, (T,), generator=generator)
+    targets[:3] = torch.tensor([0, 1023, V - 1])  # edges of the blocks
+    leaves = [x.to(dtype).requires_grad_() if x is not None else None for x in (hidden, weight, offset)]
+    return *leaves, targets, torch.randn(T, generator=generator)
+
+
+def gradients(function, leaves, slope):
+    value = function()
+    found = torch.autograd.grad((value * slope).sum(), [x for x in leaves if x is not None])
+    return [value.detach(), *found]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_chunked_equals_fp64_and_autograd(monkeypatch, bias, softcap):
+    monkeypatch.setattr(head, "BLOCK_ELEMENTS", 1)  # blocks of 1024: three of them, the last one short
+    *leaves, targets, slope = inputs(bias)
+    found = gradients(lambda: head_log_probs(*leaves, targets, 0.7, softcap), leaves, slope)
+    plain = gradients(lambda: head_log_probs(*leaves, targets, 0.7, softcap, chunked=False), leaves, slope)
+
+    *double, targets, slope = inputs(bias, torch.float64)
+
+    def exact():
+        logits = F.linear(*double)
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+        return F.log_softmax(0.7 * logits, -1).gather(1, targets[:, None])[:, 0]
+
+    for ours, autograd, expected in zip(found, plain, gradients(exact, double, slope), strict=True):
+        assert float((ours - expected).norm() / expected.norm()) < 2e-6
+        assert float((autograd - expected).norm() / expected.norm()) < 2e-6
+
+
+def test_extreme_logits_stay_finite():
+    hidden = torch.tensor([[1000.0], [-1000.0]], requires_grad=True)
+    weight = torch.linspace(-1, 1, V)[:, None].requires_grad_()
+    log_probs = head_log_probs(hidden, weight, None, torch.tensor([V - 1, V - 1]))
+    assert torch.isfinite(log_probs).all()
+    assert float(log_probs[1].detach()) == pytest.approx(-2000, rel=0.01)
+    log_probs.sum().backward()
+    assert torch.isfinite(hidden.grad).all()
+    assert torch.isfinite(weight.grad).all()
+
+
+def test_under_autocast_sums_are_kept_in_fp32(monkeypatch):
+    monkeypatch.setattr(head, "BLOCK_ELEMENTS", 1)
+    *leaves, targets, slope = inputs(False)
+    exact = gradients(lambda: head_log_probs(*leaves, targets), leaves, slope)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(lambda: head_log_probs(*leaves, targets), leaves, slope)
+    for ours, expected in zip(found, exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert float((ours - expected).norm() / expected.norm()) < 0.01
+
+
+def test_no_tensor_of_tokens_times_vocabulary_is_kept(monkeypatch):
+    monkeypatch.setattr(head, "BLOCK_ELEMENTS", 1)
+    *leaves, targets, _ = inputs(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        head_log_probs(*leaves, targets)
+        assert max(kept) == V * H
+        kept.clear()
+        head_log_probs(*leaves, targets, chunked=False)
+        assert max(kept) == T * V

@@ -1,0 +1,112 @@
+"""Packs against sequences alone: the same log-probs and gradients, whatever shares a pack or a prompt."""
+
+import pytest
+import torch
+from conftest import SHAPES
+from test_update import attached, close, gradient
+
+from prerl_lightning.objectives import GRPO, MixedRL, NSRPreRL
+from prerl_lightning.objectives.update import Update
+from prerl_lightning.policy import packing
+from prerl_lightning.policy.attention import Segment, plan_attention
+from prerl_lightning.policy.packing import families, micro_batches
+
+
+@pytest.fixture(autouse=True)
+def _share_short_prompts_too(monkeypatch):
+    monkeypatch.setattr(packing, "SHARE_MIN_TOKENS", 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("space", ["post-train", "pre-train"])
+def test_packed_equals_alone(model_folder, make_rollout, shape, space):
+    rollout = make_rollout(6, 4)
+    everything = torch.ones(len(rollout.responses), dtype=torch.bool)
+    module = attached(GRPO, model_folder(shape))
+    assert module.policy.can_pack
+    packed = Update(module, rollout).log_probs(space, everything)
+    alone = Update(attached(GRPO, model_folder(shape), packing=False, micro_batch_size=1), rollout)
+    for i, expected in alone.log_probs(space, everything).items():
+        torch.testing.assert_close(packed[i], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", [GRPO, NSRPreRL, MixedRL])
+@pytest.mark.parametrize("shape", ["llama-tied", "qwen3-untied"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_of_a_pack_is_that_of_its_sequences(model_folder, make_rollout, objective, shape, checkpointing):
+    rollout, folder = make_rollout(6, 4), model_folder(shape)
+    alone = gradient(attached(objective, folder, packing=False, micro_batch_size=1), rollout)
+    for options in ({}, {"share_prompts": False}, {"packing": False}, {"max_tokens_per_microbatch": 50}):
+        close(gradient(attached(objective, folder, gradient_checkpointing=checkpointing, **options), rollout), alone)
+
+
+def test_a_pack_does_not_see_its_neighbours(model_folder):
+    """Other tokens in all but one response: its log-probs do not move, neither with its prompt shared nor without."""
+    module = attached(GRPO, model_folder("llama-tied"))
+    prompt, found = (5, 6, 7, 8), {}
+    for share in (True, False):
+        for other in (9, 20):
+            responses = [(3, 4, 5, 6), (other,) * 7, (other, other)]
+            made = families([prompt] * 3, responses, [0, 1, 2], share, 100)
+            (batch,) = micro_batches(made, 100)
+            assert batch.input_ids.shape == (1, (4 + 3 + 6 + 1) if share else (4 * 3 + 3 + 6 + 1))
+            log_probs = module.policy(batch).detach()
+            found[share, other] = log_probs[batch.sequence == 0]
+    for values in found.values():
+        torch.testing.assert_close(values, found[True, 9], rtol=1e-5, atol=1e-5)
+
+
+def test_sharing_follows_its_rule_and_the_budget(monkeypatch):
+    monkeypatch.setattr(packing, "SHARE_MIN_TOKENS", 64)
+    long, short = tuple(range(100)), (1, 2)
+
+    def shared(context, n, max_tokens=10_000):
+        made = families([context] * n, [(3,) * 20] * n, range(n), True, max_tokens)
+        return [(f.shared, len(f.responses)) for f in made]
+
+    assert shared(long, 8) == [(True, 8)]
+    assert shared(short, 8) == [(False, 1)] * 8
+    assert shared(long, 1) == [(False, 1)]
+    assert shared(long, 8, 200) == [(True, 5), (True, 3)]
+    assert families([long] * 2, [(), ()], [0, 1], True, 100) == []
+
+
+def test_packs_keep_to_the_budget_and_lose_nothing():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 60, (50,), generator=generator).tolist()
+    contexts = [(1,) * 30 if i < 25 else (2,) * 3 for i in range(50)]
+    for packed in (True, False):
+        made = families(contexts, [(7,) * n for n in lengths], range(50), packed, 200)
+        batches = micro_batches(made, 200, packed=packed)
+        assert all(b.input_ids.numel() <= 200 for b in batches)
+        counts = torch.cat([b.sequence for b in batches]).bincount().tolist()
+        assert counts == lengths
+    assert len(micro_batches(made, 200, max_responses=1)) == 50
+
+
+def test_an_attention_plan_restores_the_order_of_tokens():
+    root = Segment(0, 5)
+    segments = [root, Segment(5, 3, root), Segment(8, 700), Segment(708, 2, root), Segment(710, 1)]
+    plan = plan_attention(segments)
+    computed = torch.cat([c.queries.flatten() for c in plan.calls])
+    assert torch.equal(computed[plan.restore], torch.arange(711))
+    assert sum(c.queries.numel() for c in plan.calls) < 2 * 711  # 700 and 1 are not padded to each other
+
+
+def test_a_model_whose_attention_packs_cannot_express_is_padded(tmp_path, caplog, make_rollout):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from prerl_lightning.data.pretrain import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = MistralConfig(
+        vocab_size=len(tokenizer), num_attention_heads=2, num_key_value_heads=1, sliding_window=4, **sizes
+    )
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with caplog.at_level("INFO"):
+        module = attached(GRPO, str(tmp_path))
+    assert not module.policy.can_pack
+    assert "padded, not packed" in caplog.text
+    assert gradient(module, make_rollout()).isfinite().all()
