@@ -23,10 +23,14 @@ def figures(trainer: L.Trainer, module: PolicyModule) -> dict[str, str]:
         "length": _number(metrics.get("rollout/response_length"), ".0f"),
         "tok/s": _number(metrics.get("rollout/tokens_per_second"), ".0f"),
         "rollout": _number(metrics.get("time/rollout"), ".2f", "s"),
-        "train": _number(metrics.get("time/train"), ".2f", "s"),
+        "train": _number(_sum(metrics, "time/forward_backward", "time/optimizer"), ".2f", "s"),
         "update": _number(metrics.get("time/update_weights"), ".2f", "s"),
     }
     return {k: v for k, v in shown.items() if v}
+
+
+def _sum(metrics: dict[str, Any], *keys: str) -> float | None:
+    return sum(float(metrics[k]) for k in keys) if all(k in metrics for k in keys) else None
 
 
 def _number(value: Any, spec: str, unit: str = "") -> str:

@@ -12,6 +12,7 @@ of a successor only `training_step` and what that calls is used, not its other L
 
 import time
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -23,6 +24,7 @@ from prerl_lightning.compat import validate_now
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.accuracy import SampleAccuracy
+from prerl_lightning.metrics.utilisation import TrainingFlops, peak_flops
 from prerl_lightning.objectives.losses import Aggregation, KLEstimator
 from prerl_lightning.objectives.schedule import Schedule, learning_rate_factor
 from prerl_lightning.objectives.update import Term, Update
@@ -66,6 +68,7 @@ class PolicyModule(L.LightningModule):
         share_prompts: in a pack, the responses of a group share one pass over their prompt where that pays.
         chunked_head: token log-probs without a tokens x vocabulary tensor; False: all logits at once.
         gradient_checkpointing: recompute activations in the backward pass.
+        peak_flops: FLOP/s of one device, for train/mfu; None: from a table of NVIDIA's (metrics/utilisation.py).
         attn_implementation: of transformers, e.g. ``sdpa`` or ``flash_attention_2``; None: its own choice.
     """
 
@@ -98,6 +101,7 @@ class PolicyModule(L.LightningModule):
         share_prompts: bool = True,
         chunked_head: bool = True,
         gradient_checkpointing: bool = False,
+        peak_flops: float | None = None,
         attn_implementation: str | None = None,
     ) -> None:
         super().__init__()
@@ -114,6 +118,7 @@ class PolicyModule(L.LightningModule):
         self.mismatch_samples = mismatch_samples
         self.max_tokens_per_microbatch, self.micro_batch_size = max_tokens_per_microbatch, micro_batch_size
         self.packing, self.share_prompts, self.chunked_head = packing, share_prompts, chunked_head
+        self.peak_flops = peak_flops
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
         least = {"lr": 0, "warmup_steps": 0, "gradient_clip": 0, "kl_coefficient": 0, "mismatch_samples": 0}
         least |= {"minibatches": 1, "epochs": 1, "max_tokens_per_microbatch": 1, "clip_dual": 1, "importance_cap": 1}
@@ -218,6 +223,10 @@ class PolicyModule(L.LightningModule):
                 chunked_head=self.chunked_head,
             )
 
+    @cached_property
+    def training_flops(self) -> TrainingFlops:
+        return TrainingFlops(self.live_policy)
+
     def configure_optimizers(self) -> Optimizer:
         return self.acting.make_optimizer()
 
@@ -273,22 +282,24 @@ class PolicyModule(L.LightningModule):
         rollout = self.data.rollout(batch, version)
         self.data.engine.sleep()
         seconds |= rollout.seconds
-        trained_from = time.perf_counter()
-        metrics = self.update(rollout)
-        now = time.perf_counter()
-        seconds["train"] = now - trained_from
-        seconds["other"] = now - start - sum(seconds.values())
-        seconds["step"] = now - start
+        metrics, train_seconds = self.update(rollout)
+        seconds |= train_seconds
+        seconds["step"] = time.perf_counter() - start
+        seconds["other"] = 2 * seconds["step"] - sum(seconds.values())
         metrics |= {f"time/{k}": v for k, v in seconds.items()}
         metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / seconds["rollout"]
+        metrics["train/tokens_per_second"] = metrics["train/tokens"] / seconds["forward_backward"]
+        flops_per_second = metrics.pop("train/flops") / seconds["forward_backward"]
+        if peak := self.peak_flops or peak_flops(next(self.live_policy.parameters()).device):
+            metrics["train/mfu"] = flops_per_second / (peak * self.trainer.world_size)
         metrics["life"] = self.life
         for key, value in metrics.items():
             self.log(key, float(value), batch_size=1)
         self.host.rollout = rollout
         return None
 
-    def update(self, rollout: Rollout) -> dict[str, float]:
-        """Optimise on one rollout, ``minibatches`` * ``epochs`` optimizer steps; returns metrics.
+    def update(self, rollout: Rollout) -> tuple[dict[str, float], dict[str, float]]:
+        """Optimise on one rollout, ``minibatches`` * ``epochs`` optimizer steps; returns metrics, and seconds by stage.
 
         Raises:
             RuntimeError: the rollout was sampled from other weights than the policy's present ones.
@@ -298,7 +309,8 @@ class PolicyModule(L.LightningModule):
                 f"The rollout was sampled by policy version {rollout.policy_version}, the policy is at "
                 f"{self.trainer.global_step}: training is strictly on-policy."
             )
-        return Update(self, rollout).run()
+        update = Update(self, rollout)
+        return update.run(), update.seconds
 
     # ------------------------------------------------------------------ evaluation
 

@@ -8,6 +8,7 @@ a gradient are forwarded. Ranks run equally many passes, with idle ones where on
 """
 
 import logging
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from prerl_lightning.metrics.utilisation import attended_tokens
 from prerl_lightning.objectives import losses
 from prerl_lightning.objectives.advantages import Contributing, Normalisation, contributing_responses, group_advantages
 from prerl_lightning.policy.packing import MicroBatch, Space, families, idle_micro_batch, micro_batches
@@ -75,8 +77,10 @@ class Update:
         self.engine_log_probs = {i: torch.tensor(r.log_probs) for i, r in enumerate(rollout.responses)}
         self.sums = Sums(self.device)
         self.last: dict[str, float] = {}
+        self.seconds = {"forward_backward": 0.0, "optimizer": 0.0}
 
     def run(self) -> dict[str, float]:
+        start = time.perf_counter()
         m, rollout = self.module, self.rollout
         self._count_rollout()
         works = [self._work(term) for term in m.terms]
@@ -88,7 +92,9 @@ class Update:
                 in_minibatch = torch.isin(rollout.group_ids, prompts)
                 jobs = self.backward(works, in_minibatch, on_policy=epoch == 0 and number == 0)
                 self._step(jobs)
-        return {**self.sums.reduced(self.all_reduce), **self.last}
+        metrics = {**self.sums.reduced(self.all_reduce), **self.last}
+        self.seconds["forward_backward"] = time.perf_counter() - start - self.seconds["optimizer"]
+        return metrics
 
     # ------------------------------------------------------------------ what to compute
 
@@ -167,6 +173,8 @@ class Update:
         self.policy.zero_grad(set_to_none=True)
         for i, job in enumerate(jobs):
             with self._gradient_sync(last=i == len(jobs) - 1):
+                if job:
+                    self._count_work(job[0])
                 loss = self._loss(*job, on_policy) if job else self._forward(idle_micro_batch()).sum() * 0.0
                 # DDP and FSDP2 average gradients over ranks, and the denominator has counted all of them already
                 m.backward_pass(loss * self.world_size)
@@ -226,7 +234,9 @@ class Update:
                 log.warning("Step %d: the gradient norm is %s; the step is skipped.", m.trainer.global_step, norm)
                 self.policy.zero_grad(set_to_none=True)
                 skipped = True
+        start = time.perf_counter()  # reading the norm has waited for the device
         optimizer.step()
+        self.seconds["optimizer"] += time.perf_counter() - start
         self.last["optim/lr"] = lr
         self.last["optim/skipped"] = self.last.get("optim/skipped", 0.0) + skipped
 
@@ -244,6 +254,10 @@ class Update:
         difference = trainer - engine
         self.sums.add("mismatch/log_prob_difference", difference.abs().sum(), len(difference))
         self.sums.add("mismatch/kl", (difference.exp() - 1 - difference).sum(), len(difference))
+
+    def _count_work(self, batch: MicroBatch) -> None:
+        self.sums.add("train/tokens", len(attended_tokens(batch)))
+        self.sums.add("train/flops", self.module.host.training_flops(batch))
 
     def _count_rollout(self) -> None:
         rollout, sums = self.rollout, self.sums
@@ -281,6 +295,8 @@ class Sums:
         "rollout/responses",
         "rollout/contributing",
         "rollout/contributing_tokens",
+        "train/tokens",
+        "train/flops",
         "optim/loss",
     )
     MEANS = (

@@ -94,9 +94,7 @@ class Policy(nn.Module):
         self.logit_scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self.logit_softcap = getattr(config, "final_logit_softcapping", None)
         if self.logit_softcap and self.logit_scale != 1:
-            raise InputError(
-                f"model: {type(model).__name__} both scales and caps its logits: not implemented."
-            )
+            raise InputError(f"model: {type(model).__name__} both scales and caps its logits: not implemented.")
         self.can_pack = False
         self.chunked_head = chunked_head
 
