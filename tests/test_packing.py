@@ -88,9 +88,10 @@ def test_an_attention_plan_restores_the_order_of_tokens():
     root = Segment(0, 5)
     segments = [root, Segment(5, 3, root), Segment(8, 700), Segment(708, 2, root), Segment(710, 1)]
     plan = plan_attention(segments)
-    computed = torch.cat([c.queries.flatten() for c in plan.calls])
-    assert torch.equal(computed[plan.restore], torch.arange(711))
-    assert sum(c.queries.numel() for c in plan.calls) < 2 * 711  # 700 and 1 are not padded to each other
+    assert torch.equal(plan.gather[plan.restore], torch.arange(711))
+    assert sorted([*plan.restore.tolist(), *plan.padding.tolist()]) == list(range(len(plan.gather)))
+    assert torch.equal(plan.parents, torch.arange(5))
+    assert len(plan.gather) < 2 * 711  # 700 and 1 are not padded to each other
 
 
 def test_a_model_whose_attention_packs_cannot_express_is_padded(tmp_path, caplog, make_rollout):
