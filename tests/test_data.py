@@ -213,10 +213,11 @@ def test_careful_writers_are_right(monkeypatch):
 
 def test_two_digit_sums():
     problem = TwoDigitSums("held_out", 4)[2]
-    *shots, question = problem.prompt.split("\n")
-    assert len(shots) == 20
-    assert all(eval(s.split("=")[0]) == int(s.split("=")[1]) for s in shots)
-    assert eval(question.removesuffix("=")) == int(problem.ground_truth)
+    *shots, question = problem.prompt
+    answers = [m["content"].split(" = ") for m in shots if m["role"] == "assistant"]
+    assert len(answers) == 4
+    assert all(eval(asked) == int(answer) for asked, answer in answers)
+    assert eval(question["content"].removeprefix("What is ").removesuffix("?")) == int(problem.ground_truth)
 
 
 def test_tokenizer_round_trip():

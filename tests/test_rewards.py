@@ -2,7 +2,7 @@
 
 import pytest
 
-from prerl_lightning.rewards import arithmetic_reward, boxed_reward, first_number_reward
+from prerl_lightning.rewards import arithmetic_reward, boxed_reward, last_number_reward
 from prerl_lightning.rewards.boxed import last_boxed
 
 
@@ -68,6 +68,7 @@ def test_arithmetic(response, reward):
     assert arithmetic_reward("", response, "2", {}) == reward
 
 
-@pytest.mark.parametrize(("response", "reward"), [("68\n", 1), ("= 68.", 1), ("-68", 0), ("", 0), ("6 8", 0)])
-def test_first_number(response, reward):
-    assert first_number_reward("", response, "68", {}) == reward
+@pytest.mark.parametrize(("response", "reward"), [("68\n", 1), ("37 + 31 = 68.", 1), ("-68", 0), ("", 0), ("68 7", 0)])
+def test_last_number(response, reward):
+    assert last_number_reward("", response, "68", {}) == reward
+    assert last_number_reward("", response, "68", {"truncated": True}) == 0

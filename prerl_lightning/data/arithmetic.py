@@ -13,7 +13,7 @@ from typing import Literal
 
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.errors import InputError
-from prerl_lightning.types import Problem
+from prerl_lightning.types import Message, Problem
 
 Split = Literal["train", "held_out"]
 
@@ -108,7 +108,7 @@ class ArithmeticProblems(ProblemSet):
 
 
 class TwoDigitSums(ProblemSet):
-    """Sums such as ``37+18=`` behind worked ones, for a language model that was not trained here.
+    """Sums such as ``What is 37 + 18?`` after worked ones in a chat, for an instruct model that was not trained here.
 
     Args:
         split: ``train`` or ``held_out``; by a hash of the sum.
@@ -117,11 +117,13 @@ class TwoDigitSums(ProblemSet):
         seed: of the problems.
     """
 
-    def __init__(self, split: Split = "train", size: int = 1024, shots: int = 20, seed: int = 0) -> None:
+    def __init__(self, split: Split = "train", size: int = 1024, shots: int = 4, seed: int = 0) -> None:
         self.split, self.size, self.seed = split, _positive(size), seed
         rng = random.Random(f"shots {seed}")
-        pairs = [(rng.randint(10, 99), rng.randint(10, 99)) for _ in range(shots)]
-        self.examples = "".join(f"{a}+{b}={a + b}\n" for a, b in pairs)
+        self.examples: list[Message] = []
+        for a, b in ((rng.randint(10, 99), rng.randint(10, 99)) for _ in range(shots)):
+            self.examples.append({"role": "user", "content": f"What is {a} + {b}?"})
+            self.examples.append({"role": "assistant", "content": f"{a} + {b} = {a + b}"})
 
     def __len__(self) -> int:
         return self.size
@@ -131,7 +133,8 @@ class TwoDigitSums(ProblemSet):
         while True:
             a, b = rng.randint(10, 99), rng.randint(10, 99)
             if is_held_out(f"{a}+{b}") == (self.split == "held_out"):
-                return Problem(index, f"{self.examples}{a}+{b}=", str(a + b))
+                question = {"role": "user", "content": f"What is {a} + {b}?"}
+                return Problem(index, [*self.examples, question], str(a + b))
 
 
 def _positive(size: int) -> int:

@@ -79,7 +79,7 @@ class PolicyModule(L.LightningModule):
         model: str | None = None,
         prefix: str | int | None = None,
         lr: float = 1e-6,
-        optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, weight_decay=0.0, fused=True),
         lr_schedule: Schedule = "constant",
         warmup_steps: int = 0,
         loss_coefficient: float = 1.0,
