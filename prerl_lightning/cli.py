@@ -91,6 +91,7 @@ def _quiet() -> None:
     # they are: the metrics are equal on all ranks
     warnings.filterwarnings("ignore", message=".*Using ModelCheckpoint with manual optimization.*")
     warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log.*")
+    warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # a run without a held-out set
 
 
 if __name__ == "__main__":

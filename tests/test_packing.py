@@ -84,6 +84,17 @@ def test_packs_keep_to_the_budget_and_lose_nothing():
     assert len(micro_batches(made, 200, max_responses=1)) == 50
 
 
+def test_ranks_get_equal_tokens():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 60, (50,), generator=generator).tolist()
+    made = families([(1,)] * 50, [(7,) * n for n in lengths], range(50), False, 200)
+    shares = packing.balanced(made, 4)
+    assert sorted(f.responses[0][0] for share in shares for f in share) == list(range(50))
+    tokens = [sum(f.n_tokens for f in share) for share in shares]
+    assert max(tokens) - min(tokens) < 0.02 * sum(tokens)
+    assert packing.balanced([], 2) == [[], []]
+
+
 def test_an_attention_plan_restores_the_order_of_tokens():
     root = Segment(0, 5)
     segments = [root, Segment(5, 3, root), Segment(8, 700), Segment(708, 2, root), Segment(710, 1)]

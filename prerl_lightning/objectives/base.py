@@ -27,7 +27,7 @@ from prerl_lightning.metrics.accuracy import SampleAccuracy
 from prerl_lightning.metrics.utilisation import TrainingFlops, peak_flops
 from prerl_lightning.objectives.losses import Aggregation, KLEstimator
 from prerl_lightning.objectives.schedule import Schedule, learning_rate_factor
-from prerl_lightning.objectives.update import Term, Update
+from prerl_lightning.objectives.update import Term, Update, gathered
 from prerl_lightning.policy.model import Policy, load_tokenizer, prefix_token
 from prerl_lightning.policy.reference import Reference
 from prerl_lightning.types import Prompt, Rollout
@@ -309,7 +309,7 @@ class PolicyModule(L.LightningModule):
                 f"The rollout was sampled by policy version {rollout.policy_version}, the policy is at "
                 f"{self.trainer.global_step}: training is strictly on-policy."
             )
-        update = Update(self, rollout)
+        update = Update(self, gathered(rollout))
         return update.run(), update.seconds
 
     # ------------------------------------------------------------------ evaluation

@@ -4,13 +4,14 @@
 
 The loss of a minibatch is sum(weight * token loss) / denominator, and the denominator counts the tokens (or
 responses) of all micro-batches on all ranks: the gradient does not depend on how the work is cut. Only responses with
-a gradient are forwarded. Ranks run equally many passes, with idle ones where one has less work or none.
+a gradient are forwarded. All ranks know the whole rollout (`gathered`) and share what is to be forwarded by its tokens,
+whoever sampled it; they run equally many passes, with idle ones where one has less work or none.
 """
 
 import logging
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,13 +23,54 @@ from torch.nn.parallel import DistributedDataParallel
 from prerl_lightning.metrics.utilisation import attended_tokens
 from prerl_lightning.objectives import losses
 from prerl_lightning.objectives.advantages import Contributing, Normalisation, contributing_responses, group_advantages
-from prerl_lightning.policy.packing import MicroBatch, Space, families, idle_micro_batch, micro_batches
-from prerl_lightning.types import Rollout
+from prerl_lightning.policy.packing import (
+    Family,
+    MicroBatch,
+    Space,
+    balanced,
+    families,
+    idle_micro_batch,
+    micro_batches,
+)
+from prerl_lightning.types import Prompt, Response, Rollout
 
 if TYPE_CHECKING:
     from prerl_lightning.objectives.base import PolicyModule
 
 log = logging.getLogger(__name__)
+
+
+def gathered(rollout: Rollout) -> Rollout:
+    """The rollouts of all ranks as one, rank after rank; texts stay behind. The same on all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rollout
+    own = (
+        [p.token_ids for p in rollout.prompts],
+        rollout.group_ids,
+        rollout.rewards,
+        rollout.lengths,
+        torch.tensor([t for r in rollout.responses for t in r.token_ids], dtype=torch.int32),
+        torch.tensor([x for r in rollout.responses for x in r.log_probs]),
+        [r.truncated for r in rollout.responses],
+    )
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    prompts: list[Prompt] = []
+    group_ids, rewards, responses = [], [], []
+    for contexts, groups, values, lengths, ids, log_probs, truncated in parts:
+        group_ids.append(groups + len(prompts))
+        rewards.append(values)
+        prompts += [Prompt(-1, c, "", "") for c in contexts]
+        cuts = lengths.tolist()
+        for i, x, t in zip(ids.split(cuts), log_probs.split(cuts), truncated, strict=True):
+            responses.append(Response(tuple(i.tolist()), tuple(x.tolist()), "", t))
+    return replace(
+        rollout,
+        prompts=tuple(prompts),
+        group_ids=torch.cat(group_ids),
+        responses=tuple(responses),
+        rewards=torch.cat(rewards),
+    )
 
 
 @dataclass(frozen=True)
@@ -48,7 +90,8 @@ class Work:
     Args:
         advantages: (N,) float64.
         contributing: (N,) bool, what the denominator counts.
-        selected: (N,) bool, what has a gradient, and so is forwarded.
+        selected: (N,) bool, what has a gradient, and so is forwarded, by one rank or another.
+        own: (N,) bool, what of it this rank forwards.
         weights: (N,) of each response's tokens, before division by the denominator.
         old: (T_i,) log-probs at sampling by response number; None: the current ones are.
         reference: (T_i,) log-probs of the reference; None: no KL penalty.
@@ -59,6 +102,7 @@ class Work:
     advantages: Tensor
     contributing: Tensor
     selected: Tensor
+    own: Tensor
     weights: Tensor
     old: dict[int, Tensor] | None
     reference: dict[int, Tensor] | None
@@ -66,13 +110,17 @@ class Work:
 
 
 class Update:
-    """Optimise ``module`` on ``rollout``; `run` does it and returns the metrics, which are equal on all ranks."""
+    """Optimise ``module`` on ``rollout``, the whole one of all ranks; `run` does it and returns the metrics, which are
+    equal on all ranks."""
 
     def __init__(self, module: "PolicyModule", rollout: Rollout) -> None:
         self.module, self.rollout = module, rollout
         self.policy = module.live_policy
         self.device = next(self.policy.parameters()).device
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.chunks = torch.arange(len(rollout.prompts)).tensor_split(module.minibatches)
+        self.packed = module.packing and self.policy.can_pack
         self.lengths = rollout.lengths
         self.engine_log_probs = {i: torch.tensor(r.log_probs) for i, r in enumerate(rollout.responses)}
         self.sums = Sums(self.device)
@@ -84,11 +132,10 @@ class Update:
         m, rollout = self.module, self.rollout
         self._count_rollout()
         works = [self._work(term) for term in m.terms]
-        if m.mismatch_samples and all(w.term.space == "pre-train" for w in works):
-            self._measure_mismatch(works)
-        chunks = torch.arange(len(rollout.prompts)).tensor_split(m.minibatches)
+        if m.mismatch_samples and not any(w.term.space == "post-train" and w.selected.any() for w in works):
+            self._measure_mismatch()
         for epoch in range(m.epochs):
-            for number, prompts in enumerate(chunks):
+            for number, prompts in enumerate(self.chunks):
                 in_minibatch = torch.isin(rollout.group_ids, prompts)
                 jobs = self.backward(works, in_minibatch, on_policy=epoch == 0 and number == 0)
                 self._step(jobs)
@@ -103,40 +150,56 @@ class Update:
         advantages = group_advantages(self.rollout.rewards, self.rollout.group_ids, term.normalisation)
         contributing = contributing_responses(advantages, term.contributing) & (self.lengths > 0)
         selected = contributing if m.kl_coefficient > 0 else contributing & (advantages != 0)
+        own = self._share(term.space, selected)
         many_updates = m.minibatches * m.epochs > 1
-        old = self.log_probs(term.space, selected) if many_updates else None
+        old = self.log_probs(term.space, own) if many_updates else None
         reference = None
         if m.kl_coefficient > 0:
             with m.anchored_reference().in_place(self.policy):
-                reference = self.log_probs(term.space, selected)
+                reference = self.log_probs(term.space, own)
         correction = None
         if m.importance_sampling != "none" and (term.space == "pre-train" or old is not None):
             # the ratio is one of log p(y given x) at sampling
-            trainer = old if term.space == "post-train" else self.log_probs("post-train", selected)
+            trainer = old if term.space == "post-train" else self.log_probs("post-train", own)
             correction = {i: self._importance_weights(p, self.engine_log_probs[i]) for i, p in (trainer or {}).items()}
         counted = "rollout/contributing"
-        self.sums.add(counted, int(selected.sum()))
-        self.sums.add(f"{counted}_tokens", int(self.lengths[selected].sum()))
+        self.sums.add(counted, int(own.sum()))
+        self.sums.add(f"{counted}_tokens", int(self.lengths[own].sum()))
         weights = losses.sequence_weights(self.lengths, contributing, m.aggregation)
-        return Work(term, advantages, contributing, selected, weights, old, reference, correction)
+        return Work(term, advantages, contributing, selected, own, weights, old, reference, correction)
 
     def _importance_weights(self, trainer: Tensor, engine: Tensor) -> Tensor:
         m = self.module
         assert m.importance_sampling != "none"
         return losses.importance_weights(trainer, engine.to(trainer), m.importance_sampling, m.importance_cap)
 
-    def _micro_batches(self, space: Space, selected: Tensor) -> list[MicroBatch]:
+    def _families(self, space: Space, selected: Tensor) -> list[Family]:
         m, rollout = self.module, self.rollout
-        packed = m.packing and self.policy.can_pack
         numbers = selected.nonzero().flatten().tolist()
         if space == "post-train":
             contexts = [rollout.prompts[int(rollout.group_ids[i])].token_ids for i in numbers]
         else:
             contexts = [(m.prefix_id,)] * len(numbers)
-        share = packed and m.share_prompts and space == "post-train" and m.micro_batch_size is None
+        share = self.packed and m.share_prompts and space == "post-train" and m.micro_batch_size is None
         responses = [rollout.responses[i].token_ids for i in numbers]
-        made = families(contexts, responses, numbers, share, m.max_tokens_per_microbatch)
-        return micro_batches(made, m.max_tokens_per_microbatch, m.micro_batch_size, packed)
+        return families(contexts, responses, numbers, share, m.max_tokens_per_microbatch)
+
+    def _micro_batches(self, space: Space, selected: Tensor) -> list[MicroBatch]:
+        m = self.module
+        made = self._families(space, selected)
+        return micro_batches(made, m.max_tokens_per_microbatch, m.micro_batch_size, self.packed)
+
+    def _share(self, space: Space, selected: Tensor) -> Tensor:
+        """(N,) bool: this rank's share of the selected responses; within each minibatch the ranks' tokens are about
+        equal. A response stays with its rank for the whole update, and so do its old log-probs."""
+        if self.world_size == 1:
+            return selected
+        own = torch.zeros_like(selected)
+        for prompts in self.chunks:
+            made = self._families(space, selected & torch.isin(self.rollout.group_ids, prompts))
+            for family in balanced(made, self.world_size)[self.rank]:
+                own[[number for number, _ in family.responses]] = True
+        return own
 
     def _padded(self, jobs: list[Any], idle: Any) -> list[Any]:
         """With idle jobs up to the largest number of jobs on any rank: collectives must match."""
@@ -162,13 +225,11 @@ class Update:
     def backward(self, works: list[Work], in_minibatch: Tensor, on_policy: bool) -> int:
         """Leave the minibatch's gradient in the parameters; returns the number of passes, 0: nothing contributes."""
         m = self.module
-        own = [losses.denominator(self.lengths, w.contributing & in_minibatch, m.aggregation) for w in works]
-        denominators = self.all_reduce(torch.tensor(own, dtype=torch.float64)).tolist()
-        jobs = [
-            (batch, work, denominator)
-            for work, denominator in zip(works, denominators, strict=True)
-            for batch in self._micro_batches(work.term.space, work.selected & in_minibatch)
-        ]
+        jobs: list[tuple[MicroBatch, Work, float] | None] = []
+        for work in works:
+            denominator = losses.denominator(self.lengths, work.contributing & in_minibatch, m.aggregation)
+            batches = self._micro_batches(work.term.space, work.own & in_minibatch)
+            jobs += [(batch, work, denominator) for batch in batches]
         jobs = self._padded(jobs, None)
         self.policy.zero_grad(set_to_none=True)
         for i, job in enumerate(jobs):
@@ -242,10 +303,10 @@ class Update:
 
     # ------------------------------------------------------------------ what is measured
 
-    def _measure_mismatch(self, works: list[Work]) -> None:
-        """Pre-train space never computes log p(y given x): compare engine and trainer on a few responses."""
+    def _measure_mismatch(self) -> None:
+        """Where no loss computes log p(y given x), compare engine and trainer on a few responses."""
         some = torch.zeros(len(self.rollout.responses), dtype=torch.bool)
-        some[self.lengths.nonzero().flatten()[: self.module.mismatch_samples]] = True
+        some[self.lengths.nonzero().flatten()[: self.module.mismatch_samples][self.rank :: self.world_size]] = True
         for i, log_probs in self.log_probs("post-train", some).items():
             self._add_mismatch(log_probs, self.engine_log_probs[i].to(log_probs))
 
@@ -260,6 +321,8 @@ class Update:
         self.sums.add("train/flops", self.module.host.training_flops(batch))
 
     def _count_rollout(self) -> None:
+        if self.rank != 0:
+            return  # all have the same rollout, and the sums are added up over ranks
         rollout, sums = self.rollout, self.sums
         n = len(rollout.responses)
         sums.add("reward/mean", rollout.rewards.sum(), n)

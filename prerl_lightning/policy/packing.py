@@ -107,6 +107,17 @@ def families(
     return found
 
 
+def balanced(made: Sequence[Family], n_ranks: int) -> list[list[Family]]:
+    """Families by rank, the largest first to whoever has the fewest tokens so far."""
+    shares: list[list[Family]] = [[] for _ in range(n_ranks)]
+    tokens = [0] * n_ranks
+    for family in sorted(made, key=lambda f: -f.n_tokens):
+        rank = tokens.index(min(tokens))
+        shares[rank].append(family)
+        tokens[rank] += family.n_tokens
+    return shares
+
+
 def micro_batches(
     made: Sequence[Family], max_tokens: int, max_responses: int | None = None, packed: bool = True
 ) -> list[MicroBatch]:
