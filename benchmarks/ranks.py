@@ -33,7 +33,7 @@ def rank_main(args: argparse.Namespace) -> None:
         dist.init_process_group("gloo")
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randint(2, (args.prompts * GROUP,), generator=generator).tolist()
-    rollout = make_rollout(args.prompts, args.shape, [float(r) for r in rewards], 40)
+    rollout = make_rollout(args.prompts, args.shape, [float(r) for r in rewards], 25)
     modules = [cls(model=args.model, max_tokens_per_microbatch=args.budget) for cls in (GRPO, NSRPreRL)]
     modules[0].configure_model()
     policy = modules[1].policy = modules[0].live_policy
