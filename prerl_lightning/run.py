@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,  # a whole validation runs before the first step instead
     "enable_model_summary": False,
 }
+
+
+LOGGER_PACKAGES = {"TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 
 
 class PrerlCLI(LightningCLI):
@@ -63,7 +67,13 @@ class PrerlCLI(LightningCLI):
         parser.add_lightning_class_args(ExportModel, "export")
 
     def before_instantiate_classes(self) -> None:
-        strategy = self._get(self.config, "trainer").strategy
+        trainer = self._get(self.config, "trainer")
+        for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
+            name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
+            package = LOGGER_PACKAGES.get(name)
+            if package and not find_spec(package):
+                raise InputError(f"trainer.logger: {name} needs the package {package}: pip install {package}")
+        strategy = trainer.strategy
         if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != "fsdp2":
             raise InputError(
                 f"trainer.strategy: {strategy} is Lightning's FSDP1, which this library does not use. Write fsdp2."

@@ -30,7 +30,11 @@ def start(cwd, *args, **kwargs):
 
 
 def finish(process, seconds=400):
-    output, _ = process.communicate(timeout=seconds)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     assert process.returncode == 0, output
     return output
 
@@ -119,6 +123,21 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path, killed_at):
 def test_fast_dev_run(tmp_path):
     finish(start(tmp_path, "fit", *SMALL, "--trainer.fast_dev_run=true"))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_by_lightning_s_own_launcher(whole, tmp_path, strategy):
+    """The same prompts, seeds and global batch as the whole run's on one process, and so the same rewards."""
+    folder, _ = whole
+    overlay = f"--config={ROOT / 'configs' / 'strategy' / f'{strategy}.yaml'}"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    output = finish(start(tmp_path, "fit", *SMALL, overlay, "--trainer.max_steps=4", env=env, start_new_session=True))
+    assert "step 4/4 | life 2 GRPO" in output
+    run = tmp_path / "runs" / "dsrl" / "version_0"
+    assert (run / "model" / "model.safetensors").is_file()
+    for column in ("reward/mean", "val/avg@8", "optim/grad_norm"):
+        found, expected = ([v for _, v in rows(base, column)][:4] for base in (run, folder / "runs/dsrl/version_0"))
+        assert found == pytest.approx(expected[: len(found)], rel=1e-3), column
 
 
 def test_an_interrupt_saves_the_run(tmp_path):

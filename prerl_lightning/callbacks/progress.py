@@ -57,5 +57,8 @@ class StepLines(L.Callback):
 class StepBar(RichProgressBar):
     """Lightning's rich bar with the figures of a rollout step."""
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Step"  # runs are counted in steps, Lightning's would be "Epoch 0/-2"
+
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:  # type: ignore[override]
         return figures(trainer, pl_module) if isinstance(pl_module, PolicyModule) else {}

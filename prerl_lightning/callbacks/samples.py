@@ -23,6 +23,10 @@ class Samples(L.Callback):
 
     def __init__(self, every_n_steps: int = 20, number: int = 3, max_characters: int = 300) -> None:
         self.every_n_steps, self.number, self.max_characters = every_n_steps, number, max_characters
+        self.folder: str | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.folder = trainer.log_dir  # a collective call: all ranks have to make it
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: PolicyModule, outputs: Any, batch: Any, batch_idx: int
@@ -55,8 +59,8 @@ class Samples(L.Callback):
             text = f"{row['prompt'][-self.max_characters :]!r} -> {row['response'][: self.max_characters]!r}"
             cut = " (cut off)" if row["truncated"] else ""
             log.info("  sample: reward %.2f%s, truth %s: %s", row["reward"], cut, row["ground_truth"], text)
-        if trainer.log_dir is not None:
-            path = Path(trainer.log_dir) / "samples.jsonl"
+        if self.folder is not None:
+            path = Path(self.folder) / "samples.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -74,7 +74,7 @@ class VLLMEngine(Engine):
             return
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
-        with _host_state_kept():
+        with _host_state_kept(), _ranks_in_environment(world_size):
             self._llm = self._load(model, seed, world_size)
 
     def _load(self, model: str, seed: int, world_size: int) -> Any:
@@ -207,6 +207,26 @@ def _host_state_kept() -> Iterator[None]:
             os.sched_setaffinity(0, affinity)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+
+@contextmanager
+def _ranks_in_environment(world_size: int) -> Iterator[None]:
+    """vLLM reads its place among the ranks from torchrun's variables, which Lightning's own launcher does not set. Only
+    within: with LOCAL_RANK set, Lightning would take the next fit of this process for one that it has launched."""
+    ranks = {}
+    if world_size > 1:
+        import torch.distributed as dist
+
+        local = os.environ.get("LOCAL_RANK", "0")  # the process that launches the others has none
+        ranks = {"RANK": str(dist.get_rank()), "LOCAL_RANK": local, "WORLD_SIZE": str(world_size)}
+    before = {key: os.environ.get(key) for key in ranks}
+    os.environ.update(ranks)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, None)
+            os.environ.update({key: value} if value is not None else {})
 
 
 def _undo_helper_compilation() -> None:
