@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from prerl_lightning.errors import InputError
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 RUNS = sorted(p for folder in (CONFIGS, CONFIGS / "paper") for p in folder.glob("*.yaml") if p.stem != "time_limit")
@@ -68,8 +70,15 @@ def test_every_run_parses(parse, config):
     assert found.trainer.max_steps > 0
 
 
+def test_a_logger_s_missing_package_is_named(parse, monkeypatch):
+    monkeypatch.setattr("prerl_lightning.run.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install wandb"):
+        parse("fit", "--config", CONFIGS / "dsrl.yaml", "--config", CONFIGS / "logger" / "wandb.yaml")
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.stem)
-def test_overlays_keep_the_callbacks(parse, overlay):
+def test_overlays_keep_the_callbacks(parse, overlay, monkeypatch):
+    monkeypatch.setattr("prerl_lightning.run.LOGGER_PACKAGES", {})  # wandb need not be here
     base = parse("fit", "--config", CONFIGS / "dsrl.yaml")
     found = parse("fit", "--config", CONFIGS / "dsrl.yaml", "--config", overlay)
     assert found.trainer.callbacks[0].class_path == base.trainer.callbacks[0].class_path
