@@ -110,7 +110,7 @@ class VLLMEngine(Engine):
             **options,
             **extra,
         )
-        _undo_helper_compilation()
+        _skip_ranks()
         return llm
 
     def generate(
@@ -229,11 +229,10 @@ def _ranks_in_environment(world_size: int) -> Iterator[None]:
             os.environ.update({key: value} if value is not None else {})
 
 
-def _undo_helper_compilation() -> None:
-    """vLLM compiles `batched_count_greater_than` at its first call, for seconds; it runs in milliseconds as it is."""
+def _skip_ranks() -> None:
+    """With log-probs vLLM counts each token's rank in the vocabulary, by a helper that it compiles for seconds at its
+    first call and that reads all log-probs once more at every step. Nothing here reads ranks."""
     from vllm.v1.sample import sampler
 
-    helper = getattr(sampler, "batched_count_greater_than", None)
-    plain = getattr(helper, "_torchdynamo_orig_callable", None)
-    if plain is not None:
-        sampler.batched_count_greater_than = plain
+    if hasattr(sampler, "batched_count_greater_than"):
+        sampler.batched_count_greater_than = lambda x, values: torch.zeros(len(x), dtype=torch.int64, device=x.device)
