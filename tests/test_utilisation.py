@@ -20,9 +20,10 @@ def test_flops_equal_those_counted(model_folder, shape, packed):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         policy(batch)
     counted = counter.get_total_flops()
+    attended = attended_tokens(batch)
     if not packed:  # the counter sees padding
-        counted *= len(attended_tokens(batch)) / batch.input_ids.numel()
-    assert 3 * counted == pytest.approx(TrainingFlops(policy)(batch), rel=0.1)
+        counted *= len(attended) / batch.input_ids.numel()
+    assert 3 * counted == pytest.approx(TrainingFlops(policy)(attended, len(batch.targets)), rel=0.1)
 
 
 def test_attended_tokens():

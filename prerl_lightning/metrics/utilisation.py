@@ -45,12 +45,11 @@ class TrainingFlops:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.attention = config.num_hidden_layers * config.num_attention_heads * head_dim
 
-    def __call__(self, batch: MicroBatch) -> float:
-        """Forward and backward of one micro-batch."""
-        attended = attended_tokens(batch)
+    def __call__(self, attended: Tensor, n_targets: int) -> float:
+        """Forward and backward of one micro-batch: its `attended_tokens`, and how many log-probs it gives."""
         return (
             6.0 * self.body * len(attended)
-            + 6.0 * self.head * len(batch.targets)
+            + 6.0 * self.head * n_targets
             + 12.0 * self.attention * float(attended.sum())
         )
 

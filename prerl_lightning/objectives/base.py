@@ -284,8 +284,8 @@ class PolicyModule(L.LightningModule):
         seconds |= rollout.seconds
         metrics, train_seconds = self.update(rollout)
         seconds |= train_seconds
-        seconds["step"] = time.perf_counter() - start
-        seconds["other"] = 2 * seconds["step"] - sum(seconds.values())
+        whole = time.perf_counter() - start
+        seconds |= {"other": whole - sum(seconds.values()), "step": whole}
         metrics |= {f"time/{k}": v for k, v in seconds.items()}
         metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / seconds["rollout"]
         metrics["train/tokens_per_second"] = metrics["train/tokens"] / seconds["forward_backward"]

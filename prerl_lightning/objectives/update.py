@@ -161,17 +161,20 @@ class Update:
         if m.importance_sampling != "none" and (term.space == "pre-train" or old is not None):
             # the ratio is one of log p(y given x) at sampling
             trainer = old if term.space == "post-train" else self.log_probs("post-train", own)
-            correction = {i: self._importance_weights(p, self.engine_log_probs[i]) for i, p in (trainer or {}).items()}
-        counted = "rollout/contributing"
-        self.sums.add(counted, int(own.sum()))
-        self.sums.add(f"{counted}_tokens", int(self.lengths[own].sum()))
+            correction = self._corrections(trainer or {})
+        self.sums.add("rollout/contributing", int(own.sum()))
+        self.sums.add("rollout/contributing_tokens", int(self.lengths[own].sum()))
         weights = losses.sequence_weights(self.lengths, contributing, m.aggregation)
         return Work(term, advantages, contributing, selected, own, weights, old, reference, correction)
 
-    def _importance_weights(self, trainer: Tensor, engine: Tensor) -> Tensor:
+    def _corrections(self, trainer: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Importance weights (T_i,) from the trainer's log-probs, by response number."""
         m = self.module
         assert m.importance_sampling != "none"
-        return losses.importance_weights(trainer, engine.to(trainer), m.importance_sampling, m.importance_cap)
+        return {
+            i: losses.importance_weights(p, self.engine_log_probs[i].to(p), m.importance_sampling, m.importance_cap)
+            for i, p in trainer.items()
+        }
 
     def _families(self, space: Space, selected: Tensor) -> list[Family]:
         m, rollout = self.module, self.rollout
@@ -218,8 +221,7 @@ class Update:
         for batch in self._padded(self._micro_batches(space, selected), None):
             log_probs = self._forward(batch or idle_micro_batch())
             if batch is not None:
-                numbers, counts = batch.sequence.unique_consecutive(return_counts=True)
-                found.update(zip(numbers.tolist(), log_probs.split(counts.tolist()), strict=True))
+                found |= _by_response(log_probs, batch.sequence)
         return found
 
     def backward(self, works: list[Work], in_minibatch: Tensor, on_policy: bool) -> int:
@@ -234,8 +236,6 @@ class Update:
         self.policy.zero_grad(set_to_none=True)
         for i, job in enumerate(jobs):
             with self._gradient_sync(last=i == len(jobs) - 1):
-                if job:
-                    self._count_work(job[0])
                 loss = self._loss(*job, on_policy) if job else self._forward(idle_micro_batch()).sum() * 0.0
                 # DDP and FSDP2 average gradients over ranks, and the denominator has counted all of them already
                 m.backward_pass(loss * self.world_size)
@@ -254,9 +254,7 @@ class Update:
         if m.importance_sampling != "none":
             correction = work.correction
             if correction is None:
-                numbers, counts = sequence.unique_consecutive(return_counts=True)
-                parts = zip(numbers.tolist(), current.split(counts.tolist()), strict=True)
-                correction = {i: self._importance_weights(p, self.engine_log_probs[i]) for i, p in parts}
+                correction = self._corrections(_by_response(current, sequence))
             loss = loss * _tokens(correction, sequence, current)
         if work.reference is not None:
             kl = losses.kl_penalty(log_probs, _tokens(work.reference, sequence, current), m.kl_estimator)
@@ -265,6 +263,7 @@ class Update:
         coefficient = work.term.coefficient * m.loss_coefficient / denominator
         loss = (loss * work.weights[sequence].to(current)).sum() * coefficient
 
+        self._count_work(batch)
         self.sums.add("optim/loss", loss.detach())
         self.sums.add("optim/clipped", tokens.clipped.sum(), n_tokens)
         self.sums.add("optim/dual_clipped", tokens.dual_clipped.sum(), n_tokens)
@@ -317,8 +316,9 @@ class Update:
         self.sums.add("mismatch/kl", (difference.exp() - 1 - difference).sum(), len(difference))
 
     def _count_work(self, batch: MicroBatch) -> None:
-        self.sums.add("train/tokens", len(attended_tokens(batch)))
-        self.sums.add("train/flops", self.module.host.training_flops(batch))
+        attended = attended_tokens(batch)
+        self.sums.add("train/tokens", len(attended))
+        self.sums.add("train/flops", self.module.host.training_flops(attended, len(batch.targets)))
 
     def _count_rollout(self) -> None:
         if self.rank != 0:
@@ -343,6 +343,12 @@ class Update:
         tensor = tensor.to(self.device)
         dist.all_reduce(tensor, op)
         return tensor.cpu()
+
+
+def _by_response(values: Tensor, sequence: Tensor) -> dict[int, Tensor]:
+    """(T_i,) values by response number from the (T,) ones of a micro-batch."""
+    numbers, counts = sequence.unique_consecutive(return_counts=True)
+    return dict(zip(numbers.tolist(), values.split(counts.tolist()), strict=True))
 
 
 def _tokens(by_response: dict[int, Tensor], sequence: Tensor, like: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from prerl_lightning.policy.attention import AttentionPlan, Segment, plan_attent
 
 Space = Literal["post-train", "pre-train"]
 
-# Sharing costs attention calls of its own and a mask: it pays from these savings on (benchmarks/packing.py)
+# Sharing costs attention calls of its own and a mask, so it has to save so many tokens, and this part of a family's.
+# On 2 CPU cores it was 3 times faster at 159 prompt and 21 answer tokens (saves 0.8), and even at 10 and 25 (0.25).
 SHARE_MIN_TOKENS, SHARE_MIN_PART = 64, 0.1
 
 
@@ -125,20 +126,25 @@ def micro_batches(
 
     A family that alone is larger, or has more than ``max_responses``, gets a micro-batch of its own.
     """
-    size = (lambda f: f.n_tokens) if packed else (lambda f: f.width)
+    sizes = [(f.n_tokens if packed else f.width, len(f.responses), f) for f in made]
     batches: list[list[Family]] = []
-    for family in sorted(made, key=lambda f: -size(f)):
-        if packed:
-            # into the first that has room
-            fitting = (b for b in batches if sum(f.n_tokens for f in b) + family.n_tokens <= max_tokens)
-        else:
-            fitting = (b for b in batches[-1:] if (len(b) + 1) * b[0].width <= max_tokens)
-        for batch in fitting:
-            if max_responses is None or sum(len(f.responses) for f in [*batch, family]) <= max_responses:
-                batch.append(family)
+    tokens: list[int] = []  # of each micro-batch, and its responses
+    responses: list[int] = []
+    for size, n, family in sorted(sizes, key=lambda s: -s[0]):
+        # into the first pack that has room; rows of about one width stay together, each as wide as the first
+        first = 0 if packed else max(0, len(batches) - 1)
+        for i in range(first, len(batches)):
+            more = size if packed else n * batches[i][0].width
+            if tokens[i] + more <= max_tokens and (max_responses is None or responses[i] + n <= max_responses):
                 break
         else:
-            batches.append([family])
+            i, more = len(batches), size * (1 if packed else n)
+            batches.append([])
+            tokens.append(0)
+            responses.append(0)
+        batches[i].append(family)
+        tokens[i] += more
+        responses[i] += n
     return [_pack(batch) if packed else _pad(batch) for batch in batches]
 
 
