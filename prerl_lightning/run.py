@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
@@ -20,6 +21,7 @@ from prerl_lightning.callbacks.saving import ExportModel, RunCheckpoint
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives import PolicyModule
+from prerl_lightning.policy.model import hidden_size
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,9 @@ class PrerlCLI(LightningCLI):
                 f"trainer.strategy: {strategy} is Lightning's FSDP1, which this library does not use. Write fsdp2."
             )
 
+        if trainer.precision is None:
+            trainer.precision = default_precision(trainer.accelerator, self._get(self.config, "model"))
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
         if config.get("logger") is None and not config.get("fast_dev_run"):
@@ -109,6 +114,19 @@ class PrerlCLI(LightningCLI):
         if not found:
             raise InputError(f"--ckpt_path last: there is no last.ckpt below {named}. Leave it out to start anew.")
         return found[-1]
+
+
+def default_precision(accelerator: str, model: Any) -> str:
+    """``bf16-mixed`` (fp32 master weights) where that is faster, else ``32-true``.
+
+    On a GPU with bf16 always. On a CPU with AMX from a hidden size of 512 on: the train step of SmolLM2-135M (576) is
+    1.4 times faster in it, that of the embedded model (128) 1.4 times slower.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    name = getattr(model, "init_args", {}).get("model")
+    fast = accelerator in ("auto", "cpu") and torch.cpu.get_capabilities().get("amx_bf16")
+    return "bf16-mixed" if fast and name and hidden_size(name) >= 512 else "32-true"
 
 
 def _run_name(args: list[str]) -> str:

@@ -70,6 +70,27 @@ def test_every_run_parses(parse, config):
     assert found.trainer.max_steps > 0
 
 
+def test_the_readme_shows_the_dsrl_config_as_it_is():
+    assert (CONFIGS / "dsrl.yaml").read_text() in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "amx", "accelerator", "expected"),
+    [
+        (512, True, "auto", "bf16-mixed"),
+        (511, True, "auto", "32-true"),
+        (512, False, "cpu", "32-true"),
+    ],
+)
+def test_bf16_is_the_default_where_it_is_faster(parse, monkeypatch, hidden, amx, accelerator, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": amx})
+    monkeypatch.setattr("prerl_lightning.run.hidden_size", lambda model: hidden)
+    args = ("fit", "--config", CONFIGS / "dsrl.yaml", f"--trainer.accelerator={accelerator}")
+    assert parse(*args).trainer.precision == expected
+    assert parse(*args, "--trainer.precision=16-mixed").trainer.precision == "16-mixed"
+
+
 def test_a_logger_s_missing_package_is_named(parse, monkeypatch):
     monkeypatch.setattr("prerl_lightning.run.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install wandb"):
@@ -122,6 +143,10 @@ def test_overrides(parse):
         (
             ["fit", "--config", CONFIGS / "smollm2_math.yaml", "--model.init_args.model=embedded"],
             "math_train.parquet: no such",
+        ),
+        (
+            ["fit", "--config", CONFIGS / "dsrl.yaml", "--model.init_args.attn_implementation=flash_attention_2"],
+            "attn_implementation: 'flash_attention_2' does not work here",
         ),
         (["dance"], "dance"),
     ],

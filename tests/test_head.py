@@ -29,10 +29,10 @@ def gradients(function, leaves, slope):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_chunked_equals_fp64_and_autograd(monkeypatch, bias, softcap):
-    monkeypatch.setattr(head, "BLOCK_ELEMENTS", 1)  # blocks of 1024: three of them, the last one short
+    monkeypatch.setattr(head, "CPU_BLOCK_ELEMENTS", 1)  # blocks of 1024: three of them, the last one short
     *leaves, targets, slope = inputs(bias)
-    found = gradients(lambda: head_log_probs(*leaves, targets, 0.7, softcap), leaves, slope)
-    plain = gradients(lambda: head_log_probs(*leaves, targets, 0.7, softcap, chunked=False), leaves, slope)
+    found = gradients(lambda: head_log_probs(*leaves, targets, 0.7, softcap)[0], leaves, slope)
+    plain = gradients(lambda: head_log_probs(*leaves, targets, 0.7, softcap, chunked=False)[0], leaves, slope)
 
     *double, targets, slope = inputs(bias, torch.float64)
 
@@ -49,7 +49,7 @@ def test_chunked_equals_fp64_and_autograd(monkeypatch, bias, softcap):
 def test_extreme_logits_stay_finite():
     hidden = torch.tensor([[1000.0], [-1000.0]], requires_grad=True)
     weight = torch.linspace(-1, 1, V)[:, None].requires_grad_()
-    log_probs = head_log_probs(hidden, weight, None, torch.tensor([V - 1, V - 1]))
+    log_probs, _ = head_log_probs(hidden, weight, None, torch.tensor([V - 1, V - 1]))
     assert torch.isfinite(log_probs).all()
     assert float(log_probs[1].detach()) == pytest.approx(-2000, rel=0.01)
     log_probs.sum().backward()
@@ -58,18 +58,18 @@ def test_extreme_logits_stay_finite():
 
 
 def test_under_autocast_sums_are_kept_in_fp32(monkeypatch):
-    monkeypatch.setattr(head, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(head, "CPU_BLOCK_ELEMENTS", 1)
     *leaves, targets, slope = inputs(False)
-    exact = gradients(lambda: head_log_probs(*leaves, targets), leaves, slope)
+    exact = gradients(lambda: head_log_probs(*leaves, targets)[0], leaves, slope)
     with torch.autocast("cpu", torch.bfloat16):
-        found = gradients(lambda: head_log_probs(*leaves, targets), leaves, slope)
+        found = gradients(lambda: head_log_probs(*leaves, targets)[0], leaves, slope)
     for ours, expected in zip(found, exact, strict=True):
         assert ours.dtype == torch.float32
         assert float((ours - expected).norm() / expected.norm()) < 0.01
 
 
 def test_no_tensor_of_tokens_times_vocabulary_is_kept(monkeypatch):
-    monkeypatch.setattr(head, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(head, "CPU_BLOCK_ELEMENTS", 1)
     *leaves, targets, _ = inputs(False)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
@@ -78,3 +78,42 @@ def test_no_tensor_of_tokens_times_vocabulary_is_kept(monkeypatch):
         kept.clear()
         head_log_probs(*leaves, targets, chunked=False)
         assert max(kept) == T * V
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_entropy_equals_fp64_and_leaves_the_gradient_alone(monkeypatch, chunked):
+    monkeypatch.setattr(head, "CPU_BLOCK_ELEMENTS", 1)
+    *leaves, targets, slope = inputs(True)
+
+    def both():
+        return head_log_probs(*leaves, targets, 0.7, 5.0, chunked, entropy=True)
+
+    assert not both()[1].requires_grad
+    without = gradients(lambda: head_log_probs(*leaves, targets, 0.7, 5.0, chunked)[0], leaves, slope)
+    for found, expected in zip(gradients(lambda: both()[0], leaves, slope), without, strict=True):
+        assert torch.equal(found, expected)
+    *double, _, _ = inputs(True, torch.float64)
+    log_p = F.log_softmax(0.7 * 5.0 * torch.tanh(F.linear(*double) / 5.0), -1)
+    torch.testing.assert_close(both()[1].double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_gradient_written_in_place_is_autograds(monkeypatch, tied, autocast):
+    """Two backward passes through one weight that is both embedding and head, and one through a head alone."""
+    monkeypatch.setattr(head, "CPU_BLOCK_ELEMENTS", 1)
+    found = []
+    for into_grad in ("no", "also" if tied else "only"):
+        _, weight, bias, targets, slope = inputs(True)
+        hooked = []
+        weight.register_post_accumulate_grad_hook(lambda w, hooked=hooked: hooked.append(w.grad.clone()))
+        for _ in range(2):
+            hidden = F.embedding(targets, weight if tied else weight.detach()).tanh()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                log_probs, _ = head_log_probs(hidden, weight, bias, targets, into_grad=into_grad)
+            (log_probs * slope).sum().backward()
+        assert len(hooked) == 2  # what DDP and FSDP2 wait for, with the whole gradient there
+        assert torch.equal(hooked[1], weight.grad)
+        found.append((weight.grad, bias.grad))
+    for autograds, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, autograds, rtol=1e-5, atol=1e-5)

@@ -50,10 +50,33 @@ def test_a_pack_does_not_see_its_neighbours(model_folder):
             made = families([prompt] * 3, responses, [0, 1, 2], share, 100)
             (batch,) = micro_batches(made, 100)
             assert batch.input_ids.shape == (1, (4 + 3 + 6 + 1) if share else (4 * 3 + 3 + 6 + 1))
-            log_probs = module.policy(batch).detach()
+            log_probs = module.policy(batch)[0].detach()
             found[share, other] = log_probs[batch.sequence == 0]
     for values in found.values():
         torch.testing.assert_close(values, found[True, 9], rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_a_pack_gives_what_its_sequences_give(model_folder, make_rollout):
+    """Attention of packs runs in fp32 on a CPU: bf16 packs are as near to fp32 as bf16 rows are."""
+    rollout, folder = make_rollout(6, 4), model_folder("qwen2-tied")
+    exact = gradient(attached(GRPO, folder, packing=False), rollout)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        packed, padded = (gradient(attached(GRPO, folder, packing=p), rollout) for p in (True, False))
+    assert (packed - exact).norm() <= 1.2 * (padded - exact).norm()
+    close(packed, exact, 0.05)
+
+
+def test_a_pack_cut_by_its_positions_alone(model_folder, make_rollout):
+    """What flash attention gets, here through the block-diagonal mask that transformers makes of the same positions."""
+    rollout = make_rollout(4, 3)
+    everything = torch.ones(len(rollout.responses), dtype=torch.bool)
+    module = attached(GRPO, model_folder("qwen3-untied"))
+    expected = Update(module, rollout).log_probs("post-train", everything)
+    module.policy.can_share = False
+    module.policy.model.set_attn_implementation("sdpa")
+    found = Update(module, rollout).log_probs("post-train", everything)
+    for i, log_probs in expected.items():
+        torch.testing.assert_close(found[i], log_probs, rtol=1e-5, atol=1e-5)
 
 
 def test_sharing_follows_its_rule_and_the_budget(monkeypatch):

@@ -53,6 +53,25 @@ def test_log_probs_equal_a_plain_forward(model_folder, make_rollout, shape):
             torch.testing.assert_close(found[i], expected.detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("objective", [GRPO, NSRPreRL])
+def test_entropy_is_that_of_plain_forwards(model_folder, make_rollout, objective):
+    """GRPO: of what it forwards anyway; NSR-PreRL: of the responses that compare engine and trainer."""
+    module, rollout = attached(objective, model_folder("llama-tied"), entropy=True, mismatch_samples=2), make_rollout()
+    update = Update(module, rollout)
+    works = [update._work(term) for term in module.terms]
+    update.backward(works, torch.ones(len(rollout.responses), dtype=torch.bool), on_policy=True)
+    if objective is NSRPreRL:
+        update._measure_mismatch()
+    numbers = works[0].selected.nonzero().flatten().tolist() if objective is GRPO else [0, 1]
+    lm, entropies = AutoModelForCausalLM.from_pretrained(model_folder("llama-tied"), dtype=torch.float32), []
+    for i in numbers:
+        prompt = rollout.prompts[int(rollout.group_ids[i])].token_ids
+        logits = lm(torch.tensor([[*prompt, *rollout.responses[i].token_ids]])).logits[0, len(prompt) - 1 : -1]
+        entropies.append(torch.distributions.Categorical(logits=logits / rollout.temperature).entropy())
+    found = update.sums.reduced(update.all_reduce)["optim/entropy"]
+    assert found == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-5)
+
+
 def test_log_p_y_does_not_see_the_prompt(model_folder, make_rollout):
     from dataclasses import replace
 

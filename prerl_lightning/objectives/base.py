@@ -62,7 +62,10 @@ class PolicyModule(L.LightningModule):
         importance_cap: > 1.
         mismatch_samples: an objective in pre-train space never computes log p(y given x); so many responses a step
             are forwarded without gradient to compare engine and trainer. 0: none.
-        max_tokens_per_microbatch: input tokens of one forward pass, padding included.
+        entropy: log optim/entropy: of the next token's distribution in nats, over the response tokens that a step
+            forwards behind their prompts.
+        max_tokens_per_microbatch: input tokens of one forward pass, padding included; None: 16,384 on a GPU, 2,048 on
+            a CPU.
         micro_batch_size: at most so many responses in one forward pass; None: no such limit.
         packing: forward many responses as one row of tokens without padding, where the model's attention allows it.
         share_prompts: in a pack, the responses of a group share one pass over their prompt where that pays.
@@ -95,7 +98,8 @@ class PolicyModule(L.LightningModule):
         importance_sampling: Literal["none", "token", "sequence-mask"] = "none",
         importance_cap: float = 2.0,
         mismatch_samples: int = 8,
-        max_tokens_per_microbatch: int = 16384,
+        entropy: bool = False,
+        max_tokens_per_microbatch: int | None = None,
         micro_batch_size: int | None = None,
         packing: bool = True,
         share_prompts: bool = True,
@@ -115,7 +119,7 @@ class PolicyModule(L.LightningModule):
         self.minibatches, self.epochs = minibatches, epochs
         self.kl_coefficient, self.kl_estimator = kl_coefficient, kl_estimator
         self.importance_sampling, self.importance_cap = importance_sampling, importance_cap
-        self.mismatch_samples = mismatch_samples
+        self.mismatch_samples, self.entropy = mismatch_samples, entropy
         self.max_tokens_per_microbatch, self.micro_batch_size = max_tokens_per_microbatch, micro_batch_size
         self.packing, self.share_prompts, self.chunked_head = packing, share_prompts, chunked_head
         self.peak_flops = peak_flops
@@ -123,8 +127,9 @@ class PolicyModule(L.LightningModule):
         least = {"lr": 0, "warmup_steps": 0, "gradient_clip": 0, "kl_coefficient": 0, "mismatch_samples": 0}
         least |= {"minibatches": 1, "epochs": 1, "max_tokens_per_microbatch": 1, "clip_dual": 1, "importance_cap": 1}
         for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise InputError(f"{type(self).__name__}.{name}: {getattr(self, name)} is below {bound}.")
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise InputError(f"{type(self).__name__}.{name}: {value} is below {bound}.")
 
         self.policy: Policy | None = None
         self.reference: Reference | None = None

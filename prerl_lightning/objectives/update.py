@@ -121,6 +121,7 @@ class Update:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.chunks = torch.arange(len(rollout.prompts)).tensor_split(module.minibatches)
         self.packed = module.packing and self.policy.can_pack
+        self.max_tokens = module.max_tokens_per_microbatch or (2048 if self.device.type == "cpu" else 16384)
         self.lengths = rollout.lengths
         self.engine_log_probs = {i: torch.tensor(r.log_probs) for i, r in enumerate(rollout.responses)}
         self.sums = Sums(self.device)
@@ -179,18 +180,18 @@ class Update:
     def _families(self, space: Space, selected: Tensor) -> list[Family]:
         m, rollout = self.module, self.rollout
         numbers = selected.nonzero().flatten().tolist()
+        share = self.packed and self.policy.can_share and m.share_prompts and m.micro_batch_size is None
         if space == "post-train":
             contexts = [rollout.prompts[int(rollout.group_ids[i])].token_ids for i in numbers]
         else:
-            contexts = [(m.prefix_id,)] * len(numbers)
-        share = self.packed and m.share_prompts and space == "post-train" and m.micro_batch_size is None
+            contexts, share = [(m.prefix_id,)] * len(numbers), False
         responses = [rollout.responses[i].token_ids for i in numbers]
-        return families(contexts, responses, numbers, share, m.max_tokens_per_microbatch)
+        return families(contexts, responses, numbers, share, self.max_tokens)
 
     def _micro_batches(self, space: Space, selected: Tensor) -> list[MicroBatch]:
         m = self.module
         made = self._families(space, selected)
-        return micro_batches(made, m.max_tokens_per_microbatch, m.micro_batch_size, self.packed)
+        return micro_batches(made, self.max_tokens, m.micro_batch_size, self.packed)
 
     def _share(self, space: Space, selected: Tensor) -> Tensor:
         """(N,) bool: this rank's share of the selected responses; within each minibatch the ranks' tokens are about
@@ -211,15 +212,19 @@ class Update:
 
     # ------------------------------------------------------------------ forward and backward
 
-    def _forward(self, batch: MicroBatch) -> Tensor:
-        return self.policy(batch.to(self.device), self.rollout.temperature)
+    def _forward(self, batch: MicroBatch, entropy: bool = False) -> Tensor:
+        """(T,) log-probs; their entropies, where asked for, are counted."""
+        log_probs, entropies = self.policy(batch.to(self.device), self.rollout.temperature, entropy)
+        if entropies is not None:
+            self.sums.add("optim/entropy", entropies.sum(), len(entropies))
+        return log_probs
 
     @torch.no_grad()
-    def log_probs(self, space: Space, selected: Tensor) -> dict[int, Tensor]:
+    def log_probs(self, space: Space, selected: Tensor, entropy: bool = False) -> dict[int, Tensor]:
         """Token log-probs (T_i,) of the selected (N,) responses by number, without gradient."""
         found: dict[int, Tensor] = {}
         for batch in self._padded(self._micro_batches(space, selected), None):
-            log_probs = self._forward(batch or idle_micro_batch())
+            log_probs = self._forward(batch, entropy) if batch else self._forward(idle_micro_batch())
             if batch is not None:
                 found |= _by_response(log_probs, batch.sequence)
         return found
@@ -243,7 +248,7 @@ class Update:
 
     def _loss(self, batch: MicroBatch, work: Work, denominator: float, on_policy: bool) -> Tensor:
         m = self.module
-        log_probs = self._forward(batch)
+        log_probs = self._forward(batch, m.entropy and work.term.space == "post-train")
         n_tokens, sequence = len(log_probs), batch.sequence
         current = log_probs.detach()
         old = current if work.old is None else _tokens(work.old, sequence, current)
@@ -287,13 +292,16 @@ class Update:
             group["lr"] = lr
         skipped = n_jobs == 0
         if not skipped:
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), m.gradient_clip or float("inf"))
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+            total = torch.nn.utils.get_total_norm(gradients)
+            norm = total.full_tensor() if isinstance(total, DTensor) else total
             self.last["optim/grad_norm"] = float(norm)
             if not torch.isfinite(norm):
                 log.warning("Step %d: the gradient norm is %s; the step is skipped.", m.trainer.global_step, norm)
                 self.policy.zero_grad(set_to_none=True)
                 skipped = True
+            elif 0 < m.gradient_clip < norm:
+                torch.nn.utils.clip_grads_with_norm_(self.policy.parameters(), m.gradient_clip, total)
         start = time.perf_counter()  # reading the norm has waited for the device
         optimizer.step()
         self.seconds["optimizer"] += time.perf_counter() - start
@@ -304,9 +312,10 @@ class Update:
 
     def _measure_mismatch(self) -> None:
         """Where no loss computes log p(y given x), compare engine and trainer on a few responses."""
+        m = self.module
         some = torch.zeros(len(self.rollout.responses), dtype=torch.bool)
-        some[self.lengths.nonzero().flatten()[: self.module.mismatch_samples][self.rank :: self.world_size]] = True
-        for i, log_probs in self.log_probs("post-train", some).items():
+        some[self.lengths.nonzero().flatten()[: m.mismatch_samples][self.rank :: self.world_size]] = True
+        for i, log_probs in self.log_probs("post-train", some, m.entropy).items():
             self._add_mismatch(log_probs, self.engine_log_probs[i].to(log_probs))
 
     def _add_mismatch(self, trainer: Tensor, engine: Tensor) -> None:
@@ -372,6 +381,7 @@ class Sums:
         *("reward/mean", "rollout/response_length", "rollout/truncated"),
         *("rollout/groups_mixed", "rollout/groups_all_right", "rollout/groups_all_wrong"),
         *("optim/clipped", "optim/dual_clipped", "optim/approx_kl", "optim/reference_kl"),
+        "optim/entropy",
         *("mismatch/log_prob_difference", "mismatch/kl"),
     )
     KEYS = TOTALS + MEANS

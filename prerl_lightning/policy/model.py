@@ -7,12 +7,12 @@ module they wrap: an output head called from outside would see a shard.
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prerl_lightning.errors import InputError
 from prerl_lightning.policy import attention
@@ -30,7 +30,19 @@ def model_path(model: str) -> str:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(_existing(model))
+    return _load(AutoTokenizer, model)
+
+
+def hidden_size(model: str) -> int:
+    return int(_load(AutoConfig, model).get_text_config().hidden_size)
+
+
+def _load(loader: Any, model: str, **options: Any) -> Any:
+    """``loader.from_pretrained``; what is wrong with a folder or hub id becomes an InputError."""
+    try:
+        return loader.from_pretrained(_existing(model), **options)
+    except OSError as error:
+        raise InputError(f"model: {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _existing(model: str) -> str:
@@ -95,7 +107,7 @@ class Policy(nn.Module):
         self.logit_softcap = getattr(config, "final_logit_softcapping", None)
         if self.logit_softcap and self.logit_scale != 1:
             raise InputError(f"model: {type(model).__name__} both scales and caps its logits: not implemented.")
-        self.can_pack = False
+        self.can_pack = self.can_share = False  # responses in one row; and of one prompt behind one pass over it
         self.chunked_head = chunked_head
 
     @classmethod
@@ -108,7 +120,12 @@ class Policy(nn.Module):
     ) -> "Policy":
         """fp32 master weights. Raises InputError, with the mend, where ``model`` is no model folder."""
         kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        lm = AutoModelForCausalLM.from_pretrained(_existing(model), dtype=torch.float32, **kwargs)
+        try:
+            lm = _load(AutoModelForCausalLM, model, dtype=torch.float32, **kwargs)
+        except (ImportError, ValueError) as error:
+            if not attn_implementation:
+                raise
+            raise InputError(f"attn_implementation: {attn_implementation!r} does not work here: {error}") from error
         policy = cls(lm, chunked_head)
         policy._prepare_packing()
         if gradient_checkpointing:
@@ -121,7 +138,9 @@ class Policy(nn.Module):
         is off: which models it covers is seen, not looked up."""
         before = self.model.config._attn_implementation
         reason = ""
-        if before != "sdpa":
+        if before.startswith("flash_attention"):  # transformers cuts a row into sequences where its positions restart
+            self.can_pack = True
+        elif before != "sdpa":
             reason = f"its attention is {before}"
         elif any(kind != "full_attention" for kind in getattr(self.model.config, "layer_types", None) or ()):
             reason = "not all of its layers have full attention"
@@ -130,28 +149,47 @@ class Policy(nn.Module):
                 Family((1, 0, 2), ((0, (0, 1, 2, 0, 1)), (1, (2, 2, 0))), shared=True),
                 Family((2,), ((2, (1, 0)),)),
             ]
-            alone = [self(b) for b in micro_batches(made, 64, packed=False)]
+            alone = [self(b)[0] for b in micro_batches(made, 64, packed=False)]
             try:
                 self.model.set_attn_implementation(attention.NAME)
-                together = self(micro_batches(made, 64)[0])
+                self.can_share = True
+                together, _ = self(micro_batches(made, 64)[0])
                 self.can_pack = torch.allclose(torch.cat(alone), together, rtol=1e-4, atol=1e-4)
                 reason = "packed sequences come out differently"
             except (TypeError, ValueError, NotImplementedError) as error:
                 reason = str(error)
         if not self.can_pack:
+            self.can_share = False
             self.model.set_attn_implementation(before)
             log.info("Responses are padded, not packed: %s: %s", type(self.model).__name__, reason)
 
-    def forward(self, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
-        """(T,) fp32 log-probs of ``batch.targets``, logits divided by ``temperature`` as in sampling."""
+    def forward(
+        self, batch: MicroBatch, temperature: float = 1.0, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(T,) fp32 log-probs of ``batch.targets``, logits divided by ``temperature`` as in sampling; and, where asked
+        for, the (T,) entropies of their distributions, without gradient.
+
+        For ``backward()``, which finds the head's gradient already in place (`head_log_probs`, ``into_grad``).
+        """
         body = cast(nn.Module, self.model.base_model)
-        packed = {} if batch.plan is None else {"position_ids": batch.positions, "plan": batch.plan}
+        packed: dict[str, Any] = {} if batch.plan is None else {"position_ids": batch.positions}
+        if self.can_share and batch.plan is not None:
+            packed["plan"] = batch.plan
         hidden = body(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.predictors)
         head = cast(nn.Linear, self.model.get_output_embeddings())
         scale = self.logit_scale / temperature
+        tied = head.weight is self.model.get_input_embeddings().weight
         return head_log_probs(
-            hidden, head.weight, head.bias, batch.targets, scale, self.logit_softcap, self.chunked_head
+            hidden,
+            head.weight,
+            head.bias,
+            batch.targets,
+            scale,
+            self.logit_softcap,
+            self.chunked_head,
+            entropy,
+            into_grad="no" if not head.weight.is_leaf else "also" if tied else "only",
         )
 
     def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
