@@ -35,6 +35,8 @@ def parse(monkeypatch):
     """Parse a command line as `prerl` does, without building anything."""
     from prerl_lightning.run import PrerlCLI
 
+    monkeypatch.setattr("prerl_lightning.run.hidden_size", lambda model: 128)  # nor looking at the model
+
     class ParsedOnly(PrerlCLI):
         def instantiate_classes(self):
             pass
