@@ -171,6 +171,7 @@ def main() -> None:
                     if repeat == 0:
                         expected = flat_gradient(policy)
                         errors[name] = float((gradient - expected).norm() / expected.norm())
+                print(f"{shape}: repeat {repeat} of {args.repeats}, theirs {theirs}", flush=True)
         for name in cells:
             life = name.split(",")[0]
             row: dict[str, float] = {}

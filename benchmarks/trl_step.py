@@ -90,6 +90,8 @@ def our_side(model: str, n_prompts: int, steps: int, options: dict) -> None:
 
     from prerl_lightning.cli import main
 
+    engine = {"dtype": "bfloat16", "max_model_len": 256, "kv_cache_mib": 128}
+    engine["enforce_eager"] = options.pop("enforce_eager", None)
     with tempfile.TemporaryDirectory() as folder:
         rows = [json.dumps({"prompt": p, "answer": "0"}) for p in prompts(n_prompts * steps)]
         (Path(folder) / "prompts.jsonl").write_text("\n".join(rows))
@@ -101,10 +103,7 @@ def our_side(model: str, n_prompts: int, steps: int, options: dict) -> None:
                 "prompts_per_step": n_prompts,
                 "format": {"chat": False},
                 "sampling": {"group_size": GROUP, "max_new_tokens": NEW_TOKENS},
-                "engine": {
-                    "class_path": "VLLMEngine",
-                    "init_args": {"dtype": "bfloat16", "max_model_len": 256, "kv_cache_mib": 128},
-                },
+                "engine": {"class_path": "VLLMEngine", "init_args": engine},
             },
             "trainer": {
                 "max_steps": steps,
@@ -242,7 +241,11 @@ SIDES = {
         "bf16, checkpointing": {"bf16": True, "gradient_checkpointing": True},
         "bf16, vLLM colocated": {"bf16": True, "gradient_checkpointing": False, "use_vllm": True},
     },
-    "ours": {"fp32": {"precision": "32-true"}, "bf16": {"precision": "bf16-mixed"}},
+    "ours": {
+        "fp32": {"precision": "32-true"},
+        "bf16": {"precision": "bf16-mixed"},
+        "bf16, compiled engine": {"precision": "bf16-mixed", "enforce_eager": False},
+    },
 }
 
 
@@ -262,7 +265,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="of one process; the first is not counted")
     parser.add_argument("--turn-steps", type=int, default=5, help="likewise, in the turns")
     parser.add_argument("--turns", type=int, default=3, help="of the fastest modes")
-    parser.add_argument("--turns-only", action="store_true", help="take the fastest modes from the results file")
+    parser.add_argument("--turns-only", action="store_true", help="take what modes measure from the results file")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--mode", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=Path, help=argparse.SUPPRESS)
@@ -300,15 +303,19 @@ def main() -> None:
 
     fastest = {}
     if args.turns_only:
-        before = json.loads(RESULTS.read_text())
-        fastest, found = before["summary"]["fastest"], before["sides"]
-    for side, modes in SIDES.items() if not fastest else ():
+        found = json.loads(RESULTS.read_text())["sides"]
+    for side, modes in SIDES.items():
         for mode in modes:
-            measure(side, mode, args.steps)
+            if f"{side}, {mode}" not in found:
+                measure(side, mode, args.steps)
         ran = [m for m in modes if "seconds" in found[f"{side}, {m}"]]
         fastest[side] = min(ran, key=lambda m: found[f"{side}, {m}"]["seconds"])
     for mode in fastest.items():
-        found[", ".join(mode)] |= {"all_seconds": [], "all_cpu_seconds": []}  # only what alternates is compared
+        found[", ".join(mode)] |= {
+            "all_seconds": [],
+            "all_cpu_seconds": [],
+            "peak_gb": 0.0,
+        }  # only what alternates is compared
     for _ in range(args.turns):
         for side, mode in fastest.items():
             measure(side, mode, args.turn_steps)

@@ -11,17 +11,22 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from prerl_lightning import __version__
 
 USAGE = """usage: prerl {fit,validate,test} [--config FILE ...] [--KEY VALUE ...]
+       prerl evaluate --model MODEL --data SET,... --k K
+       prerl compare FOLDER FOLDER
 
 Reinforcement learning with verifiable rewards in pre-train and post-train space, on Lightning and vLLM.
 
   fit        train, e.g.  prerl fit --config configs/dsrl.yaml
   validate   evaluate on the held-out set: avg@k, pass@k, greedy accuracy
   test       the same, logged as test/...
+  evaluate   k samples a problem of named sets: avg@k, pass@k, maj@k with intervals, resumable
+  compare    two evaluations, problem by problem
 
   prerl fit --help            every option (takes some seconds)
   prerl fit --print_config    the whole configuration as YAML
@@ -48,13 +53,21 @@ def main(argv: list[str] | None = None) -> None:
         _quiet()
     _log_to_stdout()
     from prerl_lightning.errors import InputError
-    from prerl_lightning.run import PrerlCLI
 
+    if args[0] in ("evaluate", "compare"):
+        from prerl_lightning import evaluate
+
+        run: Callable[[list[str]], Any] = getattr(evaluate, args[0])
+        args = args[1:]
+    else:
+        from prerl_lightning.run import PrerlCLI
+
+        run = PrerlCLI.run
     if not debug:
         for name in ("lightning.pytorch", "lightning.fabric"):  # their import has set them to INFO
             logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        PrerlCLI.run(args)
+        run(args)
     except InputError as error:
         if debug:
             raise

@@ -12,6 +12,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 import prerl_lightning.data.arithmetic
+import prerl_lightning.data.named
+import prerl_lightning.data.procedural
 import prerl_lightning.data.readers
 import prerl_lightning.strategies  # noqa: F401  (registers fsdp2)
 from prerl_lightning.callbacks.progress import StepBar, StepLines
@@ -21,7 +23,7 @@ from prerl_lightning.callbacks.saving import ExportModel, RunCheckpoint
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives import PolicyModule
-from prerl_lightning.policy.model import hidden_size
+from prerl_lightning.policy.model import load_config
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +128,7 @@ def default_precision(accelerator: str, model: Any) -> str:
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
     name = getattr(model, "init_args", {}).get("model")
     fast = accelerator in ("auto", "cpu") and torch.cpu.get_capabilities().get("amx_bf16")
-    return "bf16-mixed" if fast and name and hidden_size(name) >= 512 else "32-true"
+    return "bf16-mixed" if fast and name and load_config(name).hidden_size >= 512 else "32-true"
 
 
 def _run_name(args: list[str]) -> str:

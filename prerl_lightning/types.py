@@ -70,6 +70,8 @@ class Rollout:
         rewards: (N,) float64.
         policy_version: optimizer steps behind the weights that sampled it.
         temperature: of sampling; the trainer's logits are divided by it too.
+        timeouts: responses whose verification took too long; they count as 0 in ``rewards``.
+        errors: responses whose verification failed; likewise.
         seconds: wall-clock time by stage.
     """
 
@@ -79,6 +81,8 @@ class Rollout:
     rewards: torch.Tensor
     policy_version: int
     temperature: float
+    timeouts: int = 0
+    errors: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property

@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from parity import parity_reward
 from torch.optim import SGD
 
 import prerl_lightning.strategies  # noqa: F401
@@ -23,11 +24,6 @@ from prerl_lightning.rollout.vllm_engine import VLLMEngine
 
 SWITCH, END = 2, 4
 ENGINE = VLLMEngine(max_model_len=64, kv_cache_mib=32)
-
-
-def parity_reward(prompt, response, ground_truth, extra):
-    """A random model gets all sums wrong; this splits groups of 3, and leaves many with nothing to learn from."""
-    return float(len(response) % 3 == 0)
 
 
 def fit(folder: Path, strategy: str, model: PolicyModule, callbacks, steps=END, ckpt_path=None) -> PolicyModule:

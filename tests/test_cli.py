@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,7 +36,9 @@ def parse(monkeypatch):
     """Parse a command line as `prerl` does, without building anything."""
     from prerl_lightning.run import PrerlCLI
 
-    monkeypatch.setattr("prerl_lightning.run.hidden_size", lambda model: 128)  # nor looking at the model
+    monkeypatch.setattr(
+        "prerl_lightning.run.load_config", lambda model: SimpleNamespace(hidden_size=128)
+    )  # nor looking at the model
 
     class ParsedOnly(PrerlCLI):
         def instantiate_classes(self):
@@ -87,7 +90,7 @@ def test_the_readme_shows_the_dsrl_config_as_it_is():
 def test_bf16_is_the_default_where_it_is_faster(parse, monkeypatch, hidden, amx, accelerator, expected):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": amx})
-    monkeypatch.setattr("prerl_lightning.run.hidden_size", lambda model: hidden)
+    monkeypatch.setattr("prerl_lightning.run.load_config", lambda model: SimpleNamespace(hidden_size=hidden))
     args = ("fit", "--config", CONFIGS / "dsrl.yaml", f"--trainer.accelerator={accelerator}")
     assert parse(*args).trainer.precision == expected
     assert parse(*args, "--trainer.precision=16-mixed").trainer.precision == "16-mixed"

@@ -70,7 +70,7 @@ def test_hugging_face_dataset(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no column 'question'; its columns are a, q"):
         HubDataset(str(file.parent), prompt="question", answer="a").load()
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="bring the data as a file"):
+    with pytest.raises(InputError, match="bring its train split as a file"):
         HubDataset("openai/gsm8k", prompt="question", answer="answer", config="main").load()
 
 
@@ -86,7 +86,7 @@ def test_hugging_face_dataset(tmp_path, monkeypatch):
         (JSONLines, '{"prompt": "x", "answer": null}', "row 0: 'answer' is missing"),
         (JSONLines, '{"prompt": 5, "answer": 1}', "neither text nor a list of chat messages"),
         (JSONLines, '{"prompt": [{"role": "user"}], "answer": 1}', "neither text nor a list of chat messages"),
-        (VerlParquet, "not parquet", "not a parquet file"),
+        (VerlParquet, "not parquet", "line 1: not JSON"),
         (VerlParquet, {"question": ["x"]}, "no column 'prompt'; its columns are question"),
         (VerlParquet, {"prompt": [MESSAGES], "reward_model": [{"style": "rule"}]}, "has no field 'ground_truth'"),
         (VerlParquet, {"prompt": [], "reward_model": []}, "no rows"),

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 def figures(trainer: L.Trainer, module: PolicyModule) -> dict[str, str]:
     """The step's figures, short; what has not been measured yet is left out."""
     metrics = trainer.callback_metrics
-    accuracy = next((k for k in metrics if k.startswith("val/avg@")), "")
+    accuracy = next((k for k in metrics if k.startswith("val/avg@") and "/" not in k[4:]), "")
     shown = {
         "life": f"{module.acting.life} {type(module.acting).__name__}",
         "reward": _number(metrics.get("reward/mean"), ".2f"),
@@ -50,8 +50,13 @@ class StepLines(L.Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
-        found = {k.removeprefix("val/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        log.info("held out at step %d: %s", trainer.global_step, ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+        metrics = trainer.callback_metrics
+        shown = []
+        for key, value in metrics.items():
+            if key.startswith("val/") and not key.endswith(("/low", "/high")):
+                bounds = f" [{metrics[f'{key}/low']:.3f}, {metrics[f'{key}/high']:.3f}]" if "avg@" in key else ""
+                shown.append(f"{key.removeprefix('val/')} {value:.3f}{bounds}")
+        log.info("held out at step %d: %s", trainer.global_step, ", ".join(shown))
 
 
 class StepBar(RichProgressBar):

@@ -1,36 +1,27 @@
 """RolloutDataModule: prompts, engine, reward and validation set of a run, shared by all its lives."""
 
-import hashlib
-import logging
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
-from transformers import AutoConfig
 
 from prerl_lightning.data.loader import PromptLoader
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.data.prompts import PromptFormat, encode_all
 from prerl_lightning.errors import InputError
-from prerl_lightning.policy.model import load_tokenizer, model_path
+from prerl_lightning.policy.model import load_config, load_tokenizer, model_path
+from prerl_lightning.rewards.pool import RewardPool, Verification
+from prerl_lightning.rewards.score import Reward
 from prerl_lightning.rollout.engine import Engine, Sampling
+from prerl_lightning.rollout.sampler import Group, mixed_seed, sample, sample_for_evaluation
 from prerl_lightning.rollout.vllm_engine import VLLMEngine
-from prerl_lightning.types import Prompt, Response, Rollout
+from prerl_lightning.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from prerl_lightning.policy.model import Policy
-
-log = logging.getLogger(__name__)
-
-#: (prompt, response text, ground truth, extra) -> reward. ``extra`` holds the problem's further columns and
-#: ``truncated``: the length limit ended the response.
-Reward = Callable[[str, str, str, Mapping[str, Any]], float]
 
 
 class RolloutDataModule(L.LightningDataModule):
@@ -40,8 +31,9 @@ class RolloutDataModule(L.LightningDataModule):
         train: the problems to train on.
         val: the held-out problems; None: no validation.
         reward: ``(prompt, response, ground_truth, extra) -> float`` by import path, e.g.
-            ``prerl_lightning.rewards.boxed_reward``.
-        val_reward: likewise for the held-out set; the training reward if None.
+            ``prerl_lightning.rewards.boxed_reward``; None: the problem set's own.
+        val_reward: likewise for the held-out set; None: ``reward``, or that set's own.
+        verification: processes, time and memory for rewards.
         sampling: how responses are drawn; the group size G is in here.
         engine: the inference engine.
         format: how a problem becomes a prompt.
@@ -58,9 +50,10 @@ class RolloutDataModule(L.LightningDataModule):
     def __init__(
         self,
         train: ProblemSet,
-        reward: Reward,
+        reward: Reward | None = None,
         val: ProblemSet | None = None,
         val_reward: Reward | None = None,
+        verification: Verification = Verification(),  # noqa: B008  (frozen)
         sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
         engine: Engine | None = None,
         format: PromptFormat = PromptFormat(),  # noqa: B008  (frozen)
@@ -75,21 +68,51 @@ class RolloutDataModule(L.LightningDataModule):
         super().__init__()
         self.train, self.val = train, val
         self.reward, self.val_reward = reward, val_reward or reward
+        self.verification = verification
         self.sampling, self.engine, self.format = sampling, engine or VLLMEngine(), format
         self.prompts_per_step = prompts_per_step
         self.val_samples, self.val_greedy, self.val_batch = val_samples, val_greedy, val_batch
         self.max_prompt_tokens, self.on_bad_prompt = max_prompt_tokens, on_bad_prompt
         self.seed = seed
         self._prompts: dict[str, list[Prompt]] = {}
+        self._pools: dict[str, RewardPool] = {}
 
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        """Open the data and check every prompt, then start the engine: the cheap errors first."""
+        """Open the data and check every prompt, start the reward's workers, then the engine: the cheap errors first."""
         assert self.trainer is not None
-        if self._prompts:
-            return
-        model = str(self.trainer.lightning_module.model_name)
+        if not self._prompts:
+            self._load()
+        if not self._pools:
+            self._start_pools()
+        self.engine.start(model_path(self._model), self.seed or 0, self.trainer.world_size)
+
+    def teardown(self, stage: str) -> None:
+        for pool in set(self._pools.values()):
+            pool.close()
+        self._pools = {}
+
+    @property
+    def _model(self) -> str:
+        assert self.trainer is not None
+        return str(self.trainer.lightning_module.model_name)
+
+    def _start_pools(self) -> None:
+        rewards = {"train": self.reward or self.train.reward}
+        if self.val is not None:
+            rewards["val"] = self.val_reward or self.val.reward or rewards["train"]
+        for key, reward in rewards.items():
+            if reward is None:
+                raise InputError(
+                    f"data.reward: missing, and data.{key} has no verifier of its own. "
+                    "Give one by import path, e.g. prerl_lightning.rewards.boxed_reward."
+                )
+            shared = next((self._pools[k] for k in self._pools if rewards[k] is reward), None)
+            self._pools[key] = shared or RewardPool(reward, self.verification)
+
+    def _load(self) -> None:
+        assert self.trainer is not None
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         world_size = self.trainer.world_size
@@ -97,12 +120,21 @@ class RolloutDataModule(L.LightningDataModule):
             raise InputError(
                 f"data.prompts_per_step: {self.prompts_per_step} prompts do not divide over {world_size} ranks."
             )
-        sets = {"train": self.train, "val": self.val}
+        sets = {"data.train": self.train} | ({"data.val": self.val} if self.val is not None else {})
+        encoded = self.encode(self._model, sets)
+        self._prompts = {key.removeprefix("data."): prompts for key, prompts in encoded.items()}
+        if len(self._prompts["train"]) < self.prompts_per_step:
+            raise InputError(
+                f"data.train: {len(self._prompts['train'])} usable prompts are fewer than data.prompts_per_step "
+                f"({self.prompts_per_step})."
+            )
+
+    def encode(self, model: str, sets: Mapping[str, ProblemSet]) -> dict[str, list[Prompt]]:
+        """Open the problem sets and make prompts for ``model`` that its engine has room for; see `encode_all`."""
         for problems in sets.values():
-            if problems is not None:
-                problems.load()
+            problems.load()
         tokenizer = load_tokenizer(model)
-        config = AutoConfig.from_pretrained(model_path(model)).get_text_config()
+        config = load_config(model)
         max_model_len = self.engine.max_model_len(config)
         longest = max_model_len - self.sampling.max_new_tokens
         if longest < 1:
@@ -112,17 +144,10 @@ class RolloutDataModule(L.LightningDataModule):
             )
         if self.max_prompt_tokens is not None:
             longest = min(longest, self.max_prompt_tokens)
-        for key, problems in sets.items():
-            if problems is not None:
-                self._prompts[key] = encode_all(
-                    problems, f"data.{key}", self.format, tokenizer, longest, config.vocab_size, self.on_bad_prompt
-                )
-        if len(self._prompts["train"]) < self.prompts_per_step:
-            raise InputError(
-                f"data.train: {len(self._prompts['train'])} usable prompts are fewer than data.prompts_per_step "
-                f"({self.prompts_per_step})."
-            )
-        self.engine.start(model_path(model), self.seed, world_size)
+        return {
+            key: encode_all(problems, key, self.format, tokenizer, longest, config.vocab_size, self.on_bad_prompt)
+            for key, problems in sets.items()
+        }
 
     def train_dataloader(self) -> PromptLoader:
         return self._loader("train", self.prompts_per_step, self.seed)
@@ -159,78 +184,35 @@ class RolloutDataModule(L.LightningDataModule):
 
         Raises:
             RuntimeError: the engine does not hold ``policy_version``.
-            ValueError: the reward raised or gave no finite number; the message shows the row and the response.
+            InputError: too many of the responses could not be verified.
         """
         if self.engine.policy_version != policy_version:
             raise RuntimeError(
                 f"The engine holds policy version {self.engine.policy_version}, not {policy_version}: call sync first."
             )
         seconds: dict[str, float] = {}
-        with _timed(seconds, "rollout"):
-            groups = self._generate(prompts, self.sampling, self._seeds(len(prompts), policy_version))
-        with _timed(seconds, "reward"):
-            rewards = [self._rewards(self.reward, p, g) for p, g in zip(prompts, groups, strict=True)]
+        seeds = self._seeds(len(prompts), policy_version)
+        groups = sample(self.engine, self._pools["train"], prompts, self.sampling, seeds, seconds=seconds)
+        verdicts = [v for group in groups for v in group.verdicts]
+        failures = [v.failure for v in verdicts]
         return Rollout(
             prompts=tuple(prompts),
             group_ids=torch.arange(len(prompts)).repeat_interleave(self.sampling.group_size),
-            responses=tuple(r for group in groups for r in group),
-            rewards=torch.tensor([r for group in rewards for r in group], dtype=torch.float64),
+            responses=tuple(r for group in groups for r in group.responses),
+            rewards=torch.tensor([v.score for v in verdicts], dtype=torch.float64),
             policy_version=policy_version,
             temperature=self.sampling.temperature,
+            timeouts=failures.count("timeout"),
+            errors=failures.count("error"),
             seconds=seconds,
         )
 
-    def evaluate(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rewards of k samples of each held-out prompt: (P, k), and of its greedy response: (P,).
-
-        The seeds depend on the row alone, so evaluations of different steps draw with the same luck.
-        """
-        sampling = replace(self.sampling, group_size=self.val_samples)
-        seeds = [_seed(self.seed, "val", p.row) for p in prompts]
-        groups = self._generate(prompts, sampling, seeds)
-        rewards = [self._rewards(self.val_reward, p, g) for p, g in zip(prompts, groups, strict=True)]
-        greedy = None
-        if self.val_greedy:
-            answers = self._generate(prompts, sampling, seeds, greedy=True)
-            greedy = torch.tensor(
-                [self._rewards(self.val_reward, p, g)[0] for p, g in zip(prompts, answers, strict=True)]
-            )
-        return torch.tensor(rewards, dtype=torch.float64).view(len(prompts), self.val_samples), greedy
-
-    def _generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int], greedy: bool = False
-    ) -> list[list[Response]]:
-        return self.engine.generate([p.token_ids for p in prompts], sampling, seeds, greedy)
+    def evaluate(self, prompts: Sequence[Prompt]) -> tuple[list[Group], list[Group]]:
+        """``val_samples`` samples of each held-out prompt, and its greedy response if ``val_greedy``."""
+        pool, k = self._pools["val"], self.val_samples
+        return sample_for_evaluation(self.engine, pool, prompts, self.sampling, k, self.val_greedy, self.seed)
 
     def _seeds(self, n_prompts: int, step: int) -> list[int]:
         """By position in the global batch: one rank or several draw the same responses."""
         first = (self.trainer.global_rank if self.trainer else 0) * n_prompts
-        return [_seed(self.seed, "train", step, first + i) for i in range(n_prompts)]
-
-    @staticmethod
-    def _rewards(reward: Reward, prompt: Prompt, responses: Sequence[Response]) -> list[float]:
-        values = []
-        for response in responses:
-            extra = {**prompt.extra, "truncated": response.truncated}
-            try:
-                value = float(reward(prompt.text, response.text, prompt.ground_truth, extra))
-            except Exception as error:
-                raise InputError(
-                    f"The reward raised {error!r} at row {prompt.row}, response {response.text[:500]!r}."
-                ) from error
-            if not math.isfinite(value):
-                raise InputError(f"The reward gave {value} at row {prompt.row}, response {response.text[:500]!r}.")
-            values.append(value)
-        return values
-
-
-def _seed(*parts: Any) -> int:
-    """63 well-mixed bits: the engine gives response i of a group the seed + i, so seeds must lie far apart."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], key: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[key] = time.perf_counter() - start
+        return [mixed_seed(self.seed, "train", step, first + i) for i in range(n_prompts)]

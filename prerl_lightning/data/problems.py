@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
+from prerl_lightning.rewards.score import Reward
 from prerl_lightning.types import Problem
 
 
@@ -12,6 +13,11 @@ class ProblemSet(ABC):
     `load` is called once a process, before the engine starts, and is where files are opened and columns checked:
     it raises ``ValueError`` or ``FileNotFoundError`` with the path, the row or column, and the mend.
     """
+
+    @property
+    def reward(self) -> Reward | None:
+        """The verifier that belongs to this set, where it has one: what ``data.reward`` falls back to."""
+        return None
 
     def load(self) -> None:  # noqa: B027  (optional: a procedural set has nothing to open)
         """Open the source and check it."""

@@ -23,7 +23,7 @@ from torch.optim import AdamW, Optimizer
 from prerl_lightning.compat import validate_now
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError
-from prerl_lightning.metrics.accuracy import SampleAccuracy
+from prerl_lightning.metrics.evaluation import EvaluationMetric
 from prerl_lightning.metrics.utilisation import TrainingFlops, peak_flops
 from prerl_lightning.objectives.losses import Aggregation, KLEstimator
 from prerl_lightning.objectives.schedule import Schedule, learning_rate_factor
@@ -133,7 +133,7 @@ class PolicyModule(L.LightningModule):
 
         self.policy: Policy | None = None
         self.reference: Reference | None = None
-        self.val_accuracy = SampleAccuracy()
+        self.evaluation = EvaluationMetric()
         self.rollout: Rollout | None = None  # the last one, for callbacks
         self._prefix_id: int | None = None
         # in tuples, because a LightningModule as an attribute would be registered as a submodule
@@ -328,23 +328,22 @@ class PolicyModule(L.LightningModule):
         self.on_validation_start()
 
     def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
-        if batch:  # a rank's share of the last batch may be empty
-            rewards, greedy = self.data.evaluate(batch)
-            self.val_accuracy.update(rewards, greedy)
+        samples, greedy = self.data.evaluate(batch)
+        self.evaluation.update(samples, greedy, self.data.val_samples)
 
     def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_accuracy("val")
+        self._log_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
-        self._log_accuracy("test")
+        self._log_evaluation("test")
 
-    def _log_accuracy(self, stage: str) -> None:
-        for key, value in self.val_accuracy.compute().items():
-            self.log(f"{stage}/{key}", value.float(), batch_size=1, sync_dist=True)
-        self.val_accuracy.reset()
+    def _log_evaluation(self, stage: str) -> None:
+        for key, value in self.evaluation.compute().items():
+            self.log(f"{stage}/{key}", value, batch_size=1)  # the same on all ranks
+        self.evaluation.reset()
 
 
 def _describe(lives: Sequence[Sequence[Any]] | None) -> str:

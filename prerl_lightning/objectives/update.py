@@ -52,12 +52,15 @@ def gathered(rollout: Rollout) -> Rollout:
         torch.tensor([t for r in rollout.responses for t in r.token_ids], dtype=torch.int32),
         torch.tensor([x for r in rollout.responses for x in r.log_probs]),
         [r.truncated for r in rollout.responses],
+        (rollout.timeouts, rollout.errors),
     )
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, own)
     prompts: list[Prompt] = []
     group_ids, rewards, responses = [], [], []
-    for contexts, groups, values, lengths, ids, log_probs, truncated in parts:
+    timeouts = errors = 0
+    for contexts, groups, values, lengths, ids, log_probs, truncated, failed in parts:
+        timeouts, errors = timeouts + failed[0], errors + failed[1]
         group_ids.append(groups + len(prompts))
         rewards.append(values)
         prompts += [Prompt(-1, c, "", "") for c in contexts]
@@ -70,6 +73,8 @@ def gathered(rollout: Rollout) -> Rollout:
         group_ids=torch.cat(group_ids),
         responses=tuple(responses),
         rewards=torch.cat(rewards),
+        timeouts=timeouts,
+        errors=errors,
     )
 
 
@@ -335,6 +340,8 @@ class Update:
         rollout, sums = self.rollout, self.sums
         n = len(rollout.responses)
         sums.add("reward/mean", rollout.rewards.sum(), n)
+        sums.add("reward/timeouts", rollout.timeouts)
+        sums.add("reward/errors", rollout.errors)
         sums.add("rollout/response_length", self.lengths.sum(), n)
         sums.add("rollout/truncated", sum(r.truncated for r in rollout.responses), n)
         sums.add("rollout/tokens", self.lengths.sum())
@@ -369,6 +376,7 @@ class Sums:
     """Running sums, reduced over ranks all at once; every rank knows the same keys."""
 
     TOTALS = (
+        *("reward/timeouts", "reward/errors"),
         "rollout/tokens",
         "rollout/responses",
         "rollout/contributing",

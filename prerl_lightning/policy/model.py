@@ -12,7 +12,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from prerl_lightning.errors import InputError
 from prerl_lightning.policy import attention
@@ -33,8 +40,9 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return _load(AutoTokenizer, model)
 
 
-def hidden_size(model: str) -> int:
-    return int(_load(AutoConfig, model).get_text_config().hidden_size)
+def load_config(model: str) -> PretrainedConfig:
+    """Of the language model, where there are more parts."""
+    return _load(AutoConfig, model).get_text_config()
 
 
 def _load(loader: Any, model: str, **options: Any) -> Any:

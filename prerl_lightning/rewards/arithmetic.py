@@ -4,14 +4,20 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from prerl_lightning.rewards.score import Score
 
-def arithmetic_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> float:
+
+def arithmetic_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> Score:
     """1.0 if what follows the last ``#`` is the ground truth; 0.0 without one, and for a truncated response."""
     _, found, answer = response.rpartition("#")
-    return float(bool(found) and not extra.get("truncated") and answer.strip() == ground_truth)
+    if not found or extra.get("truncated"):
+        return Score(0.0)
+    return Score(answer.strip() == ground_truth, answer.strip())
 
 
-def last_number_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> float:
+def last_number_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> Score:
     """1.0 if the last integer of the response is the ground truth; 0.0 without one, and for a truncated response."""
     numbers = re.findall(r"-?[0-9]+", response)
-    return float(bool(numbers) and not extra.get("truncated") and numbers[-1] == ground_truth)
+    if not numbers or extra.get("truncated"):
+        return Score(0.0)
+    return Score(numbers[-1] == ground_truth, numbers[-1])

@@ -9,14 +9,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from prerl_lightning.rewards.score import Score
 
-def boxed_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> float:
+
+def boxed_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> Score:
     """1.0 if the last box of ``response`` equals ``ground_truth`` after normalisation, else 0.0; 0.0 without a box,
     and for a truncated response (``extra["truncated"]``)."""
-    if extra.get("truncated"):
-        return 0.0
-    answer = last_boxed(response)
-    return float(answer is not None and equivalent(answer, ground_truth))
+    answer = None if extra.get("truncated") else last_boxed(response)
+    if answer is None:
+        return Score(0.0)
+    return Score(equivalent(answer, ground_truth), normalised(answer))
 
 
 def last_boxed(text: str) -> str | None:
@@ -41,6 +43,14 @@ def equivalent(a: str, b: str) -> bool:
         return normalise(a) == normalise(b)
     except _MalformedError:
         return a == b
+
+
+def normalised(text: str) -> str:
+    """`normalise`, or the text itself where it cannot be."""
+    try:
+        return normalise(text)
+    except _MalformedError:
+        return text
 
 
 class _MalformedError(Exception):

@@ -1,7 +1,7 @@
 """What the rest of the library asks of an inference engine."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -9,6 +9,8 @@ from transformers import PretrainedConfig
 
 from prerl_lightning.errors import InputError
 from prerl_lightning.types import Response
+
+OnGroup = Callable[[int, list[Response]], None]
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,19 @@ class Engine(ABC):
 
     @abstractmethod
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], greedy: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        greedy: bool = False,
+        on_group: OnGroup | None = None,
     ) -> list[list[Response]]:
         """G responses for each prompt, in order; G = 1 and temperature 0 if ``greedy``.
 
         Args:
             prompts: P token-id lists, each at least one token shorter than `max_model_len`.
             seeds: (P,); the same seed gives the same responses, whatever else is in the batch.
+            on_group: called with a prompt's position and its responses as soon as they are there.
         """
 
     @abstractmethod

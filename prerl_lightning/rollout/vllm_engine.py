@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from prerl_lightning.rollout.engine import Engine, Sampling
+from prerl_lightning.rollout.engine import Engine, OnGroup, Sampling
 from prerl_lightning.types import Response
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -114,7 +114,12 @@ class VLLMEngine(Engine):
         return llm
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], greedy: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        greedy: bool = False,
+        on_group: OnGroup | None = None,
     ) -> list[list[Response]]:
         from vllm import SamplingParams, TokensPrompt
 
@@ -137,15 +142,25 @@ class VLLMEngine(Engine):
             for seed in seeds
         ]
         inputs = [TokensPrompt(prompt_token_ids=list(p)) for p in prompts]
+        engine = self._llm.llm_engine
+        groups: list[list[Response]] = [[] for _ in prompts]
         try:
             with _host_state_kept():
-                outputs = self._llm.generate(inputs, params, use_tqdm=False)
+                # LLM.generate is these two and a sort; in between a finished group can be handed on
+                ids = self._llm.enqueue(inputs, params, use_tqdm=False)
+                first = int(ids[0].partition("-")[0])  # requests are numbered, and a random part hangs on
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        if output.finished:
+                            i = int(output.request_id) - first
+                            groups[i] = [_response(c) for c in output.outputs]
+                            if on_group is not None:
+                                on_group(i, groups[i])
         except BaseException:
             # requests left behind by an interrupt would make the next call hang
-            engine = self._llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
-        return [[_response(c) for c in output.outputs] for output in outputs]
+        return groups
 
     def update_weights(self, named_weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         if self._asleep:

@@ -1,0 +1,352 @@
+"""``prerl evaluate`` and ``prerl compare``.
+
+    prerl evaluate --model Qwen/Qwen2.5-0.5B-Instruct --data math500,aime24 --k 32
+    prerl evaluate --config runs/dsrl/version_0/config.yaml --ckpt_path runs/dsrl/version_0/checkpoints/last.ckpt
+    prerl compare evaluations/a evaluations/b
+
+Every problem's k samples become a line of OUT/SET.jsonl as soon as its batch is verified, behind a first line with the
+settings. A killed evaluation goes on behind the last whole line; since a sample's seed depends on its problem alone, it
+ends as if it had never stopped.
+"""
+
+import argparse
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prerl_lightning.data.module import RolloutDataModule
+from prerl_lightning.data.named import SETS, NamedProblems
+from prerl_lightning.data.problems import ProblemSet
+from prerl_lightning.errors import InputError
+from prerl_lightning.metrics.evaluation import answer_number, bootstrap, interval, per_problem, summary
+from prerl_lightning.policy.model import model_path
+from prerl_lightning.rewards.pool import RewardPool
+from prerl_lightning.rollout.sampler import Group, sample_for_evaluation
+from prerl_lightning.run import PrerlCLI
+from prerl_lightning.types import Prompt
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]  # a line: row, prompt, ground_truth, samples, greedy
+
+
+class _Configured(PrerlCLI):
+    """The configuration of a run, its parts made and nothing started."""
+
+    def instantiate_trainer(self, **_: Any) -> Any:
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "prerl evaluate",
+        allow_abbrev=False,
+        description="avg@k, pass@k, maj@k and greedy accuracy with 95 %% intervals, from k samples a problem.",
+        epilog="Further options are those of prerl fit, e.g. --config FILE, --data.sampling.max_new_tokens 2048, "
+        "--data.engine.init_args.max_model_len 4096, --data.format.chat_template_kwargs '{enable_thinking: false}'.",
+    )
+    parser.add_argument("--model", help="Hugging Face folder or hub id, or embedded; default: the configuration's")
+    parser.add_argument("--ckpt_path", help="a training checkpoint whose weights to take; needs its run's --config")
+    parser.add_argument(
+        "--data",
+        metavar="SET[=FILE],...",
+        help=f"of {', '.join(SETS)}, each from the hub or a FILE; default: the configuration's data.val",
+    )
+    parser.add_argument("--limit", type=int, help="use the first so many problems of each named set")
+    parser.add_argument("--style", choices=("chat", "plain"), default="chat", help="plain: for base models")
+    parser.add_argument("--k", type=int, default=8, help="samples a problem (default 8)")
+    parser.add_argument("--no_greedy", action="store_true", help="leave out the one greedy response")
+    parser.add_argument("--out", help="folder; default: evaluations/MODEL")
+    return parser
+
+
+def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Run the command; prints and returns the measures of each set.
+
+    Raises:
+        InputError: with the mend, before the engine starts wherever it can be known then.
+    """
+    own, rest = _arguments().parse_known_args(args)
+    if own.k < 1:
+        raise InputError(f"--k: {own.k} is below 1.")
+    configured = any(a == "--config" or a.startswith("--config=") for a in rest)
+    if not configured:
+        if not own.model or not own.data:
+            raise InputError("prerl evaluate: give --model and --data, or the --config of a run.")
+        name = own.data.split(",")[0].partition("=")[0]
+        rest = ["--model=GRPO", "--data.train=NamedProblems", f"--data.train.init_args.name={name}", *rest]
+    if own.model:
+        rest.append(f"--model.init_args.model={own.model}")
+    cli = _Configured.run(["fit", *rest, "--trainer.logger=false"])
+    data: RolloutDataModule = cli.datamodule
+    model = str(cli.model.model_name)
+    sets = _problem_sets(own, data)
+    seed = data.seed if data.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+    rewards = {key: data.val_reward or problems.reward or data.train.reward for key, problems in sets.items()}
+    for key, reward in rewards.items():
+        if reward is None:
+            raise InputError(f"data.reward: missing, and {key} has no verifier of its own.")
+    weights = _checkpoint_weights(own.ckpt_path) if own.ckpt_path else None
+    prompts = data.encode(model, sets)
+    folder = Path(own.out or Path("evaluations") / _name(model, own.ckpt_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for key, encoded in prompts.items():
+        settings = {
+            "model": model,
+            "weights": _fingerprint(own.ckpt_path or model_path(model)),
+            "set": key,
+            "problems": len(encoded),
+            "prompts": answer_number(repr([p.token_ids for p in encoded])),
+            "reward": getattr(rewards[key], "__name__", repr(rewards[key])),
+            "k": own.k,
+            "greedy": not own.no_greedy,
+            "seed": seed,
+            "sampling": {k: v for k, v in asdict(data.sampling).items() if k != "group_size"},
+        }
+        files[key] = _ResultFile(folder / f"{key}.jsonl", settings)
+    todo = {key: [p for p in prompts[key] if p.row not in file.records] for key, file in files.items()}
+    if any(todo.values()):
+        data.engine.start(model_path(model), seed, 1)
+        if weights is not None:
+            data.engine.update_weights(weights, 1)
+    for key, left in todo.items():
+        if left:
+            reward = rewards[key]
+            assert reward is not None
+            pool = RewardPool(reward, data.verification)
+            try:
+                _sample(data, pool, left, own.k, not own.no_greedy, seed, files[key], len(prompts[key]))
+            finally:
+                pool.close()
+    found = {key: measures(list(file.records.values())) for key, file in files.items()}
+    (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(_table(found))
+    print(f"Samples and summary.json are in {folder}")
+    return found
+
+
+def _sample(
+    data: RolloutDataModule,
+    pool: RewardPool,
+    prompts: Sequence[Prompt],
+    k: int,
+    greedy: bool,
+    seed: int,
+    file: "_ResultFile",
+    total: int,
+) -> None:
+    start = time.perf_counter()
+    for i in range(0, len(prompts), data.val_batch):
+        batch = prompts[i : i + data.val_batch]
+        samples, answers = sample_for_evaluation(data.engine, pool, batch, data.sampling, k, greedy, seed)
+        file.append([_record(s, a) for s, a in zip(samples, answers or [None] * len(samples), strict=True)])
+        log.info("%s: %d of %d problems, %.0f s", file.path.stem, len(file.records), total, time.perf_counter() - start)
+
+
+def _problem_sets(own: argparse.Namespace, data: RolloutDataModule) -> dict[str, ProblemSet]:
+    if own.data is None:
+        if data.val is None:
+            raise InputError("prerl evaluate: the configuration has no data.val; name sets with --data.")
+        return {"val": data.val}
+    found: dict[str, ProblemSet] = {}
+    for item in own.data.split(","):
+        name, _, path = item.partition("=")
+        found[name] = NamedProblems(name, path or None, limit=own.limit, style=own.style)
+    return found
+
+
+def _name(model: str, checkpoint: str | None) -> str:
+    name = model.rstrip("/").rpartition("/")[2] or "model"
+    return name if checkpoint is None else f"{name}-{Path(checkpoint).stem}"
+
+
+def _checkpoint_weights(path: str) -> Iterator[tuple[str, Tensor]]:
+    """Of a training checkpoint, by their Hugging Face names, tied ones once."""
+    if not Path(path).is_file():
+        raise InputError(f"--ckpt_path: {path}: no such file.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["state_dict"]
+    except Exception as error:  # pickle, zip and torch each raise their own
+        raise InputError(f"--ckpt_path: {path} is no training checkpoint: {error}") from error
+    prefix = "policy.model."
+    found = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    if not found:
+        raise InputError(f"--ckpt_path: {path} holds no weights of a policy: it is not one of ours.")
+    once = {(t.data_ptr(), t.shape): name for name, t in reversed(found.items())}
+    return ((name, tensor) for name, tensor in found.items() if name in set(once.values()))
+
+
+def _fingerprint(path: str) -> list[Any]:
+    """Sizes and times of the weight files; a hub id stands for itself."""
+    source = Path(path).expanduser()
+    files = [source] if source.is_file() else sorted(source.glob("*.safetensors")) if source.is_dir() else []
+    return [[f.name, f.stat().st_size, int(f.stat().st_mtime)] for f in files] or [path]
+
+
+def _record(samples: Group, greedy: Group | None) -> Record:
+    def answers(group: Group) -> list[dict[str, Any]]:
+        return [
+            {
+                "text": response.text,
+                "score": verdict.score,
+                "answer": verdict.answer,
+                "failure": verdict.failure,
+                "tokens": len(response.token_ids),
+                "truncated": response.truncated,
+            }
+            for response, verdict in zip(group.responses, group.verdicts, strict=True)
+        ]
+
+    return {
+        "row": samples.prompt.row,
+        "prompt": samples.prompt.text,
+        "ground_truth": samples.prompt.ground_truth,
+        "samples": answers(samples),
+        "greedy": answers(greedy)[0] if greedy is not None else None,
+    }
+
+
+class _ResultFile:
+    """OUT/SET.jsonl: settings, then a line a problem.
+
+    Raises:
+        InputError: the file is there and was made with other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.records: dict[int, Record] = {}
+        if path.is_file() and path.stat().st_size:
+            found, records, whole = _read(path)
+            differing = [
+                f"{k}: {found.get(k)} there, {settings[k]} here" for k in settings if found.get(k) != settings[k]
+            ]
+            if differing:
+                raise InputError(
+                    f"{path} is of an evaluation with other settings ({'; '.join(differing)[:600]}). Give another "
+                    "--out, or delete it."
+                )
+            self.records = {r["row"]: r for r in records}
+            os.truncate(path, whole)  # a kill may have left half a line
+            log.info("%s: going on behind %d problems", path.name, len(records))
+        else:
+            self._write([{"settings": settings}])
+
+    def append(self, records: Sequence[Record]) -> None:
+        self._write(records)
+        self.records |= {r["row"]: r for r in records}
+
+    def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        with self.path.open("ab") as file:
+            # one write, so that what a full disk or a kill leaves is a beginning of it
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[Record], int]:
+    """Settings, records, and the bytes that whole lines take."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file.")
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    try:
+        first, *records = map(json.loads, lines)
+        return first["settings"], records, sum(map(len, lines))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no result of prerl evaluate ({error!r}).") from None
+
+
+def _matrix(records: Sequence[Record], value: Any, dtype: torch.dtype) -> Tensor:
+    return torch.tensor([[value(s) for s in r["samples"]] for r in records], dtype=dtype)
+
+
+def _scores(records: Sequence[Record]) -> tuple[Tensor, Tensor, Tensor]:
+    """(P, k) rewards and answers, and (P,) or (0,) greedy rewards."""
+    greedy = [r["greedy"]["score"] for r in records if r["greedy"] is not None]
+    return (
+        _matrix(records, lambda s: s["score"], torch.float64),
+        _matrix(records, lambda s: answer_number(s["answer"]), torch.long),
+        torch.tensor(greedy, dtype=torch.float64),
+    )
+
+
+def measures(records: Sequence[Record]) -> dict[str, float]:
+    """As `metrics.evaluation.summary`, and shares of failed verifications."""
+    records = sorted(records, key=lambda r: r["row"])
+    rewards, answers, greedy = _scores(records)
+    lengths = _matrix(records, lambda s: s["tokens"], torch.long)
+    truncated = _matrix(records, lambda s: s["truncated"], torch.long)
+    found = {"problems": float(len(records))} | summary(rewards, answers, lengths, truncated, greedy)
+    for failure in ("timeout", "error"):
+        found[f"{failure}s"] = float(sum(s["failure"] == failure for r in records for s in r["samples"]))
+    return found
+
+
+def _table(found: Mapping[str, Mapping[str, float]]) -> str:
+    lines = []
+    for key, values in found.items():
+        lines.append(f"{key}: {values['problems']:.0f} problems")
+        for name, value in values.items():
+            if f"{name}/low" in values:
+                lines.append(f"  {name:10} {value:.3f}  [{values[f'{name}/low']:.3f}, {values[f'{name}/high']:.3f}]")
+        rest = ("length", "truncated", "no_answer", "timeouts", "errors")
+        lines.append("  " + ", ".join(f"{n} {values[n]:.3g}" for n in rest if n in values))
+    return "\n".join(lines)
+
+
+def compare(args: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """b - a for each measure of each set that both folders have, over the problems that both have: the difference, its
+    95 % interval by a paired bootstrap over problems, and twice the share of resamples on the other side of 0."""
+    parser = argparse.ArgumentParser("prerl compare", description="Differences of two evaluations, b - a.")
+    parser.add_argument("a", type=Path, help="folder of prerl evaluate")
+    parser.add_argument("b", type=Path)
+    own = parser.parse_args(args)
+    for folder in (own.a, own.b):
+        if not folder.is_dir():
+            raise InputError(f"prerl compare: {folder}: no such folder.")
+    names = sorted({p.name for p in own.a.glob("*.jsonl")} & {p.name for p in own.b.glob("*.jsonl")})
+    if not names:
+        raise InputError(f"prerl compare: {own.a} and {own.b} have no set in common.")
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name in names:
+        sides = [{(r["row"], r["ground_truth"]): r for r in _read(folder / name)[1]} for folder in (own.a, own.b)]
+        common = sorted(sides[0].keys() & sides[1].keys())
+        if not common:
+            raise InputError(f"prerl compare: no problem of {name} is in both folders.")
+        a, b = (_measured([side[key] for key in common]) for side in sides)
+        key = Path(name).stem
+        found[key] = {m: difference(a[m], b[m]) for m in a if m in b}
+        print(f"{key}: {len(common)} problems in both ({len(sides[0])} and {len(sides[1])})")
+        for measure, d in found[key].items():
+            print(
+                f"  {measure:10} {d['a']:.3f} -> {d['b']:.3f}  {d['difference']:+.3f} "
+                f"[{d['low']:+.3f}, {d['high']:+.3f}]  p = {d['p']:.3f}"
+            )
+    return found
+
+
+def _measured(records: Sequence[Record]) -> dict[str, Tensor]:
+    rewards, answers, greedy = _scores(records)
+    values = per_problem(rewards, answers)
+    return values | ({"greedy": greedy} if len(greedy) == len(records) else {})
+
+
+def difference(a: Tensor, b: Tensor) -> dict[str, float]:
+    """Of the means of two (P,) float64 that belong to the same problems."""
+    drawn = bootstrap(b - a)
+    low, high = interval(b - a)
+    p = 2 * min(float((drawn <= 0).double().mean()), float((drawn >= 0).double().mean()))
+    means = {"a": float(a.mean()), "b": float(b.mean()), "difference": float((b - a).mean())}
+    return means | {"low": low, "high": high, "p": min(1.0, p)}

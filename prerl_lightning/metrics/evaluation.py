@@ -1,0 +1,140 @@
+"""avg@k, pass@k, maj@k and what else one matrix of samples tells, with intervals.
+
+The matrix has a row a problem and a column a sample. It is kept whole and sorted by row, so that one rank or several
+give the same digits, the bootstrap's included.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from math import comb
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from prerl_lightning.rollout.sampler import Group
+
+RESAMPLES = 2000
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that k samples hold a right one, from ``correct`` of n (arXiv 2107.03374)."""
+    return 1.0 - comb(n - correct, k) / comb(n, k)
+
+
+def majority(rewards: Sequence[float], answers: Sequence[int]) -> float:
+    """Mean reward of the most frequent answer; of tied ones, their mean. 0 where there is no answer.
+
+    Args:
+        rewards: (k,)
+        answers: (k,), equal numbers for equal answers, 0 for none.
+    """
+    votes: dict[int, list[float]] = {}
+    for reward, answer in zip(rewards, answers, strict=True):
+        if answer:
+            votes.setdefault(answer, []).append(reward)
+    most = max(map(len, votes.values()), default=0)
+    winners = [sum(v) / len(v) for v in votes.values() if len(v) == most]
+    return sum(winners) / len(winners) if winners else 0.0
+
+
+def per_problem(rewards: Tensor, answers: Tensor) -> dict[str, Tensor]:
+    """Each measure's value for each problem; its mean over problems is the measure.
+
+    Args:
+        rewards: (P, k) float64; 1 or more counts as right in pass@j.
+        answers: (P, k) as in `majority`; all 0 where the verifier does not say what it read.
+
+    Returns:
+        avg@k, pass@j for j = 1, 2, 4, ... and k, and maj@k where there are answers: (P,) each.
+    """
+    k = rewards.shape[1]
+    found = {f"avg@{k}": rewards.mean(1)}
+    right = (rewards >= 1).sum(1).tolist()
+    for j in sorted({*(1 << e for e in range(k.bit_length())), k}):
+        found[f"pass@{j}"] = torch.tensor([pass_at_k(k, c, j) for c in right], dtype=torch.float64)
+    if answers.any():
+        pairs = zip(rewards.tolist(), answers.tolist(), strict=True)
+        found[f"maj@{k}"] = torch.tensor([majority(r, a) for r, a in pairs], dtype=torch.float64)
+    return found
+
+
+def bootstrap(values: Tensor, seed: int = 0) -> Tensor:
+    """Means over problems drawn with replacement: (RESAMPLES,) from (P,) float64."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    return values[drawn].mean(1)
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """95 % percentile interval of the mean of (P,) values over problems."""
+    low, high = torch.quantile(bootstrap(values), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+class EvaluationMetric(Metric):
+    """Of a set of problems, k samples each, and perhaps one greedy response."""
+
+    full_state_update = False
+    higher_is_better = True
+    rows: list[Tensor]
+    rewards: list[Tensor]
+    answers: list[Tensor]
+    lengths: list[Tensor]
+    truncated: list[Tensor]
+    greedy_rows: list[Tensor]
+    greedy: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("rows", "rewards", "answers", "lengths", "truncated", "greedy_rows", "greedy"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, samples: Sequence[Group], greedy: Sequence[Group], k: int) -> None:
+        """Every rank has to, even without a problem: an empty state takes no part in gathering."""
+        verdicts = [v for group in samples for v in group.verdicts]
+        responses = [r for group in samples for r in group.responses]
+        kinds = [answer_number(v.answer) for v in verdicts]
+        self.rows.append(torch.tensor([g.prompt.row for g in samples], dtype=torch.long))
+        self.rewards.append(torch.tensor([v.score for v in verdicts], dtype=torch.float64).view(-1, k))
+        self.answers.append(torch.tensor(kinds, dtype=torch.long).view(-1, k))
+        self.lengths.append(torch.tensor([len(r.token_ids) for r in responses], dtype=torch.long).view(-1, k))
+        self.truncated.append(torch.tensor([r.truncated for r in responses], dtype=torch.long).view(-1, k))
+        self.greedy_rows.append(torch.tensor([g.prompt.row for g in greedy], dtype=torch.long))
+        self.greedy.append(torch.tensor([g.verdicts[0].score for g in greedy], dtype=torch.float64))
+
+    def compute(self) -> dict[str, float]:
+        """Nothing where there was no problem. The interval of x is x/low and x/high."""
+        rows = dim_zero_cat(self.rows)
+        if not len(rows):
+            return {}
+        order = rows.argsort()
+        rewards, answers, lengths, truncated = (
+            dim_zero_cat(s)[order] for s in (self.rewards, self.answers, self.lengths, self.truncated)
+        )
+        greedy = dim_zero_cat(self.greedy)[dim_zero_cat(self.greedy_rows).argsort()]
+        return summary(rewards, answers, lengths, truncated, greedy)
+
+
+def summary(rewards: Tensor, answers: Tensor, lengths: Tensor, truncated: Tensor, greedy: Tensor) -> dict[str, float]:
+    """All measures of one matrix: (P, k) each, and (P,) or (0,) greedy rewards."""
+    values = per_problem(rewards, answers)
+    if len(greedy):
+        values["greedy"] = greedy
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        low, high = interval(value)
+        found |= {key: float(value.mean()), f"{key}/low": low, f"{key}/high": high}
+    found["length"] = float(lengths.double().mean())
+    found["truncated"] = float(truncated.double().mean())
+    if answers.any():
+        found["no_answer"] = float((answers == 0).double().mean())
+    return found
+
+
+def answer_number(answer: str | None) -> int:
+    """0 for none, else 63 bits that equal answers share."""
+    if answer is None:
+        return 0
+    return int.from_bytes(hashlib.blake2b(answer.encode(errors="replace"), digest_size=8).digest(), "little") >> 1 or 1

@@ -1,0 +1,271 @@
+"""Verification in worker processes: a verifier that hangs, crashes or eats memory costs its own answer and no more.
+
+Each worker is a plain ``python -m prerl_lightning.rewards.worker`` behind a pipe, served by one thread here. An answer
+that takes longer than the limit is a *timeout*: first an exception is raised in the verifier, then, where that does not
+help (a C extension), the worker is killed and replaced. A verifier that raises, returns no finite number or takes its
+worker with it twice is an *error*. Both count 0 as a reward and are told apart from wrong answers in the log; above a
+share of a batch they stop the run.
+"""
+
+import logging
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, Literal
+
+from prerl_lightning.errors import InputError
+from prerl_lightning.rewards.score import Reward
+from prerl_lightning.rewards.worker import HARD_LIMIT, judge
+
+log = logging.getLogger(__name__)
+
+CHUNK = 16  # answers a message
+START_SECONDS = 120.0
+SHOWN = 3  # failures of a run that are shown with their text
+
+
+@dataclass(frozen=True)
+class Item:
+    """One response to verify: the arguments of a reward, and the problem's row for messages."""
+
+    prompt: str
+    response: str
+    ground_truth: str
+    extra: Mapping[str, Any]
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The reward of one response.
+
+    Args:
+        score: 0 if it failed.
+        answer: what the verifier read, for maj@k; None: nothing, or the verifier does not say.
+        failure: None: a verdict, right or wrong.
+        message: of a failure.
+    """
+
+    score: float
+    answer: str | None = None
+    failure: Literal["timeout", "error"] | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How rewards are computed.
+
+    Args:
+        workers: processes a rank; 0: in the training process, without any limit, for a debugger's sake.
+        timeout: seconds an answer.
+        memory_mib: address space of a worker.
+        max_failed: the run stops if a larger share of a batch's answers ended in a timeout or an error.
+    """
+
+    workers: int = 2
+    timeout: float = 5.0
+    memory_mib: int = 2048
+    max_failed: float = 0.1
+
+    def __post_init__(self) -> None:
+        checks = {
+            "workers": self.workers >= 0,
+            "timeout": self.timeout > 0,
+            "memory_mib": self.memory_mib >= 256,
+            "max_failed": 0 <= self.max_failed <= 1,
+        }
+        for name, fine in checks.items():
+            if not fine:
+                raise InputError(f"data.verification.{name}: {getattr(self, name)!r} is out of range.")
+
+
+class RewardPool:
+    """Workers that all hold one reward.
+
+    Raises:
+        InputError: the reward cannot be sent to a worker, or a worker cannot load it.
+    """
+
+    def __init__(self, reward: Reward, options: Verification) -> None:
+        self.reward, self.options = reward, options
+        self._shown = 0
+        self._queue: queue.SimpleQueue[tuple[Item, Future[Verdict]] | None] = queue.SimpleQueue()
+        self._threads: list[_Worker] = []
+        if options.workers:
+            try:
+                pickled = pickle.dumps(reward)
+            except Exception as error:
+                raise _not_loadable(reward, str(error)) from error
+            self._threads = [_Worker(self._queue, reward, pickled, options) for _ in range(options.workers)]
+            for thread in self._threads:
+                thread.launch()
+            for thread in self._threads:
+                thread.await_ready()
+                thread.start()
+
+    def submit(self, items: Sequence[Item]) -> "list[Future[Verdict]]":
+        """Returns at once; the futures are in the items' order."""
+        futures: list[Future[Verdict]] = [Future() for _ in items]
+        for item, future in zip(items, futures, strict=True):
+            if self.options.workers:
+                self._queue.put((item, future))
+            else:
+                future.set_result(Verdict(*judge(self.reward, _arguments(item))))
+        return futures
+
+    def collect(self, items: Sequence[Item], futures: "Sequence[Future[Verdict]]") -> list[Verdict]:
+        """Waits for the verdicts of one batch, and shows the first failures of the run.
+
+        Raises:
+            InputError: more than ``max_failed`` of them failed.
+        """
+        verdicts = [future.result() for future in futures]
+        failed = [(i, v) for i, v in zip(items, verdicts, strict=True) if v.failure]
+        described = [
+            f"{v.failure} at row {i.row}: {v.message}; truth {i.ground_truth[:100]!r}, response {i.response[-300:]!r}"
+            for i, v in failed
+        ]
+        for text in described[: max(0, SHOWN - self._shown)]:
+            self._shown += 1
+            log.warning("reward: %s", text)
+        if len(failed) > self.options.max_failed * len(items):
+            raise InputError(
+                f"data.reward: {len(failed)} of {len(items)} answers could not be verified, which is more than "
+                f"data.verification.max_failed ({self.options.max_failed:.0%}). The first: {described[0]}"
+            )
+        return verdicts
+
+    def verify(self, items: Sequence[Item]) -> list[Verdict]:
+        return self.collect(items, self.submit(items))
+
+    @property
+    def pids(self) -> list[int]:
+        return [t.process.pid for t in self._threads if t.process is not None]
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+
+
+class _Worker(threading.Thread):
+    """Serves one worker process, and replaces it."""
+
+    def __init__(self, work: queue.SimpleQueue, reward: Reward, pickled: bytes, options: Verification) -> None:
+        super().__init__(daemon=True, name="prerl-reward")
+        self.work, self.reward, self.pickled, self.options = work, reward, pickled, options
+        self.process: subprocess.Popen | None = None
+        self.pipe: Connection
+
+    def launch(self) -> None:
+        self.pipe, theirs = Pipe()
+        command = [sys.executable, "-m", "prerl_lightning.rewards.worker", str(theirs.fileno())]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        theirs.close()
+        # not with the first answers: a path that differs here must not decide what the worker imports first
+        self.pipe.send((sys.path, self.options.timeout, self.options.memory_mib))
+        self.pipe.send_bytes(self.pickled)
+
+    def await_ready(self) -> None:
+        problem = f"no sign of life in {START_SECONDS:.0f} s"
+        try:
+            if self.pipe.poll(START_SECONDS):
+                problem = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            problem = self._ending()
+        if problem:
+            self.stop()
+            raise _not_loadable(self.reward, problem)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.pipe.close()
+            self.process = None
+
+    def _ending(self) -> str:
+        assert self.process is not None
+        try:
+            status = self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            return "its worker closed the pipe"
+        return f"its worker died ({signal.Signals(-status).name if status < 0 else f'exit status {status}'})"
+
+    def run(self) -> None:
+        chunk: list[tuple[Item, Future[Verdict]]] = []
+        try:
+            while (first := self.work.get()) is not None:
+                chunk = [first]
+                while len(chunk) < CHUNK:
+                    try:
+                        more = self.work.get_nowait()
+                    except queue.Empty:
+                        break
+                    if more is None:
+                        self.work.put(None)  # was meant for whoever comes next: us
+                        break
+                    chunk.append(more)
+                self._serve(chunk)
+        except BaseException as error:  # whoever waits for a verdict learns of it
+            for _, future in chunk:
+                if not future.done():
+                    future.set_exception(error)
+        finally:
+            self.stop()
+
+    def _serve(self, chunk: list[tuple[Item, "Future[Verdict]"]]) -> None:
+        deaths = 0  # of workers, at the answer that is next
+        sent = False
+        while chunk:
+            item, future = chunk[0]
+            verdict: Verdict | None = None
+            try:
+                if self.process is None:
+                    self.launch()
+                    self.await_ready()
+                if not sent:
+                    self.pipe.send([_arguments(i) for i, _ in chunk])
+                    sent = True
+                if self.pipe.poll(HARD_LIMIT * self.options.timeout + 5):
+                    verdict = Verdict(*self.pipe.recv())
+                else:
+                    verdict = Verdict(0.0, None, "timeout", "the verifier did not come back and was killed")
+                    self.stop()
+                    sent = False
+            except (EOFError, ConnectionError):
+                assert self.process is not None
+                ending = self._ending()
+                self.stop()
+                sent = False
+                deaths += 1
+                if signal.SIGPROF.name in ending:  # the kernel's timer: see worker.py
+                    verdict = Verdict(0.0, None, "timeout", "the verifier did not come back and was killed")
+                elif deaths == 2:  # at the first time the answer need not be what killed it
+                    verdict = Verdict(0.0, None, "error", ending)
+            if verdict is not None:
+                future.set_result(verdict)
+                chunk.pop(0)
+                deaths = 0
+
+
+def _arguments(item: Item) -> tuple[str, str, str, Mapping[str, Any]]:
+    return item.prompt, item.response, item.ground_truth, item.extra
+
+
+def _not_loadable(reward: Reward, problem: str) -> InputError:
+    name = getattr(reward, "__qualname__", type(reward).__qualname__)
+    return InputError(
+        f"data.reward: {name} cannot be used in a worker process: {problem}. Put it into a module on PYTHONPATH, or "
+        "set data.verification.workers: 0, which verifies in the training process and has no time limit."
+    )

@@ -1,0 +1,88 @@
+"""A worker process of rewards/pool.py: ``python -m prerl_lightning.rewards.worker FD``.
+
+Two timers an answer, both the kernel's, so that they hold where Python does not come to its turn and where the training
+process is gone: one by the clock raises an exception in the verifier; one of CPU time, later, ends the process.
+"""
+
+import math
+import os
+import pickle
+import resource
+import signal
+import sys
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+HARD_LIMIT = 1.5  # times the timeout
+
+
+class OutOfTime(BaseException):
+    pass
+
+
+Judged = tuple[float, str | None, str | None, str]  # the fields of pool.Verdict
+
+
+def judge(reward: Any, arguments: tuple[str, str, str, Mapping[str, Any]]) -> Judged:
+    """Score, answer, failure, message."""
+    try:
+        value = reward(*arguments)
+        score = float(value)
+    except OutOfTime:
+        raise
+    except Exception as error:
+        return 0.0, None, "error", repr(error)[:500]
+    if not math.isfinite(score):
+        return 0.0, None, "error", f"the reward is {score}"
+    answer = getattr(value, "answer", None)
+    return score, None if answer is None else str(answer)[:1000], None, ""
+
+
+def _judge_in_time(reward: Any, arguments: Any, timeout: float) -> Judged:
+    try:
+        # the CPU's timer first: it is the one that nothing can hold up
+        signal.setitimer(signal.ITIMER_PROF, HARD_LIMIT * timeout)
+        signal.setitimer(signal.ITIMER_REAL, timeout)
+        try:
+            return judge(reward, arguments)
+        except SystemExit as error:
+            return 0.0, None, "error", repr(error)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    except OutOfTime:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        return 0.0, None, "timeout", f"longer than {timeout:g} s"
+
+
+def _raise(*_: Any) -> None:
+    raise OutOfTime
+
+
+def main(pipe: Connection) -> None:
+    path, timeout, memory_mib = pipe.recv()
+    sys.path[:] = path
+    pickled = pipe.recv_bytes()
+    try:
+        reward = pickle.loads(pickled)
+    except BaseException as error:
+        pipe.send(repr(error))
+        return
+    signal.signal(signal.SIGALRM, _raise)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() if os.path.exists("/proc") else 0
+    limit = used + (memory_mib << 20)  # what the reward's own imports took does not count
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    pipe.send("")
+    while True:
+        for arguments in pipe.recv():
+            pipe.send(_judge_in_time(reward, arguments, timeout))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to answer
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        main(Connection(int(sys.argv[1])))
+    except (EOFError, ConnectionError):
+        pass  # the training process has ended

@@ -1,0 +1,148 @@
+"""`prerl evaluate` and `prerl compare` as a user starts them: whole, killed and resumed, of a checkpoint."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from prerl_lightning.evaluate import compare, difference, measures
+from prerl_lightning.metrics.evaluation import interval
+
+ROOT = Path(__file__).parents[1]
+EMBEDDED = [
+    *("evaluate", "--config", str(ROOT / "configs" / "dsrl.yaml"), "--data.val.init_args.size=24"),
+    *("--data.val_batch=4", "--data.sampling.max_new_tokens=48", "--k", "4", "--out", "out"),
+]
+
+
+def start(cwd, *args):
+    command = [sys.executable, "-m", "prerl_lightning.cli", *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process, code=0):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, finish(start(folder, *EMBEDDED))
+
+
+def test_what_an_evaluation_shows_and_leaves(whole):
+    folder, output = whole
+    records = rows(folder / "out" / "val.jsonl")
+    assert [r["row"] for r in records] == list(range(24))
+    assert all(len(r["samples"]) == 4 and r["greedy"] for r in records)
+    found = json.loads((folder / "out" / "summary.json").read_text())["val"]
+    scores = [[s["score"] for s in r["samples"]] for r in records]
+    average = sum(map(sum, scores)) / 96
+    assert found["avg@4"] == pytest.approx(average, abs=1e-12)
+    assert 0.15 < average < 0.6  # 0.37 on 128 problems
+    assert found["pass@4"] == pytest.approx(sum(max(s) for s in scores) / 24)
+    assert (found["avg@4/low"], found["avg@4/high"]) == interval(torch.tensor(scores, dtype=torch.float64).mean(1))
+    for word in ("avg@4", "pass@1", "pass@2", "pass@4", "maj@4", "greedy", "length", "truncated", "no_answer"):
+        assert word in output
+    assert "24 problems" in output
+
+
+def test_killed_and_resumed_it_ends_as_if_it_had_never_stopped(whole, tmp_path):
+    process = start(tmp_path, *EMBEDDED)
+    file = tmp_path / "out" / "val.jsonl"
+    while not file.is_file() or len(file.read_bytes().splitlines()) < 6:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = len(rows(file)) if file.read_bytes().endswith(b"\n") else None
+    with file.open("ab") as torn:
+        torn.write(b'{"row": 99, "sam')  # what a kill in the middle of a write leaves
+    output = finish(start(tmp_path, *EMBEDDED))
+    assert f"going on behind {done} problems" in output
+    assert 4 <= done < 24
+    assert rows(file) == rows(whole[0] / "out" / "val.jsonl")
+    assert measures(rows(file)) == measures(rows(whole[0] / "out" / "val.jsonl"))
+    refused = finish(start(tmp_path, *EMBEDDED, "--data.sampling.temperature=0.5"), 2)
+    assert "with other settings (sampling:" in refused
+    assert "Traceback" not in refused
+
+
+def test_a_checkpoint_s_weights_are_those_evaluated(whole, tmp_path):
+    """One big step away from the shipped model: a checkpoint, its exported folder, and not the shipped model."""
+    config = ["--config", ROOT / "configs" / "dsrl.yaml"]
+    small = ["--trainer.max_steps=1", "--model.init_args.lr=0.003", "--trainer.callbacks=null"]
+    finish(start(tmp_path, "fit", *config, *small, "--data.val=null"))
+    run = tmp_path / "runs" / "dsrl" / "version_0"
+    found = {}
+    for name, options in {
+        "checkpoint": ["--ckpt_path", run / "checkpoints" / "last.ckpt"],
+        "folder": ["--model", run / "model"],
+    }.items():
+        finish(start(tmp_path, *EMBEDDED[:-1], name, *options, "--no_greedy"))
+        found[name] = [[s["text"] for s in r["samples"]] for r in rows(tmp_path / name / "val.jsonl")]
+    assert found["checkpoint"] == found["folder"]
+    assert found["folder"] != [[s["text"] for s in r["samples"]] for r in rows(whole[0] / "out" / "val.jsonl")]
+    file = tmp_path / "not.ckpt"
+    file.write_text("nothing")
+    output = finish(start(tmp_path, *EMBEDDED, "--ckpt_path", file), 2)
+    assert "is no training checkpoint" in output
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["evaluate"], "give --model and --data"),
+        (["evaluate", "--model", "embedded", "--data", "math600"], "'math600' is none of"),
+        (["evaluate", "--model", "embedded", "--data", "amc23=nowhere.parquet"], "nowhere.parquet: no such file"),
+        (["evaluate", "--model", "embedded", "--data", "amc23", "--k", "0"], "--k: 0 is below 1"),
+        (["compare", "nowhere", "nowhere"], "nowhere: no such folder"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_wrong_input_is_named(tmp_path, args, words):
+    output = finish(start(tmp_path, *args), 2)
+    assert words in output
+    assert "Traceback" not in output
+
+
+def write(folder, scores):
+    folder.mkdir()
+    lines = [{"settings": {}}]
+    for row, problem in enumerate(scores):
+        samples = [
+            {"text": "", "score": s, "answer": str(s), "failure": None, "tokens": 3, "truncated": False}
+            for s in problem
+        ]
+        lines.append({"row": row, "prompt": "", "ground_truth": "1", "samples": samples, "greedy": None})
+    (folder / "math500.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+
+def test_compare(tmp_path, capsys):
+    write(tmp_path / "a", [[1, 0, 0, 0]] * 60 + [[0, 0, 0, 0]] * 40)
+    write(tmp_path / "b", [[1, 1, 0, 0]] * 60 + [[0, 0, 0, 0]] * 40)
+    found = compare([str(tmp_path / "a"), str(tmp_path / "b")])["math500"]["avg@4"]
+    assert (found["a"], found["b"]) == (0.15, 0.30)
+    assert found["difference"] == pytest.approx(0.15)
+    # paired: every problem moves by 0 or 1/4, so that the interval is that of 60 coin flips' share over 4
+    deviation = (0.6 * 0.4 / 100) ** 0.5 / 4
+    assert (found["low"], found["high"]) == pytest.approx((0.15 - 1.96 * deviation, 0.15 + 1.96 * deviation), abs=0.003)
+    assert found["p"] == 0
+    assert "avg@4      0.150 -> 0.300  +0.150" in capsys.readouterr().out
+
+
+def test_no_difference_has_no_evidence():
+    zeros = torch.zeros(10, dtype=torch.float64)
+    assert difference(zeros, zeros)["p"] == 1
