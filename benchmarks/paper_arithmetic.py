@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5, help="0: compare gradients only")
     parser.add_argument("--budget", type=int, default=4096, help="tokens of a micro-batch, both sides")
+    parser.add_argument("--cells", nargs="+", default=[""], help="those whose name holds one of these texts")
     parser.add_argument("--bf16", action="store_true", help="autocast")
     args = parser.parse_args()
     modules = {}
@@ -149,6 +150,7 @@ def main() -> None:
     for share in (0, 0.45, 0.75):
         equal = round(args.prompts * share)  # with 4 prompts 45 % is 50 %, and the name says so
         cells[f"GRPO, {equal / args.prompts:.0%} zero advantage"] = rewards_with_zero_advantage(n, share)
+    cells = {name: rewards for name, rewards in cells.items() if any(part in name for part in args.cells)}
     found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for shape in args.shapes:
         rollouts = {name: make_rollout(args.prompts, shape, rewards, vocab) for name, rewards in cells.items()}

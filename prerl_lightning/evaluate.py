@@ -65,6 +65,7 @@ def _arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", type=int, help="use the first so many problems of each named set")
     parser.add_argument("--style", choices=("chat", "plain"), default="chat", help="plain: for base models")
+    parser.add_argument("--reward", metavar="PATH", help="a verifier instead of the sets' own")
     parser.add_argument("--k", type=int, default=8, help="samples a problem (default 8)")
     parser.add_argument("--no_greedy", action="store_true", help="leave out the one greedy response")
     parser.add_argument("--out", help="folder; default: evaluations/MODEL")
@@ -86,6 +87,8 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
             raise InputError("prerl evaluate: give --model and --data, or the --config of a run.")
         name = own.data.split(",")[0].partition("=")[0]
         rest = ["--model=GRPO", "--data.train=NamedProblems", f"--data.train.init_args.name={name}", *rest]
+    if own.reward:
+        rest.append(f"--data.val_reward={own.reward}")
     if own.model:
         rest.append(f"--model.init_args.model={own.model}")
     cli = _Configured.run(["fit", *rest, "--trainer.logger=false"])
@@ -93,7 +96,10 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
     model = str(cli.model.model_name)
     sets = _problem_sets(own, data)
     seed = data.seed if data.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
-    rewards = {key: data.val_reward or problems.reward or data.train.reward for key, problems in sets.items()}
+    if own.data and not own.reward:  # the configuration's reward is for its own problems
+        rewards = {key: problems.reward for key, problems in sets.items()}
+    else:
+        rewards = {key: data.val_reward or problems.reward or data.train.reward for key, problems in sets.items()}
     for key, reward in rewards.items():
         if reward is None:
             raise InputError(f"data.reward: missing, and {key} has no verifier of its own.")
@@ -151,7 +157,8 @@ def _sample(
     for i in range(0, len(prompts), data.val_batch):
         batch = prompts[i : i + data.val_batch]
         samples, answers = sample_for_evaluation(data.engine, pool, batch, data.sampling, k, greedy, seed)
-        file.append([_record(s, a) for s, a in zip(samples, answers or [None] * len(samples), strict=True)])
+        greedy_of = {group.prompt.row: group for group in answers}
+        file.append([_record(group, greedy_of.get(group.prompt.row)) for group in samples])
         log.info("%s: %d of %d problems, %.0f s", file.path.stem, len(file.records), total, time.perf_counter() - start)
 
 
@@ -230,9 +237,8 @@ class _ResultFile:
         self.records: dict[int, Record] = {}
         if path.is_file() and path.stat().st_size:
             found, records, whole = _read(path)
-            differing = [
-                f"{k}: {found.get(k)} there, {settings[k]} here" for k in settings if found.get(k) != settings[k]
-            ]
+            changed = [k for k in settings if found.get(k) != settings[k]]
+            differing = [f"{k}: {found.get(k)} there, {settings[k]} here" for k in changed]
             if differing:
                 raise InputError(
                     f"{path} is of an evaluation with other settings ({'; '.join(differing)[:600]}). Give another "

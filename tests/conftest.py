@@ -1,5 +1,6 @@
 """Random-weight models of real architectures, and rollouts over them."""
 
+import logging
 import os
 
 import pytest
@@ -82,3 +83,26 @@ def make_rollout():
         )
 
     return make
+
+
+@pytest.fixture
+def refused(monkeypatch, tmp_path, capsys):
+    """A function that calls `prerl` with wrong input, in an empty folder, and gives what it wrote to stderr."""
+    from prerl_lightning.cli import main
+
+    log, environment = logging.getLogger("prerl_lightning"), dict(os.environ)
+    handlers, propagate, level = log.handlers[:], log.propagate, log.level
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["prerl"])
+
+    def call(*args) -> str:
+        with pytest.raises(SystemExit) as ending:
+            main(list(map(str, args)))
+        assert ending.value.code == 2
+        return capsys.readouterr().err
+
+    yield call
+    log.handlers[:], log.propagate = handlers, propagate
+    log.setLevel(level)
+    os.environ.clear()
+    os.environ.update(environment)

@@ -36,9 +36,8 @@ def parse(monkeypatch):
     """Parse a command line as `prerl` does, without building anything."""
     from prerl_lightning.run import PrerlCLI
 
-    monkeypatch.setattr(
-        "prerl_lightning.run.load_config", lambda model: SimpleNamespace(hidden_size=128)
-    )  # nor looking at the model
+    # nor looking at the model
+    monkeypatch.setattr("prerl_lightning.run.load_config", lambda model: SimpleNamespace(hidden_size=128))
 
     class ParsedOnly(PrerlCLI):
         def instantiate_classes(self):
@@ -157,8 +156,12 @@ def test_overrides(parse):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_wrong_input_is_named_without_a_traceback(tmp_path, args, words):
-    found = prerl(*args, cwd=tmp_path)
+def test_wrong_input_is_named(refused, args, words):
+    assert words in refused(*args)
+
+
+def test_wrong_input_is_named_without_a_traceback(tmp_path):
+    found = prerl("fit", "--config", CONFIGS / "dsrl.yaml", "--model.init_args.model=./nowhere", cwd=tmp_path)
     assert found.returncode == 2
-    assert words in found.stderr
-    assert "Traceback" not in found.stderr
+    assert found.stderr.startswith("prerl: error: model: './nowhere' is no folder with a config.json.")
+    assert len(found.stderr.splitlines()) == 1

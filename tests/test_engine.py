@@ -51,6 +51,17 @@ def difference(engine, policy):
 
 @pytest.mark.parametrize("engine", SHAPES, indirect=True)
 class TestEngine:
+    def test_groups_are_handed_on_while_others_are_sampled(self, engine):
+        found = {}
+
+        def on_group(i, group):
+            found[i] = group, engine._llm.llm_engine.has_unfinished_requests()
+
+        prompts = [PROMPTS[0], *[PROMPTS[0]] * 300]  # more than max_num_seqs, so that not all end in one step
+        groups = engine.generate(prompts, SAMPLING, range(0, 9 * len(prompts), 9), on_group=on_group)
+        assert [found[i][0] for i in range(len(prompts))] == groups
+        assert sum(unfinished for _, unfinished in found.values()) > len(prompts) / 2
+
     def test_log_probs_agree_before_and_after_updates(self, engine):
         for seed in (1, 2):
             policy = moved_policy(engine.folder, seed=seed)

@@ -1,6 +1,7 @@
 """Multiple choice."""
 
 import re
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,10 +35,8 @@ def chosen(text: str) -> str | None:
         found = LETTER.match(boxed)
         return found[1].upper() if found else None
     for pattern in (STATED, ALONE):
-        last = None
-        for last in pattern.finditer(text):
-            pass
-        if last is not None:
-            return next(group for group in last.groups() if group).upper()
+        last = deque(pattern.finditer(text), maxlen=1)
+        if last:
+            return next(group for group in last[0].groups() if group).upper()
     alone = re.fullmatch(r"([A-Za-z])\W{0,9}", text.strip()[:20])
     return alone[1].upper() if alone else None

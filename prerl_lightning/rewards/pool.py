@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
-from typing import Any, Literal
+from typing import Any
 
 from prerl_lightning.errors import InputError
 from prerl_lightning.rewards.score import Reward
-from prerl_lightning.rewards.worker import HARD_LIMIT, judge
+from prerl_lightning.rewards.worker import HARD_LIMIT, Failure, judge
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Verdict:
 
     score: float
     answer: str | None = None
-    failure: Literal["timeout", "error"] | None = None
+    failure: Failure | None = None
     message: str = ""
 
 
@@ -203,32 +203,38 @@ class _Worker(threading.Thread):
         return f"its worker died ({signal.Signals(-status).name if status < 0 else f'exit status {status}'})"
 
     def run(self) -> None:
-        chunk: list[tuple[Item, Future[Verdict]]] = []
-        try:
-            while (first := self.work.get()) is not None:
-                chunk = [first]
-                while len(chunk) < CHUNK:
-                    try:
-                        more = self.work.get_nowait()
-                    except queue.Empty:
-                        break
-                    if more is None:
-                        self.work.put(None)  # was meant for whoever comes next: us
-                        break
-                    chunk.append(more)
-                self._serve(chunk)
-        except BaseException as error:  # whoever waits for a verdict learns of it
-            for _, future in chunk:
-                if not future.done():
-                    future.set_exception(error)
-        finally:
-            self.stop()
+        while (chunk := self._take()) is not None:
+            try:
+                self._serve(list(chunk))
+            except BaseException as error:  # whoever waits for a verdict learns of it
+                for _, future in chunk:
+                    if not future.done():
+                        future.set_exception(error)
+        self.stop()
+
+    def _take(self) -> "list[tuple[Item, Future[Verdict]]] | None":
+        """Some of the work, so that it ends at about the same time for all; None at the end."""
+        first = self.work.get()
+        if first is None:
+            return None
+        chunk = [first]
+        share = self.work.qsize() // (2 * self.options.workers)
+        while len(chunk) < min(CHUNK, share):
+            try:
+                more = self.work.get_nowait()
+            except queue.Empty:
+                break
+            if more is None:
+                self.work.put(None)
+                break
+            chunk.append(more)
+        return chunk
 
     def _serve(self, chunk: list[tuple[Item, "Future[Verdict]"]]) -> None:
         deaths = 0  # of workers, at the answer that is next
         sent = False
         while chunk:
-            item, future = chunk[0]
+            _, future = chunk[0]
             verdict: Verdict | None = None
             try:
                 if self.process is None:

@@ -5,14 +5,15 @@ process is gone: one by the clock raises an exception in the verifier; one of CP
 """
 
 import math
-import os
 import pickle
 import resource
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 HARD_LIMIT = 1.5  # times the timeout
 
@@ -21,7 +22,8 @@ class OutOfTime(BaseException):
     pass
 
 
-Judged = tuple[float, str | None, str | None, str]  # the fields of pool.Verdict
+Failure = Literal["timeout", "error"]
+Judged = tuple[float, str | None, Failure | None, str]  # the fields of pool.Verdict
 
 
 def judge(reward: Any, arguments: tuple[str, str, str, Mapping[str, Any]]) -> Judged:
@@ -70,7 +72,8 @@ def main(pipe: Connection) -> None:
         pipe.send(repr(error))
         return
     signal.signal(signal.SIGALRM, _raise)
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() if os.path.exists("/proc") else 0
+    size = Path("/proc/self/statm")  # in pages; where there is none, the imports count
+    used = int(size.read_text().split()[0]) * resource.getpagesize() if size.exists() else 0
     limit = used + (memory_mib << 20)  # what the reward's own imports took does not count
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     pipe.send("")
@@ -82,7 +85,5 @@ def main(pipe: Connection) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to answer
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try:
+    with suppress(EOFError, ConnectionError):  # the training process has ended
         main(Connection(int(sys.argv[1])))
-    except (EOFError, ConnectionError):
-        pass  # the training process has ended
