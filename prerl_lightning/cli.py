@@ -100,6 +100,8 @@ def _quiet() -> None:
         os.environ.setdefault(key, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # `prerl evaluate` makes fit's arguments of its own
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     # advice about checkpoints before the optimizer step (ours are after it), and about log calls that are right as
     # they are: the metrics are equal on all ranks
     warnings.filterwarnings("ignore", message=".*Using ModelCheckpoint with manual optimization.*")

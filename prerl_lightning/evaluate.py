@@ -86,7 +86,8 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
         if not own.model or not own.data:
             raise InputError("prerl evaluate: give --model and --data, or the --config of a run.")
         name = own.data.split(",")[0].partition("=")[0]
-        rest = ["--model=GRPO", "--data.train=NamedProblems", f"--data.train.init_args.name={name}", *rest]
+        made = ["--model=GRPO", "--data.engine=VLLMEngine", "--data.train=NamedProblems"]
+        rest = [*made, f"--data.train.init_args.name={name}", *rest]
     if own.reward:
         rest.append(f"--data.val_reward={own.reward}")
     if own.model:
