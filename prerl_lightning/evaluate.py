@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prerl_lightning.data.module import RolloutDataModule
+from prerl_lightning.data.module import RolloutDataModule, first_reward
 from prerl_lightning.data.named import SETS, NamedProblems
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.errors import InputError
-from prerl_lightning.metrics.evaluation import answer_number, bootstrap, interval, per_problem, summary
+from prerl_lightning.metrics.evaluation import answer_number, bootstrap, per_problem, percentiles, summary
 from prerl_lightning.policy.model import model_path
 from prerl_lightning.rewards.pool import RewardPool
 from prerl_lightning.rollout.sampler import Group, sample_for_evaluation
@@ -67,7 +67,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--style", choices=("chat", "plain"), default="chat", help="plain: for base models")
     parser.add_argument("--reward", metavar="PATH", help="a verifier instead of the sets' own")
     parser.add_argument("--k", type=int, default=8, help="samples a problem (default 8)")
-    parser.add_argument("--no_greedy", action="store_true", help="leave out the one greedy response")
+    parser.add_argument("--no_greedy", dest="greedy", action="store_false", help="leave out the one greedy response")
     parser.add_argument("--out", help="folder; default: evaluations/MODEL")
     return parser
 
@@ -97,13 +97,9 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
     model = str(cli.model.model_name)
     sets = _problem_sets(own, data)
     seed = data.seed if data.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
-    if own.data and not own.reward:  # the configuration's reward is for its own problems
-        rewards = {key: problems.reward for key, problems in sets.items()}
-    else:
-        rewards = {key: data.val_reward or problems.reward or data.train.reward for key, problems in sets.items()}
-    for key, reward in rewards.items():
-        if reward is None:
-            raise InputError(f"data.reward: missing, and {key} has no verifier of its own.")
+    # with --data alone, the configuration's reward is for its own problems
+    given = data.val_reward if own.reward or not own.data else None
+    rewards = {key: first_reward(key, given, problems.reward, data.train.reward) for key, problems in sets.items()}
     weights = _checkpoint_weights(own.ckpt_path) if own.ckpt_path else None
     prompts = data.encode(model, sets)
     folder = Path(own.out or Path("evaluations") / _name(model, own.ckpt_path))
@@ -118,7 +114,7 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
             "prompts": answer_number(repr([p.token_ids for p in encoded])),
             "reward": getattr(rewards[key], "__name__", repr(rewards[key])),
             "k": own.k,
-            "greedy": not own.no_greedy,
+            "greedy": own.greedy,
             "seed": seed,
             "sampling": {k: v for k, v in asdict(data.sampling).items() if k != "group_size"},
         }
@@ -130,11 +126,9 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
             data.engine.update_weights(weights, 1)
     for key, left in todo.items():
         if left:
-            reward = rewards[key]
-            assert reward is not None
-            pool = RewardPool(reward, data.verification)
+            pool = RewardPool(rewards[key], data.verification)
             try:
-                _sample(data, pool, left, own.k, not own.no_greedy, seed, files[key], len(prompts[key]))
+                _sample(data, pool, left, own.k, own.greedy, seed, files[key], len(prompts[key]))
             finally:
                 pool.close()
     found = {key: measures(list(file.records.values())) for key, file in files.items()}
@@ -353,7 +347,7 @@ def _measured(records: Sequence[Record]) -> dict[str, Tensor]:
 def difference(a: Tensor, b: Tensor) -> dict[str, float]:
     """Of the means of two (P,) float64 that belong to the same problems."""
     drawn = bootstrap(b - a)
-    low, high = interval(b - a)
+    low, high = percentiles(drawn)
     p = 2 * min(float((drawn <= 0).double().mean()), float((drawn >= 0).double().mean()))
     means = {"a": float(a.mean()), "b": float(b.mean()), "difference": float((b - a).mean())}
     return means | {"low": low, "high": high, "p": min(1.0, p)}

@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import finish, start
 
 from prerl_lightning.evaluate import compare, difference, measures
 from prerl_lightning.metrics.evaluation import interval
@@ -19,17 +18,6 @@ EMBEDDED = [
     *("evaluate", "--config", str(ROOT / "configs" / "dsrl.yaml"), "--data.val.init_args.size=24"),
     *("--data.val_batch=4", "--data.sampling.max_new_tokens=48", "--k", "4", "--out", "out"),
 ]
-
-
-def start(cwd, *args):
-    command = [sys.executable, "-m", "prerl_lightning.cli", *map(str, args)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process, code=0):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    return output
 
 
 def rows(path):
@@ -75,7 +63,7 @@ def test_killed_and_resumed_it_ends_as_if_it_had_never_stopped(whole, tmp_path):
     assert 4 <= done < 24
     assert rows(file) == rows(whole[0] / "out" / "val.jsonl")
     assert measures(rows(file)) == measures(rows(whole[0] / "out" / "val.jsonl"))
-    refused = finish(start(tmp_path, *EMBEDDED, "--data.sampling.temperature=0.5"), 2)
+    refused = finish(start(tmp_path, *EMBEDDED, "--data.sampling.temperature=0.5"), code=2)
     assert "with other settings (sampling:" in refused
     assert "Traceback" not in refused
 
@@ -97,7 +85,7 @@ def test_a_checkpoint_s_weights_are_those_evaluated(whole, tmp_path):
     assert found["folder"] != [[s["text"] for s in r["samples"]] for r in rows(whole[0] / "out" / "val.jsonl")]
     file = tmp_path / "not.ckpt"
     file.write_text("nothing")
-    output = finish(start(tmp_path, *EMBEDDED, "--ckpt_path", file), 2)
+    output = finish(start(tmp_path, *EMBEDDED, "--ckpt_path", file), code=2)
     assert "is no training checkpoint" in output
 
 

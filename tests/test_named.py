@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prerl_lightning.data.named import SETS, NamedProblems
-from prerl_lightning.data.procedural import ReasoningGym, reasoning_gym_reward
+from prerl_lightning.data.procedural import ReasoningGym
 from prerl_lightning.data.readers import VerlParquet
 from prerl_lightning.errors import InputError
 from prerl_lightning.rewards.boxed import boxed_reward
@@ -143,8 +143,8 @@ def test_reasoning_gym():
         pool.close()
     assert [v.score for v in right] == [1.0] * 5
     assert max(v.score for v in wrong) < 1
-    assert reasoning_gym_reward("", "no tags", "1", problems[0].extra) == 0
-    assert reasoning_gym_reward("", f"\\boxed{{{problems[0].ground_truth}}}", "1", problems[0].extra) == 1
+    assert problems.reward("", "no tags", "1", problems[0].extra) == 0
+    assert problems.reward("", f"\\boxed{{{problems[0].ground_truth}}}", "1", problems[0].extra) == 1
     with pytest.raises(InputError, match="no task 'chain_sums'"):
         ReasoningGym("chain_sums").load()
     with pytest.raises(InputError, match="chain_sum with"):
@@ -157,4 +157,4 @@ def test_reasoning_gym_s_own_answers_are_right(task):
     problems = ReasoningGym(task, size=20, seed=random.Random(task).randrange(1000))
     problems.load()
     for p in problems:
-        assert reasoning_gym_reward("", f"<answer>{p.ground_truth}</answer>", p.ground_truth, p.extra) == 1
+        assert problems.reward("", f"<answer>{p.ground_truth}</answer>", p.ground_truth, p.extra) == 1

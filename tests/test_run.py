@@ -4,13 +4,12 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import finish, start
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -22,21 +21,6 @@ SMALL = [
     ),
     *("--trainer.callbacks.init_args.at_step=3", "--checkpoint.every_n_train_steps=1", "--samples.every_n_steps=2"),
 ]
-
-
-def start(cwd, *args, **kwargs):
-    command = [sys.executable, "-m", "prerl_lightning.cli", *args]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
-
-
-def finish(process, seconds=400):
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    assert process.returncode == 0, output
-    return output
 
 
 def rows(run, column):

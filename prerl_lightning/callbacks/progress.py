@@ -11,11 +11,13 @@ from prerl_lightning.objectives.base import PolicyModule
 
 log = logging.getLogger(__name__)
 
+BOUNDS = ("/low", "/high")  # of a measure's interval
+
 
 def figures(trainer: L.Trainer, module: PolicyModule) -> dict[str, str]:
     """The step's figures, short; what has not been measured yet is left out."""
     metrics = trainer.callback_metrics
-    accuracy = next((k for k in metrics if k.startswith("val/avg@") and "/" not in k[4:]), "")
+    accuracy = next((k for k in metrics if k.startswith("val/avg@") and not k.endswith(BOUNDS)), "")
     shown = {
         "life": f"{module.acting.life} {type(module.acting).__name__}",
         "reward": _number(metrics.get("reward/mean"), ".2f"),
@@ -53,7 +55,7 @@ class StepLines(L.Callback):
         metrics = trainer.callback_metrics
         shown = []
         for key, value in metrics.items():
-            if key.startswith("val/") and not key.endswith(("/low", "/high")):
+            if key.startswith("val/") and not key.endswith(BOUNDS):
                 bounds = f" [{metrics[f'{key}/low']:.3f}, {metrics[f'{key}/high']:.3f}]" if "avg@" in key else ""
                 shown.append(f"{key.removeprefix('val/')} {value:.3f}{bounds}")
         log.info("held out at step %d: %s", trainer.global_step, ", ".join(shown))

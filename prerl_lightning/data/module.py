@@ -99,15 +99,10 @@ class RolloutDataModule(L.LightningDataModule):
         return str(self.trainer.lightning_module.model_name)
 
     def _start_pools(self) -> None:
-        rewards = {"train": self.reward or self.train.reward}
+        rewards = {"train": first_reward("data.train", self.reward, self.train.reward)}
         if self.val is not None:
-            rewards["val"] = self.val_reward or self.val.reward or rewards["train"]
+            rewards["val"] = first_reward("data.val", self.val_reward, self.val.reward, rewards["train"])
         for key, reward in rewards.items():
-            if reward is None:
-                raise InputError(
-                    f"data.reward: missing, and data.{key} has no verifier of its own. "
-                    "Give one by import path, e.g. prerl_lightning.rewards.boxed_reward."
-                )
             shared = next((self._pools[k] for k in self._pools if rewards[k] is reward), None)
             self._pools[key] = shared or RewardPool(reward, self.verification)
 
@@ -216,3 +211,14 @@ class RolloutDataModule(L.LightningDataModule):
         """By position in the global batch: one rank or several draw the same responses."""
         first = (self.trainer.global_rank if self.trainer else 0) * n_prompts
         return [mixed_seed(self.seed, "train", step, first + i) for i in range(n_prompts)]
+
+
+def first_reward(key: str, *candidates: Reward | None) -> Reward:
+    """The first that is there. Raises InputError where none is."""
+    for reward in candidates:
+        if reward is not None:
+            return reward
+    raise InputError(
+        f"data.reward: missing, and {key} has no verifier of its own. Give one by import path, e.g. "
+        "prerl_lightning.rewards.boxed_reward."
+    )

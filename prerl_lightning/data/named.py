@@ -23,12 +23,6 @@ HASHED = "Reason step by step, and write the final number behind ####."
 LETTER = 'Reason step by step, and end with "The answer is (X)", X being the letter of the right option.'
 
 
-def _math_verify(*arguments: Any) -> float:
-    from prerl_lightning.rewards.symbolic import math_verify_reward  # its library takes a second to import
-
-    return math_verify_reward(*arguments)
-
-
 def _from_solution(row: Row) -> str:
     answer = last_boxed(row["solution"])
     if answer is None:
@@ -63,7 +57,7 @@ class Source:
         question: of a row.
         answer: of a row.
         instruction: system message, or last line of a plain prompt.
-        reward: the verifier.
+        reward: the verifier; None: `math_verify_reward`, whose library takes a second to import.
         licence: as the data set's page states it.
         config: of the data set.
         revision: of the repository.
@@ -76,7 +70,7 @@ class Source:
     question: Callable[[Row], str]
     answer: Callable[[Row], str]
     instruction: str
-    reward: Reward
+    reward: Reward | None
     licence: str
     config: str | None = None
     revision: str | None = None
@@ -105,9 +99,9 @@ SETS: dict[str, Source] = {
     "amc23": Source("zwhe99/amc23", ("test",), ("question", "answer"), _QUESTION, _whole, BOXED, boxed_reward,
                     _CONTEST),
     "minerva": Source("math-ai/minervamath", ("test",), ("question", "answer"), _QUESTION, _column("answer"), BOXED,
-                      _math_verify, "none stated; problems of MIT OpenCourseWare (CC BY-NC-SA)"),
+                      None, "none stated; problems of MIT OpenCourseWare (CC BY-NC-SA)"),
     "olympiadbench": Source("Hothan/OlympiadBench", ("train",), ("question", "final_answer"), _QUESTION, _first, BOXED,
-                            _math_verify, "Apache-2.0", config="OE_TO_maths_en_COMP",
+                            None, "Apache-2.0", config="OE_TO_maths_en_COMP",
                             keep=lambda row: bool(row["final_answer"])),
     "gsm8k": Source("openai/gsm8k", ("test", "train"), ("question", "answer"), _QUESTION,
                     lambda row: row["answer"].rpartition("####")[2].strip(), HASHED, gsm8k_reward, "MIT",
@@ -160,7 +154,11 @@ class NamedProblems(RowProblems):
 
     @property
     def reward(self) -> Reward:
-        return self.set.reward
+        if self.set.reward is not None:
+            return self.set.reward
+        from prerl_lightning.rewards.symbolic import math_verify_reward
+
+        return math_verify_reward
 
     def load(self) -> None:
         if self.path is None:

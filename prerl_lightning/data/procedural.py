@@ -6,29 +6,14 @@ The generators are listed at https://github.com/open-thought/reasoning-gym; the 
 (``pip install reasoning-gym``).
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.errors import InputError
-from prerl_lightning.rewards.boxed import last_boxed
-from prerl_lightning.rewards.score import Reward, Score
+from prerl_lightning.rewards.score import Reward
 from prerl_lightning.types import Problem
 
 INSTRUCTION = "Think step by step, then give the final answer between <answer> and </answer>."
-
-
-def reasoning_gym_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> Score:
-    """What the task's own scorer (0 to 1) gives for the last ``<answer>...</answer>``, or the last box; 0.0 without
-    either, and for a truncated response."""
-    from reasoning_gym import get_score_answer_fn
-
-    head, closed, _ = response.rpartition("</answer>")
-    tagged = head.rpartition("<answer>") if closed else ("", "", "")
-    answer = tagged[2].strip() if tagged[1] else last_boxed(response)
-    if answer is None or extra.get("truncated"):
-        return Score(0.0)
-    return Score(get_score_answer_fn(extra["task"])(answer, extra["entry"]), answer)
 
 
 class ReasoningGym(ProblemSet):
@@ -55,6 +40,8 @@ class ReasoningGym(ProblemSet):
 
     @property
     def reward(self) -> Reward:
+        from prerl_lightning.rewards.gym import reasoning_gym_reward
+
         return reasoning_gym_reward
 
     def load(self) -> None:

@@ -69,7 +69,12 @@ def bootstrap(values: Tensor, seed: int = 0) -> Tensor:
 
 def interval(values: Tensor) -> tuple[float, float]:
     """95 % percentile interval of the mean of (P,) values over problems."""
-    low, high = torch.quantile(bootstrap(values), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return percentiles(bootstrap(values))
+
+
+def percentiles(drawn: Tensor) -> tuple[float, float]:
+    """2.5 and 97.5 % of (RESAMPLES,) means."""
+    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 

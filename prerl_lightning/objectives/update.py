@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from prerl_lightning.metrics.sums import Sums
 from prerl_lightning.metrics.utilisation import attended_tokens
 from prerl_lightning.objectives import losses
 from prerl_lightning.objectives.advantages import Contributing, Normalisation, contributing_responses, group_advantages
@@ -370,45 +371,3 @@ def _by_response(values: Tensor, sequence: Tensor) -> dict[int, Tensor]:
 def _tokens(by_response: dict[int, Tensor], sequence: Tensor, like: Tensor) -> Tensor:
     """(T,) values of a micro-batch's tokens from (T_i,) ones kept by response number."""
     return torch.cat([by_response[i].to(like) for i in sequence.unique_consecutive().tolist()])
-
-
-class Sums:
-    """Running sums, reduced over ranks all at once; every rank knows the same keys."""
-
-    TOTALS = (
-        *("reward/timeouts", "reward/errors"),
-        "rollout/tokens",
-        "rollout/responses",
-        "rollout/contributing",
-        "rollout/contributing_tokens",
-        "train/tokens",
-        "train/flops",
-        "optim/loss",
-    )
-    MEANS = (
-        *("reward/mean", "rollout/response_length", "rollout/truncated"),
-        *("rollout/groups_mixed", "rollout/groups_all_right", "rollout/groups_all_wrong"),
-        *("optim/clipped", "optim/dual_clipped", "optim/approx_kl", "optim/reference_kl"),
-        "optim/entropy",
-        *("mismatch/log_prob_difference", "mismatch/kl"),
-    )
-    KEYS = TOTALS + MEANS
-
-    def __init__(self, device: torch.device) -> None:
-        self.totals = torch.zeros(len(self.KEYS), dtype=torch.float64, device=device)
-        self.counts = torch.zeros(len(self.KEYS), dtype=torch.float64)
-
-    def add(self, key: str, total: Any, count: int = 0) -> None:
-        """``count`` is what a mean is divided by."""
-        i = self.KEYS.index(key)
-        self.totals[i] += total
-        self.counts[i] += count
-
-    def reduced(self, all_reduce: Any) -> dict[str, float]:
-        """Totals and means; a mean of nothing on any rank is left out."""
-        totals, counts = all_reduce(torch.stack([self.totals.cpu(), self.counts])).tolist()
-        found = dict(zip(self.TOTALS, totals, strict=False))
-        for key, total, count in list(zip(self.KEYS, totals, counts, strict=True))[len(self.TOTALS) :]:
-            if count:
-                found[key] = total / count
-        return found

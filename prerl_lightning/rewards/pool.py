@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, check_ranges
 from prerl_lightning.rewards.score import Reward
 from prerl_lightning.rewards.worker import HARD_LIMIT, Failure, judge
 
@@ -59,6 +59,9 @@ class Verdict:
     message: str = ""
 
 
+HUNG = Verdict(0.0, None, "timeout", "the verifier did not come back and was killed")
+
+
 @dataclass(frozen=True)
 class Verification:
     """How rewards are computed.
@@ -82,9 +85,7 @@ class Verification:
             "memory_mib": self.memory_mib >= 256,
             "max_failed": 0 <= self.max_failed <= 1,
         }
-        for name, fine in checks.items():
-            if not fine:
-                raise InputError(f"data.verification.{name}: {getattr(self, name)!r} is out of range.")
+        check_ranges(self, "data.verification", checks)
 
 
 class RewardPool:
@@ -234,34 +235,30 @@ class _Worker(threading.Thread):
         deaths = 0  # of workers, at the answer that is next
         sent = False
         while chunk:
-            _, future = chunk[0]
             verdict: Verdict | None = None
             try:
                 if self.process is None:
                     self.launch()
                     self.await_ready()
+                    sent = False
                 if not sent:
-                    self.pipe.send([_arguments(i) for i, _ in chunk])
+                    self.pipe.send([_arguments(item) for item, _ in chunk])
                     sent = True
                 if self.pipe.poll(HARD_LIMIT * self.options.timeout + 5):
                     verdict = Verdict(*self.pipe.recv())
                 else:
-                    verdict = Verdict(0.0, None, "timeout", "the verifier did not come back and was killed")
+                    verdict = HUNG
                     self.stop()
-                    sent = False
             except (EOFError, ConnectionError):
-                assert self.process is not None
                 ending = self._ending()
                 self.stop()
-                sent = False
                 deaths += 1
                 if signal.SIGPROF.name in ending:  # the kernel's timer: see worker.py
-                    verdict = Verdict(0.0, None, "timeout", "the verifier did not come back and was killed")
+                    verdict = HUNG
                 elif deaths == 2:  # at the first time the answer need not be what killed it
                     verdict = Verdict(0.0, None, "error", ending)
             if verdict is not None:
-                future.set_result(verdict)
-                chunk.pop(0)
+                chunk.pop(0)[1].set_result(verdict)
                 deaths = 0
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import check_ranges
 from prerl_lightning.types import Response
 
 OnGroup = Callable[[int, list[Response]], None]
@@ -43,9 +43,7 @@ class Sampling:
             "top_k": self.top_k >= 0,
             "max_new_tokens": self.max_new_tokens >= 1,
         }
-        for name, fine in checks.items():
-            if not fine:
-                raise InputError(f"data.sampling.{name}: {getattr(self, name)!r} is out of range.")
+        check_ranges(self, "data.sampling", checks)
 
 
 class Engine(ABC):

@@ -1,0 +1,47 @@
+"""What a step adds up and logs."""
+
+from typing import Any
+
+import torch
+
+
+class Sums:
+    """Running sums, reduced over ranks all at once; every rank knows the same keys."""
+
+    TOTALS = (
+        *("reward/timeouts", "reward/errors"),
+        "rollout/tokens",
+        "rollout/responses",
+        "rollout/contributing",
+        "rollout/contributing_tokens",
+        "train/tokens",
+        "train/flops",
+        "optim/loss",
+    )
+    MEANS = (
+        *("reward/mean", "rollout/response_length", "rollout/truncated"),
+        *("rollout/groups_mixed", "rollout/groups_all_right", "rollout/groups_all_wrong"),
+        *("optim/clipped", "optim/dual_clipped", "optim/approx_kl", "optim/reference_kl"),
+        "optim/entropy",
+        *("mismatch/log_prob_difference", "mismatch/kl"),
+    )
+    KEYS = TOTALS + MEANS
+
+    def __init__(self, device: torch.device) -> None:
+        self.totals = torch.zeros(len(self.KEYS), dtype=torch.float64, device=device)
+        self.counts = torch.zeros(len(self.KEYS), dtype=torch.float64)
+
+    def add(self, key: str, total: Any, count: int = 0) -> None:
+        """``count`` is what a mean is divided by."""
+        i = self.KEYS.index(key)
+        self.totals[i] += total
+        self.counts[i] += count
+
+    def reduced(self, all_reduce: Any) -> dict[str, float]:
+        """Totals and means; a mean of nothing on any rank is left out."""
+        totals, counts = all_reduce(torch.stack([self.totals.cpu(), self.counts])).tolist()
+        found = dict(zip(self.TOTALS, totals, strict=False))
+        for key, total, count in list(zip(self.KEYS, totals, counts, strict=True))[len(self.TOTALS) :]:
+            if count:
+                found[key] = total / count
+        return found

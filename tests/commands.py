@@ -1,0 +1,20 @@
+"""`prerl` as a user starts it, in a process of its own."""
+
+import subprocess
+import sys
+
+
+def start(cwd, *args, **kwargs):
+    command = [sys.executable, "-m", "prerl_lightning.cli", *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+
+
+def finish(process, seconds=400, code=0):
+    """What it wrote; its exit status must be ``code``."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == code, output
+    return output
