@@ -49,9 +49,9 @@ def measure(config: str, seed: int, more: list[str]) -> dict:
         "median_mismatch": float(f"{statistics.median(column('mismatch/log_prob_difference')):.2g}"),
         "reward": [round(x, 3) for x in column("reward/mean")],
     }
-    held_out = [(int(r["step"]), float(r["val/avg@8"])) for r in rows if r.get("val/avg@8")]
-    if held_out:  # logged with the index of the last finished step
-        result["held_out_avg@8"] = {str(step + 1 if step else 0): round(value, 3) for step, value in held_out}
+    held_out = [(r["step"], float(r["val/avg@8"])) for r in rows if r.get("val/avg@8")]
+    if held_out:
+        result["held_out_avg@8"] = {step: round(value, 3) for step, value in held_out}
     return result
 
 

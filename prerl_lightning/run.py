@@ -16,10 +16,14 @@ import prerl_lightning.data.named
 import prerl_lightning.data.procedural
 import prerl_lightning.data.readers
 import prerl_lightning.strategies  # noqa: F401  (registers fsdp2)
+from prerl_lightning.callbacks.alignment import GradientAlignment
 from prerl_lightning.callbacks.progress import StepBar, StepLines
+from prerl_lightning.callbacks.record import RunRecord
 from prerl_lightning.callbacks.reincarnation import PolicyReincarnation  # noqa: F401  (known by its short name)
 from prerl_lightning.callbacks.samples import Samples
 from prerl_lightning.callbacks.saving import ExportModel, RunCheckpoint
+from prerl_lightning.callbacks.thoughts import Thoughts
+from prerl_lightning.callbacks.weights import WeightChange
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives import PolicyModule
@@ -67,6 +71,9 @@ class PrerlCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Thoughts, "thoughts")
+        parser.add_lightning_class_args(GradientAlignment, "alignment")
+        parser.add_lightning_class_args(WeightChange, "weights")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(ExportModel, "export")
 
@@ -93,6 +100,7 @@ class PrerlCLI(LightningCLI):
             kwargs["logger"] = CSVLogger(folder, name=self.name, flush_logs_every_n_steps=1)  # a kill loses no row
         keys = self._parser(self.subcommand).callback_keys
         extra = [self._get(self.config_init, k) for k in keys]
+        extra.append(RunRecord())
         if config.get("enable_checkpointing") is False:
             extra = [c for c in extra if not isinstance(c, RunCheckpoint)]
         if config.get("enable_progress_bar") is not False:

@@ -15,7 +15,12 @@ from torch.optim import SGD
 
 import prerl_lightning.strategies  # noqa: F401
 from prerl_lightning.callbacks import PolicyReincarnation
+from prerl_lightning.callbacks.alignment import GradientAlignment
+from prerl_lightning.callbacks.record import RunRecord
+from prerl_lightning.callbacks.samples import Samples
 from prerl_lightning.callbacks.saving import RunCheckpoint
+from prerl_lightning.callbacks.thoughts import Thoughts
+from prerl_lightning.callbacks.weights import WeightChange
 from prerl_lightning.data.arithmetic import ArithmeticProblems
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.objectives import GRPO, MixedRL, NSRPreRL, PolicyModule
@@ -68,6 +73,11 @@ def lives(optimizer="carry", kl=0.0):
     return [PolicyReincarnation(at_step=SWITCH, successor=successor, optimizer=optimizer)]
 
 
+def watchers(families: Path):
+    alignment = GradientAlignment(every_n_steps=1, responses=4, likelihoods=6)
+    return [Thoughts(str(families)), alignment, WeightChange(1), Samples(1, 2, 2), RunRecord()]
+
+
 def main(out: Path, model: str, strategy: str) -> None:
     def first() -> NSRPreRL:
         return NSRPreRL(model=model, lr=1e-3, mismatch_samples=2)
@@ -99,6 +109,14 @@ def main(out: Path, model: str, strategy: str) -> None:
     fit(out / "reset", strategy, first(), lives("reset"))
     fit(out / "kl", strategy, first(), lives(kl=0.1))
     fit(out / "kl_resumed", strategy, first(), lives(kl=0.1), ckpt_path=out / "kl" / "checkpoints" / "step=3.ckpt")
+
+    # everything that watches, at every step; in front of the lives, which may not matter
+    families = out / "families.yaml"
+    families.write_text("equals: ['=']\nplus: ['+']\n")
+    fit(out / "watched", strategy, first(), [*watchers(families), *lives()])
+    path = out / "watched" / "checkpoints" / "step=3.ckpt"
+    fit(out / "watched_resumed", strategy, first(), [*watchers(families), *lives()], ckpt_path=path)
+    fit(out / "sketched", strategy, first(), [GradientAlignment(every_n_steps=1, sketch=8191)], steps=1)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ Also the equality of 1 rank and 2, and of ddp and fsdp2: all use the same seeds 
 """
 
 import csv
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -104,12 +106,69 @@ class TestLives:
         file = runs(strategy) / "whole" / "metrics.csv"
         assert _column(file, "life") == [1, 1, 2, 2]
         assert _column(file, "optim/lr") == pytest.approx([1e-3, 1e-3, 2e-3, 2e-3])
-        assert [int(x) for x in _column(runs(strategy) / "resumed_2" / "metrics.csv", "step")] == [2, 3, 3]
+        assert [int(x) for x in _column(runs(strategy) / "resumed_2" / "metrics.csv", "step")] == [3, 4, 4]
 
     def test_engine_and_trainer_agree(self, runs, strategy):
         differences = _column(runs(strategy) / "whole" / "metrics.csv", "mismatch/log_prob_difference")
         assert len(differences) == 4
         assert max(differences) < 1e-4
+
+    def test_watching_changes_nothing(self, runs, strategy):
+        out = runs(strategy)
+        watched, whole = (torch.load(out / name / "weights.pt") for name in ("watched", "whole"))
+        assert all(torch.equal(watched[name], whole[name]) for name in whole)
+
+    def test_what_is_watched_does_not_depend_on_ranks(self, runs, model_folder, strategy):
+        files = [runs(s) / "watched" / "metrics.csv" for s in (strategy, "auto")]
+        for name in (
+            *("thoughts/equals", "thoughts/plus_per_1k/wrong", "thoughts/equals_ratio", "val/thoughts/equals_ratio"),
+            *("rollout/entropy", "rollout/repetition", "rollout/pass@2", "rollout/response_length/right"),
+            *("rollout/marginal_log_prob/right", "rollout/marginal_log_prob/wrong"),
+            *("weights/change", "alignment/cosine", "alignment/policy_gradient/cosine", "alignment/layers/first"),
+        ):
+            found, expected = (_column(file, name) for file in files)
+            assert len(expected) >= 3, name
+            assert found == pytest.approx(expected, rel=2e-3, abs=1e-6), name
+        found, expected = (_lines(file.with_name("alignment.jsonl")) for file in files)
+        assert [(r["step"], r["life"], r["tokens"]) for r in found] == [
+            (r["step"], r["life"], r["tokens"]) for r in expected
+        ]
+        assert [r["cosine"] for r in found] == pytest.approx([r["cosine"] for r in expected], abs=2e-3)
+        sketched = _column(runs(strategy) / "sketched" / "metrics.csv", "alignment/cosine")
+        assert sketched == pytest.approx(_column(files[1], "alignment/cosine")[:1], abs=0.05)
+
+    def test_the_change_of_a_life_s_weights_survives_a_resume(self, runs, model_folder, strategy):
+        whole, resumed = (
+            _column(runs(strategy) / name / "metrics.csv", "weights/change") for name in ("watched", "watched_resumed")
+        )
+        assert len(whole) == 4
+        assert whole[2] < whole[1]  # a new life began
+        assert resumed == pytest.approx(whole[3:], rel=1e-4)
+        moved = weights(runs(strategy) / "life_1") - start(model_folder("llama-tied"))
+        assert whole[1] == pytest.approx(float(moved.norm()), rel=0.02)
+
+    def test_samples_and_record(self, runs, strategy):
+        folder = runs(strategy) / "watched"
+        rows = _lines(folder / "samples.jsonl")
+        held_out = [r for r in rows if r["kind"] == "held_out"]
+        assert [r["step"] for r in held_out] == [0, 0, 2, 2, 4, 4]
+        assert held_out[2]["previous"] == {k: held_out[0][k] for k in ("step", "response", "reward")}
+        best, worst = ([r for r in rows if r["kind"] == kind] for kind in ("best", "worst"))
+        assert [r["step"] for r in best] == [r["step"] for r in worst] == [1, 2, 3, 4]
+        assert all(b["reward"] >= w["reward"] for b, w in zip(best, worst, strict=True))
+        for row in rows:
+            assert [row["response"][a:b] for a, b, _ in row["thoughts"]] == re.findall("[=+]", row["response"])
+        record = json.loads((folder / "run.json").read_text())
+        assert record["status"] == "finished"
+        assert record["world_size"] == STRATEGIES[strategy]
+        assert record["lives"] == [["NSRPreRL", 0], ["GRPO", 2]]
+        assert record["resumed_from"] is None
+        again = json.loads((folder.parent / "watched_resumed" / "run.json").read_text())
+        assert again["resumed_from"].endswith("step=3.ckpt")
+
+
+def _lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def _column(file: Path, name: str) -> list[float]:

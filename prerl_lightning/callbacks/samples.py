@@ -1,66 +1,175 @@
-"""A few completions with their rewards every n steps, in the terminal and as JSON lines beside the run."""
+"""Completions to read: in the terminal, as JSON lines beside the run, and as a table in W&B and TensorBoard."""
 
 import json
 import logging
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.text import Text
 
+from prerl_lightning.callbacks.progress import StepBar
+from prerl_lightning.callbacks.thoughts import Thoughts
+from prerl_lightning.callbacks.watcher import Watcher, due
+from prerl_lightning.metrics.thoughts import ThoughtFinder, load_families
 from prerl_lightning.objectives.base import PolicyModule
+from prerl_lightning.rollout.sampler import Group
+from prerl_lightning.types import Prompt, Response
 
 log = logging.getLogger(__name__)
 
+COLUMNS = ("step", "life", "kind", "row", "reward", "prompt", "response", "ground_truth", "change")
 
-class Samples(L.Callback):
-    """Shows and keeps completions of the training batch: right and wrong ones in turn, where there are both.
+
+class Samples(Watcher):
+    """Every n steps the best and the worst responses of the batch; at each validation the answers to the same held-out
+    problems, which that samples anyway: greedy ones where there are (``data.val_greedy``), so that what changes is the
+    policy. Thoughts are highlighted, and words that the answer to the same problem did not have before are underlined.
 
     Args:
-        every_n_steps: 0: never.
-        number: of completions each time.
-        max_characters: shown of each; the file has them whole.
+        every_n_steps: of the batch's; 0: never.
+        number: of the batch's each time, best and worst in turn.
+        held_out: held-out problems, the first ones.
+        max_characters: shown in the terminal of each; the file has them whole.
     """
 
-    def __init__(self, every_n_steps: int = 20, number: int = 3, max_characters: int = 300) -> None:
-        self.every_n_steps, self.number, self.max_characters = every_n_steps, number, max_characters
+    def __init__(self, every_n_steps: int = 20, number: int = 3, held_out: int = 2, max_characters: int = 300) -> None:
+        self.every_n_steps, self.number, self.held_out = every_n_steps, number, held_out
+        self.max_characters = max_characters
         self.folder: str | None = None
+        self.finder: ThoughtFinder | None = None
+        self.earlier: dict[int, dict[str, Any]] = {}  # the last answer to a held-out problem, by its row
+        self._validation: list[Group] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"earlier": self.earlier}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.earlier = state_dict["earlier"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.folder = trainer.log_dir  # a collective call: all ranks have to make it
+        watching = [c.finder for c in trainer.callbacks if isinstance(c, Thoughts)]  # type: ignore[attr-defined]
+        self.finder = watching[0] if watching else ThoughtFinder(load_families())
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: PolicyModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        rollout = pl_module.rollout
-        due = self.every_n_steps and (trainer.global_step == 1 or trainer.global_step % self.every_n_steps == 0)
-        if rollout is None or not due or not trainer.is_global_zero:
-            return
-        best = rollout.rewards.argsort(descending=True).tolist()
-        chosen = [pair[j] for pair in zip(best, reversed(best), strict=True) for j in (0, 1)][: self.number]
+    def watch(self, trainer: L.Trainer, module: PolicyModule) -> dict[str, float]:
+        rollout = module.rollout
+        if rollout is None or not trainer.is_global_zero or not due(trainer.global_step, self.every_n_steps):
+            return {}
+        best = rollout.rewards.argsort(descending=True, stable=True).tolist()
+        pairs = zip(((i, "best") for i in best), ((i, "worst") for i in reversed(best)), strict=True)
         rows = []
-        for i in chosen:
-            response = rollout.responses[i]
+        for i, kind in [which for pair in pairs for which in pair][: self.number]:
             prompt = rollout.prompts[int(rollout.group_ids[i])]
-            rows.append(
-                {
-                    "step": trainer.global_step,
-                    "life": pl_module.acting.life,
-                    "objective": type(pl_module.acting).__name__,
-                    "row": prompt.row,
-                    "prompt": prompt.text,
-                    "response": response.text,
-                    "ground_truth": prompt.ground_truth,
-                    "reward": float(rollout.rewards[i]),
-                    "truncated": response.truncated,
-                    "tokens": len(response.token_ids),
-                }
-            )
-        for row in rows:
-            text = f"{row['prompt'][-self.max_characters :]!r} -> {row['response'][: self.max_characters]!r}"
-            cut = " (cut off)" if row["truncated"] else ""
-            log.info("  sample: reward %.2f%s, truth %s: %s", row["reward"], cut, row["ground_truth"], text)
+            rows.append(self._row(trainer, module, kind, prompt, rollout.responses[i], float(rollout.rewards[i])))
+        self._show(trainer, rows)
+        return {}
+
+    def on_validation_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: PolicyModule, outputs: dict[str, list[Group]], *_: Any
+    ) -> None:
+        missing = self.held_out - len(self._validation)
+        self._validation += (outputs["greedy"] or outputs["samples"])[: max(0, missing)]
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
+        groups, self._validation = self._validation, []
+        if not trainer.is_global_zero or trainer.state.fn != "fit":
+            return
+        rows = []
+        for group in groups:
+            row = self._row(trainer, pl_module, "held_out", group.prompt, group.responses[0], group.verdicts[0].score)
+            row["previous"] = self.earlier.get(row["row"])
+            self.earlier[row["row"]] = {key: row[key] for key in ("step", "response", "reward")}
+            rows.append(row)
+        self._show(trainer, rows)
+
+    def _row(
+        self, trainer: L.Trainer, module: PolicyModule, kind: str, prompt: Prompt, response: Response, reward: float
+    ) -> dict[str, Any]:
+        assert self.finder is not None
+        return {
+            "step": trainer.global_step,
+            "life": module.acting.life,
+            "objective": type(module.acting).__name__,
+            "kind": kind,
+            "row": prompt.row,
+            "prompt": prompt.text,
+            "response": response.text,
+            "ground_truth": prompt.ground_truth,
+            "reward": reward,
+            "truncated": response.truncated,
+            "tokens": len(response.token_ids),
+            "thoughts": self.finder.spans(response.text),
+            "previous": None,
+        }
+
+    def _show(self, trainer: L.Trainer, rows: Sequence[dict[str, Any]]) -> None:
+        if not rows:
+            return
         if self.folder is not None:
             path = Path(self.folder) / "samples.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        bars = [c for c in trainer.callbacks if isinstance(c, StepBar)]  # type: ignore[attr-defined]
+        for row in rows:
+            line = terminal_line(row, self.max_characters)
+            if bars and bars[0].progress is not None:
+                bars[0].progress.console.print(line)
+            else:
+                log.info("%s", line.plain)
+        _to_loggers(trainer, rows)
+
+
+def terminal_line(row: dict[str, Any], max_characters: int) -> Text:
+    """One sample for a terminal: thoughts bold, what is new in the answer underlined; ``.plain`` for a file."""
+    kind = {"held_out": "held out", "best": "best of batch", "worst": "worst of batch"}[row["kind"]]
+    cut = " (cut off)" if row["truncated"] else ""
+    line = Text(f"  sample, {kind}: reward {row['reward']:.2f}{cut}, truth {row['ground_truth']}: ")
+    line.append(repr(row["prompt"][-max_characters:]) + " -> ")
+    answer = Text(row["response"][:max_characters])
+    for start, end, _ in row["thoughts"]:
+        answer.stylize("bold yellow", start, end)
+    if previous := row["previous"]:
+        for start, end in new_words(previous["response"], row["response"]):
+            answer.stylize("underline", start, end)
+    for part in answer.split("\n", include_separator=True):
+        line.append_text(part[:-1] + Text("\\n") if part.plain.endswith("\n") else part)
+    if previous:
+        same = previous["response"] == row["response"]
+        line.append(f" ({'as' if same else 'changed since'} at step {previous['step']})", style="dim")
+    return line
+
+
+def new_words(before: str, after: str) -> list[tuple[int, int]]:
+    """(start, end) in ``after`` of what a comparison word by word does not find in ``before``."""
+    old, new = before.split(), after.split()
+    positions, at = [], 0
+    for word in new:
+        at = after.index(word, at)
+        positions.append((at, at + len(word)))
+        at += len(word)
+    changes = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    return [(positions[j1][0], positions[j2 - 1][1]) for tag, _, _, j1, j2 in changes if tag != "equal" and j2 > j1]
+
+
+def _to_loggers(trainer: L.Trainer, rows: Sequence[dict[str, Any]]) -> None:
+    """A table where the logger has such: W&B by ``log_table``, TensorBoard as text."""
+    data = []
+    for row in rows:
+        previous = row["previous"]
+        change = "" if previous is None else f"at step {previous['step']}: {previous['response']}"
+        data.append([*(row[c] for c in COLUMNS[:-1]), change])
+    step = rows[0]["step"]
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_table"):
+            logger.log_table(key="samples", columns=list(COLUMNS), data=data, step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            cells = [[escape(str(c)).replace("|", "&#124;").replace("\n", "<br>") for c in line] for line in data]
+            lines = [COLUMNS, ["---"] * len(COLUMNS), *cells]
+            text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            cast(Any, logger.experiment).add_text("samples", text, global_step=step)

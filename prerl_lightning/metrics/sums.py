@@ -9,9 +9,6 @@ class Sums:
     """Running sums, reduced over ranks all at once; every rank knows the same keys."""
 
     TOTALS = (
-        *("reward/timeouts", "reward/errors"),
-        "rollout/tokens",
-        "rollout/responses",
         "rollout/contributing",
         "rollout/contributing_tokens",
         "train/tokens",
@@ -19,8 +16,6 @@ class Sums:
         "optim/loss",
     )
     MEANS = (
-        *("reward/mean", "rollout/response_length", "rollout/truncated"),
-        *("rollout/groups_mixed", "rollout/groups_all_right", "rollout/groups_all_wrong"),
         *("optim/clipped", "optim/dual_clipped", "optim/approx_kl", "optim/reference_kl"),
         "optim/entropy",
         *("mismatch/log_prob_difference", "mismatch/kl"),

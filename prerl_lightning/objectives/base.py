@@ -11,7 +11,7 @@ of a successor only `training_step` and what that calls is used, not its other L
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -30,6 +30,7 @@ from prerl_lightning.objectives.schedule import Schedule, learning_rate_factor
 from prerl_lightning.objectives.update import Term, Update, gathered
 from prerl_lightning.policy.model import Policy, load_tokenizer, prefix_token
 from prerl_lightning.policy.reference import Reference
+from prerl_lightning.rollout.sampler import Group
 from prerl_lightning.types import Prompt, Rollout
 
 
@@ -134,7 +135,12 @@ class PolicyModule(L.LightningModule):
         self.policy: Policy | None = None
         self.reference: Reference | None = None
         self.evaluation = EvaluationMetric()
-        self.rollout: Rollout | None = None  # the last one, for callbacks
+        # for callbacks: this rank's last rollout, the one of all ranks (`gathered`), and the seconds they took
+        self.rollout: Rollout | None = None
+        self.whole_rollout: Rollout | None = None
+        self.watched_seconds = 0.0
+        self._started = 0.0
+        self._row: dict[str, float] = {}
         self._prefix_id: int | None = None
         # in tuples, because a LightningModule as an attribute would be registered as a submodule
         self._host: tuple[PolicyModule] = (self,)
@@ -195,6 +201,27 @@ class PolicyModule(L.LightningModule):
     def log(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer collects what the module it holds logs."""
         super(PolicyModule, self.host).log(*args, **kwargs)
+
+    # ------------------------------------------------------------------ what is logged
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Into the row that the loggers get at the end of this step or evaluation.
+
+        Not by Lightning's ``log``, which goes on repeating the last value of what a step did not measure, and counts
+        steps otherwise in training and at a validation. What monitors and bars look at is given to both.
+        """
+        self._row |= metrics
+
+    def _write_row(self) -> None:
+        row, self._row = self._row, {}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(row, step=self.trainer.global_step)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._write_row()
+        else:
+            self._row = {}
 
     # ------------------------------------------------------------------ the policy and its optimizer
 
@@ -273,6 +300,7 @@ class PolicyModule(L.LightningModule):
         # an engine that outlived an earlier fit of this process knows other weights by the same version numbers
         self.data.engine.policy_version = None
         self.lr_at(self.warmup_steps)  # a decay without an end is refused here, not after the first rollout
+        self._started = time.perf_counter()
 
     def on_train_start(self) -> None:
         if self.trainer.global_step == 0 and self.trainer.enable_validation:
@@ -287,20 +315,22 @@ class PolicyModule(L.LightningModule):
         rollout = self.data.rollout(batch, version)
         self.data.engine.sleep()
         seconds |= rollout.seconds
+        self.host.rollout, self.host.watched_seconds = rollout, 0.0
         metrics, train_seconds = self.update(rollout)
         seconds |= train_seconds
         whole = time.perf_counter() - start
         seconds |= {"other": whole - sum(seconds.values()), "step": whole}
+        seconds["since_start"] = time.perf_counter() - self.host._started
         metrics |= {f"time/{k}": v for k, v in seconds.items()}
         metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / seconds["rollout"]
         metrics["train/tokens_per_second"] = metrics["train/tokens"] / seconds["forward_backward"]
         flops_per_second = metrics.pop("train/flops") / seconds["forward_backward"]
         if peak := self.peak_flops or peak_flops(next(self.live_policy.parameters()).device):
             metrics["train/mfu"] = flops_per_second / (peak * self.trainer.world_size)
-        metrics["life"] = self.life
+        metrics |= {"life": self.life, "optim/step": self.trainer.global_step}
         for key, value in metrics.items():
-            self.log(key, float(value), batch_size=1)
-        self.host.rollout = rollout
+            self.log(key, float(value), batch_size=1, logger=False)
+        self.host.record(metrics)
         return None
 
     def update(self, rollout: Rollout) -> tuple[dict[str, float], dict[str, float]]:
@@ -314,7 +344,8 @@ class PolicyModule(L.LightningModule):
                 f"The rollout was sampled by policy version {rollout.policy_version}, the policy is at "
                 f"{self.trainer.global_step}: training is strictly on-policy."
             )
-        update = Update(self, gathered(rollout))
+        self.host.whole_rollout = gathered(rollout)
+        update = Update(self, self.host.whole_rollout)
         return update.run(), update.seconds
 
     # ------------------------------------------------------------------ evaluation
@@ -327,12 +358,14 @@ class PolicyModule(L.LightningModule):
     def on_test_start(self) -> None:
         self.on_validation_start()
 
-    def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> dict[str, list[Group]]:
+        """The groups, for callbacks: ``samples``, and ``greedy`` ones, which may be none."""
         samples, greedy = self.data.evaluate(batch)
         self.evaluation.update(samples, greedy, self.data.val_samples)
+        return {"samples": samples, "greedy": greedy}
 
-    def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
+    def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> dict[str, list[Group]]:
+        return self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
@@ -342,8 +375,11 @@ class PolicyModule(L.LightningModule):
 
     def _log_evaluation(self, stage: str) -> None:
         for key, value in self.evaluation.compute().items():
-            self.log(f"{stage}/{key}", value, batch_size=1)  # the same on all ranks
+            self.log(f"{stage}/{key}", value, batch_size=1, logger=False)  # the same on all ranks
+            self.record({f"{stage}/{key}": value})
         self.evaluation.reset()
+        self.record({f"{stage}/step": self.trainer.global_step})
+        self._write_row()
 
 
 def _describe(lives: Sequence[Sequence[Any]] | None) -> str:

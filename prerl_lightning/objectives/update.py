@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from prerl_lightning.metrics.rollout import rollout_statistics
 from prerl_lightning.metrics.sums import Sums
 from prerl_lightning.metrics.utilisation import attended_tokens
 from prerl_lightning.objectives import losses
@@ -46,7 +47,7 @@ def gathered(rollout: Rollout) -> Rollout:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rollout
     own = (
-        [p.token_ids for p in rollout.prompts],
+        [(p.row, p.token_ids) for p in rollout.prompts],
         rollout.group_ids,
         rollout.rewards,
         rollout.lengths,
@@ -64,7 +65,7 @@ def gathered(rollout: Rollout) -> Rollout:
         timeouts, errors = timeouts + failed[0], errors + failed[1]
         group_ids.append(groups + len(prompts))
         rewards.append(values)
-        prompts += [Prompt(-1, c, "", "") for c in contexts]
+        prompts += [Prompt(row, ids, "", "") for row, ids in contexts]
         cuts = lengths.tolist()
         for i, x, t in zip(ids.split(cuts), log_probs.split(cuts), truncated, strict=True):
             responses.append(Response(tuple(i.tolist()), tuple(x.tolist()), "", t))
@@ -137,7 +138,8 @@ class Update:
     def run(self) -> dict[str, float]:
         start = time.perf_counter()
         m, rollout = self.module, self.rollout
-        self._count_rollout()
+        statistics = rollout_statistics(rollout)
+        self.seconds["statistics"] = time.perf_counter() - start
         works = [self._work(term) for term in m.terms]
         if m.mismatch_samples and not any(w.term.space == "post-train" and w.selected.any() for w in works):
             self._measure_mismatch()
@@ -146,8 +148,8 @@ class Update:
                 in_minibatch = torch.isin(rollout.group_ids, prompts)
                 jobs = self.backward(works, in_minibatch, on_policy=epoch == 0 and number == 0)
                 self._step(jobs)
-        metrics = {**self.sums.reduced(self.all_reduce), **self.last}
-        self.seconds["forward_backward"] = time.perf_counter() - start - self.seconds["optimizer"]
+        metrics = {**statistics, **self.sums.reduced(self.all_reduce), **self.last}
+        self.seconds["forward_backward"] += time.perf_counter() - start - sum(self.seconds.values())
         return metrics
 
     # ------------------------------------------------------------------ what to compute
@@ -157,7 +159,7 @@ class Update:
         advantages = group_advantages(self.rollout.rewards, self.rollout.group_ids, term.normalisation)
         contributing = contributing_responses(advantages, term.contributing) & (self.lengths > 0)
         selected = contributing if m.kl_coefficient > 0 else contributing & (advantages != 0)
-        own = self._share(term.space, selected)
+        own = self.share(term.space, selected)
         many_updates = m.minibatches * m.epochs > 1
         old = self.log_probs(term.space, own) if many_updates else None
         reference = None
@@ -199,7 +201,7 @@ class Update:
         made = self._families(space, selected)
         return micro_batches(made, self.max_tokens, m.micro_batch_size, self.packed)
 
-    def _share(self, space: Space, selected: Tensor) -> Tensor:
+    def share(self, space: Space, selected: Tensor) -> Tensor:
         """(N,) bool: this rank's share of the selected responses; within each minibatch the ranks' tokens are about
         equal. A response stays with its rank for the whole update, and so do its old log-probs."""
         if self.world_size == 1:
@@ -334,25 +336,6 @@ class Update:
         attended = attended_tokens(batch)
         self.sums.add("train/tokens", len(attended))
         self.sums.add("train/flops", self.module.host.training_flops(attended, len(batch.targets)))
-
-    def _count_rollout(self) -> None:
-        if self.rank != 0:
-            return  # all have the same rollout, and the sums are added up over ranks
-        rollout, sums = self.rollout, self.sums
-        n = len(rollout.responses)
-        sums.add("reward/mean", rollout.rewards.sum(), n)
-        sums.add("reward/timeouts", rollout.timeouts)
-        sums.add("reward/errors", rollout.errors)
-        sums.add("rollout/response_length", self.lengths.sum(), n)
-        sums.add("rollout/truncated", sum(r.truncated for r in rollout.responses), n)
-        sums.add("rollout/tokens", self.lengths.sum())
-        sums.add("rollout/responses", n)
-        for group in rollout.group_ids.unique():
-            rewards = rollout.rewards[rollout.group_ids == group]
-            equal = bool((rewards == rewards[0]).all())
-            kind = "mixed" if not equal else "all_right" if rewards[0] > 0 else "all_wrong"
-            for name in ("mixed", "all_right", "all_wrong"):
-                sums.add(f"rollout/groups_{name}", name == kind, 1)
 
     def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         if self.world_size == 1:

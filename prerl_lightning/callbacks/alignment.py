@@ -1,0 +1,139 @@
+"""Measures during training whether the gradients of log p(y) and log p(y given x) point the same way."""
+
+import json
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from prerl_lightning.callbacks.watcher import Watcher, due
+from prerl_lightning.errors import InputError
+from prerl_lightning.metrics.alignment import GradientComparison
+from prerl_lightning.objectives.advantages import group_advantages
+from prerl_lightning.objectives.base import PolicyModule
+from prerl_lightning.objectives.update import Update
+from prerl_lightning.types import Rollout
+
+
+class GradientAlignment(Watcher):
+    """Cosine and inner product of both gradients on some of a step's responses, right after the step.
+
+    Logs, with time/alignment in seconds (each also in time/watchers):
+
+    - alignment/cosine, alignment/inner_product: means over the responses; alignment/negative_share: of the inner
+      products; alignment/cosine/positive and /negative: by the sign of the advantage r - mean;
+    - alignment/policy_gradient/...: of sum(advantage * gradient) over these responses;
+    - alignment/layers/NAME: mean cosine of a layer group (metrics/alignment.py);
+    - rollout/marginal_log_prob/right and /wrong: mean log p(y) a token, of ``likelihoods`` responses.
+
+    alignment.jsonl in the run's folder has a line for each response. Training is not touched: gradients are measured
+    between two steps, where the next one drops them anyway.
+
+    Args:
+        every_n_steps: 0: never.
+        responses: m, half of them with positive and half with negative advantage where there are such. All ranks
+            measure the same ones.
+        likelihoods: responses whose log p(y) is computed.
+        sketch: buckets of a random projection of each layer group's gradient (error: metrics/sketch.py); 0: exact;
+            None: exact up to 268 M weights a rank.
+    """
+
+    def __init__(
+        self, every_n_steps: int = 20, responses: int = 4, likelihoods: int = 32, sketch: int | None = None
+    ) -> None:
+        if responses < 1 or likelihoods < 0 or (sketch is not None and not 0 <= sketch <= 500_000):
+            raise InputError("alignment: responses must be 1 or more, likelihoods 0 or more, sketch 0 to 500,000.")
+        self.every_n_steps, self.n_responses, self.likelihoods = every_n_steps, responses, likelihoods
+        self.sketch = sketch
+        self.folder: str | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.folder = trainer.log_dir  # a collective call
+
+    def watch(self, trainer: L.Trainer, module: PolicyModule) -> dict[str, float]:
+        rollout = module.whole_rollout
+        if rollout is None or not due(trainer.global_step, self.every_n_steps) or not rollout.lengths.any():
+            return {}
+        start = time.perf_counter()
+        with trainer.precision_plugin.forward_context():
+            found = self._alignment(trainer, module, rollout) | self._likelihoods(module, rollout)
+        return found | {"time/alignment": time.perf_counter() - start}
+
+    def _alignment(self, trainer: L.Trainer, module: PolicyModule, rollout: Rollout) -> dict[str, float]:
+        advantages = group_advantages(rollout.rewards, rollout.group_ids, "mean")
+        numbers = chosen(rollout, advantages.sign(), self.n_responses)
+        weights = dict(enumerate(advantages.tolist()))
+        comparison = GradientComparison(module.live_policy, self.sketch)
+        each, policy_gradient = comparison.responses(rollout, numbers, weights, module.acting.prefix_id)
+        if trainer.is_global_zero and self.folder is not None:
+            path = Path(self.folder) / "alignment.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                for a in each:
+                    row = {
+                        "step": trainer.global_step,
+                        "life": module.acting.life,
+                        "row": rollout.prompts[int(rollout.group_ids[a.number])].row,
+                        "reward": float(rollout.rewards[a.number]),
+                        "advantage": weights[a.number],
+                        "tokens": len(rollout.responses[a.number].token_ids),
+                        "cosine": a.products.cosine,
+                        "inner_product": a.products.inner_product,
+                        "norm_conditional": float(a.products.aa.sum().sqrt()),
+                        "norm_marginal": float(a.products.bb.sum().sqrt()),
+                        "log_prob": a.log_prob,
+                        "marginal_log_prob": a.marginal_log_prob,
+                        "layers": a.products.by_group,
+                        "sketch": comparison.sketch,
+                    }
+                    file.write(json.dumps(row) + "\n")
+        cosines = [a.products.cosine for a in each]
+        inner = [a.products.inner_product for a in each]
+        found = {
+            "cosine": _mean(cosines),
+            "inner_product": _mean(inner),
+            "negative_share": _mean([float(x < 0) for x in inner]),
+        }
+        for name, sign in (("positive", 1), ("negative", -1)):
+            some = [c for c, a in zip(cosines, each, strict=True) if sign * weights[a.number] > 0]
+            if some:
+                found[f"cosine/{name}"] = _mean(some)
+        if any(weights[n] for n in numbers):
+            found["policy_gradient/cosine"] = policy_gradient.cosine
+            found["policy_gradient/inner_product"] = policy_gradient.inner_product
+        for group in each[0].products.by_group:
+            found[f"layers/{group}"] = _mean([a.products.by_group.get(group, 0.0) for a in each])
+        return {f"alignment/{k}": v for k, v in found.items()}
+
+    def _likelihoods(self, module: PolicyModule, rollout: Rollout) -> dict[str, float]:
+        """Shared over the ranks like any forward pass."""
+        if not self.likelihoods:
+            return {}
+        right = rollout.rewards >= 1
+        some = torch.zeros(len(rollout.responses), dtype=torch.bool)
+        some[chosen(rollout, right * 2 - 1, self.likelihoods)] = True
+        update = Update(module.acting, rollout)
+        sums = torch.zeros(2, 2, dtype=torch.float64)  # wrong and right: log-probs, tokens
+        for number, log_probs in update.log_probs("pre-train", update.share("pre-train", some)).items():
+            sums[int(right[number])] += torch.tensor([float(log_probs.double().sum()), len(log_probs)])
+        sums = update.all_reduce(sums)
+        names = ("wrong", "right")
+        return {f"rollout/marginal_log_prob/{k}": float(s / n) for k, (s, n) in zip(names, sums, strict=True) if n}
+
+
+def chosen(rollout: Rollout, signs: Tensor, n: int) -> list[int]:
+    """Numbers of n responses with tokens, the same on all ranks: half of sign 1 and half of -1 where there are so
+    many, filled up with others."""
+    generator = torch.Generator().manual_seed(rollout.policy_version)
+    drawn = torch.randperm(len(signs), generator=generator)
+    drawn = drawn[rollout.lengths[drawn] > 0]
+    of_sign = [drawn[signs[drawn] == s] for s in (1, -1)]
+    first = torch.cat([of_sign[0][: (n + 1) // 2], of_sign[1][: n // 2]])
+    rest = drawn[~torch.isin(drawn, first)]
+    return torch.cat([first, rest])[:n].tolist()
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

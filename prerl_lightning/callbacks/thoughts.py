@@ -1,0 +1,76 @@
+"""Reasoning behaviours by keywords: of each step's responses and of the held-out ones, and their ratio to step 0."""
+
+from typing import Any
+
+import lightning as L
+import torch
+
+from prerl_lightning.callbacks.watcher import Watcher
+from prerl_lightning.metrics.thoughts import ThoughtCounts, ThoughtFinder, load_families
+from prerl_lightning.objectives.base import PolicyModule
+from prerl_lightning.rollout.sampler import Group
+from prerl_lightning.types import Response
+
+
+class Thoughts(Watcher):
+    """Logs thoughts/FAMILY (mean count a response), thoughts/FAMILY_per_1k (tokens), both also /right and /wrong, and
+    thoughts/FAMILY_ratio: to the count in the responses of the untrained policy, as arXiv 2604.14142 reports; the same
+    of held-out responses as val/thoughts/..., whose ratio compares answers to the same problems.
+
+    Args:
+        families: YAML file of keyword families (metrics/thoughts.py); None: the package's, English.
+        enabled: False: do not.
+    """
+
+    def __init__(self, families: str | None = None, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.families = load_families(families)
+        self.finder = ThoughtFinder(self.families)
+        self.training, self.held_out = (ThoughtCounts(self.finder.families) for _ in range(2))
+        self.at_start: dict[str, float] = {}  # counts by the untrained policy, by logged key
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at_start": self.at_start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.at_start = state_dict["at_start"]
+
+    def watch(self, trainer: L.Trainer, module: PolicyModule) -> dict[str, float]:
+        rollout = module.rollout
+        if not self.enabled or rollout is None:
+            return {}
+        self._add(self.training, rollout.responses, rollout.rewards, module)
+        return self._found(self.training, "thoughts/", rollout.policy_version)
+
+    def on_validation_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: PolicyModule, outputs: dict[str, list[Group]], *_: Any
+    ) -> None:
+        if self.enabled:
+            responses = [r for group in outputs["samples"] for r in group.responses]
+            scores = [v.score for group in outputs["samples"] for v in group.verdicts]
+            self._add(self.held_out, responses, torch.tensor(scores, dtype=torch.float64), pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
+        if self.enabled:
+            pl_module.record(self._found(self.held_out, "val/thoughts/", trainer.global_step))
+
+    def _add(
+        self,
+        counts: ThoughtCounts,
+        responses: list[Response] | tuple[Response, ...],
+        rewards: Any,
+        module: PolicyModule,
+    ) -> None:
+        counts.to(module.device)  # where collectives run
+        found = [self.finder.counts(r.text) for r in responses]
+        lengths = torch.tensor([len(r.token_ids) for r in responses], dtype=torch.long)
+        counts.update(torch.tensor(found, dtype=torch.long).view(-1, len(self.finder.families)), lengths, rewards)
+
+    def _found(self, counts: ThoughtCounts, prefix: str, policy_version: int) -> dict[str, float]:
+        found = {prefix + key: value for key, value in counts.compute().items()}
+        counts.reset()
+        families = [prefix + family for family in self.finder.families]
+        if policy_version == 0:
+            self.at_start |= {key: found[key] for key in families if key in found}
+        ratios = {f"{k}_ratio": found[k] / self.at_start[k] for k in families if k in found and self.at_start.get(k)}
+        return found | ratios

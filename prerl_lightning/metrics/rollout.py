@@ -1,0 +1,81 @@
+"""What a rollout alone tells about the policy: no forward pass is needed for any of it."""
+
+import torch
+from torch import Tensor
+
+from prerl_lightning.metrics.evaluation import pass_at_k
+from prerl_lightning.types import Rollout
+
+NGRAM = 4  # tokens
+
+
+def rollout_statistics(rollout: Rollout) -> dict[str, float]:
+    """Of the rollout of all ranks (`objectives.update.gathered`), the same on all of them. Right is a reward of 1 or
+    more; what there is nothing of is left out.
+
+    - rollout/entropy: of the policy in nats a token, estimated by the mean of -log p of the sampled tokens;
+    - rollout/log_prob: mean log p(y given x) a token, as the engine gave it;
+    - rollout/repetition: share of 4-grams that stood in the same response before;
+    - rollout/pass@k: unbiased, from each prompt's responses.
+    """
+    lengths, rewards, n = rollout.lengths, rollout.rewards, len(rollout.responses)
+    log_probs = torch.tensor([x for r in rollout.responses for x in r.log_probs], dtype=torch.float64)
+    found = {
+        "reward/mean": float(rewards.mean()),
+        "reward/timeouts": float(rollout.timeouts),
+        "reward/errors": float(rollout.errors),
+        "rollout/responses": float(n),
+        "rollout/tokens": float(lengths.sum()),
+        "rollout/response_length": float(lengths.double().mean()),
+        "rollout/truncated": sum(r.truncated for r in rollout.responses) / n,
+    }
+    if len(log_probs):
+        found["rollout/entropy"] = -float(log_probs.mean())
+        found["rollout/repetition"] = repetition(
+            torch.tensor([t for r in rollout.responses for t in r.token_ids]), lengths
+        )
+    for name, those in (("right", rewards >= 1), ("wrong", rewards < 1)):
+        if those.any():
+            found[f"rollout/response_length/{name}"] = float(lengths[those].double().mean())
+            if lengths[those].sum():
+                found[f"rollout/log_prob/{name}"] = float(log_probs[those.repeat_interleave(lengths)].mean())
+    return found | _groups(rollout)
+
+
+def _groups(rollout: Rollout) -> dict[str, float]:
+    """Shares of prompts with mixed, all right and all wrong responses, and pass@k."""
+    n_prompts = len(rollout.prompts)
+
+    def of_groups(values: Tensor, how: str) -> Tensor:
+        empty = torch.zeros(n_prompts, dtype=values.dtype)
+        return empty.scatter_reduce_(0, rollout.group_ids, values, how, include_self=False)
+
+    low, high = of_groups(rollout.rewards, "amin"), of_groups(rollout.rewards, "amax")
+    sizes = rollout.group_ids.bincount(minlength=n_prompts).tolist()
+    right = of_groups((rollout.rewards >= 1).long(), "sum").tolist()
+    found = {
+        "rollout/groups_mixed": float((low != high).double().mean()),
+        "rollout/groups_all_right": float(((low == high) & (low > 0)).double().mean()),
+        "rollout/groups_all_wrong": float(((low == high) & (low <= 0)).double().mean()),
+    }
+    most = min(sizes)
+    for k in sorted({*(1 << e for e in range(most.bit_length())), most} - {0}):
+        found[f"rollout/pass@{k}"] = sum(pass_at_k(s, c, k) for s, c in zip(sizes, right, strict=True)) / n_prompts
+    return found
+
+
+def repetition(tokens: Tensor, lengths: Tensor) -> float:
+    """Share of `NGRAM`-grams that stood earlier in their own response; 0 where all are shorter.
+
+    Args:
+        tokens: (T,) of all responses, one behind the other.
+        lengths: (N,) tokens of each.
+    """
+    number = torch.arange(len(lengths)).repeat_interleave(lengths)
+    keys = number.clone()
+    for offset in range(NGRAM):  # a 64-bit hash, which wraps around
+        keys = keys * 6364136223846793005 + tokens.roll(-offset) + 1442695040888963407
+    position = torch.arange(len(tokens)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    whole = position <= lengths.repeat_interleave(lengths) - NGRAM
+    keys = keys[whole]
+    return 1.0 - len(keys.unique()) / len(keys) if len(keys) else 0.0

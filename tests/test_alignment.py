@@ -1,0 +1,153 @@
+"""Gradient alignment against a plain double backward through Hugging Face's forward; sketches against the whole."""
+
+import math
+
+import pytest
+import torch
+from conftest import SHAPES
+from transformers import AutoModelForCausalLM
+
+from prerl_lightning.callbacks.alignment import chosen
+from prerl_lightning.callbacks.weights import weight_sketch
+from prerl_lightning.metrics.alignment import GROUPS, GradientComparison, layer_groups
+from prerl_lightning.metrics.sketch import SIZE, Sketch
+from prerl_lightning.objectives.advantages import group_advantages
+from prerl_lightning.policy.model import Policy
+
+PREFIX = 1
+
+
+def plain_gradients(model, context, ids, temperature):
+    model.zero_grad()
+    inputs = torch.tensor([[*context, *ids]])
+    logits = model(inputs).logits[0, len(context) - 1 : -1] / temperature
+    log_prob = torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(ids)[:, None]).sum()
+    log_prob.backward()
+    return float(log_prob), {n: p.grad.clone().double() for n, p in model.named_parameters()}
+
+
+def whole(gradient):
+    return torch.cat([g.flatten() for g in gradient.values()])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_a_plain_double_backward(model_folder, make_rollout, shape):
+    folder = model_folder(shape)
+    policy = Policy.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rollout = make_rollout()
+    advantages = group_advantages(rollout.rewards, rollout.group_ids, "mean")
+    numbers = chosen(rollout, advantages.sign(), 6)
+    comparison = GradientComparison(policy)
+    assert comparison.sketch == 0
+    each, of_policy = comparison.responses(rollout, numbers, dict(enumerate(advantages.tolist())), PREFIX)
+    sums = [0.0, 0.0]
+    groups = layer_groups(policy)
+    assert [a.number for a in each] == numbers
+    for found in each:
+        ids = rollout.responses[found.number].token_ids
+        prompt = rollout.prompts[int(rollout.group_ids[found.number])].token_ids
+        log_prob, a = plain_gradients(model, prompt, ids, rollout.temperature)
+        marginal, b = plain_gradients(model, (PREFIX,), ids, rollout.temperature)
+        assert found.log_prob == pytest.approx(log_prob, rel=1e-5)
+        assert found.marginal_log_prob == pytest.approx(marginal, rel=1e-5)
+        product = float(whole(a) @ whole(b))
+        scale = float(whole(a).norm() * whole(b).norm())
+        assert found.products.inner_product == pytest.approx(product, abs=1e-4 * scale)
+        assert found.products.cosine == pytest.approx(product / scale, abs=1e-4)
+        assert float(found.products.aa.sum()) == pytest.approx(float(whole(a).norm()) ** 2, rel=1e-4)
+        for group, cosine in found.products.by_group.items():
+            some = [n for n in a if groups["model." + n] == group]
+            x, y = (torch.cat([g[n].flatten() for n in some]) for g in (a, b))
+            assert cosine == pytest.approx(float(x @ y / (x.norm() * y.norm())), abs=1e-4), group
+        weight = float(advantages[found.number])
+        sums = [s + weight * whole(g) for s, g in zip(sums, (a, b), strict=True)]
+    expected = float(sums[0] @ sums[1] / (sums[0].norm() * sums[1].norm()))
+    assert of_policy.cosine == pytest.approx(expected, abs=1e-4)
+    assert all(p.grad is None for p in policy.parameters())
+
+
+def test_layer_groups_cover_the_model_in_order(model_folder):
+    policy = Policy.from_pretrained(model_folder("llama-untied"))
+    groups = layer_groups(policy)
+    assert set(groups) == {name for name, _ in policy.named_parameters()}
+    assert groups["model.model.embed_tokens.weight"] == "embedding"
+    assert groups["model.lm_head.weight"] == groups["model.model.norm.weight"] == "head"
+    assert groups["model.model.layers.0.mlp.up_proj.weight"] == "first"
+    assert set(groups.values()) <= set(GROUPS)
+
+
+def test_sketched_alignment_stays_within_the_error_it_states(model_folder, make_rollout):
+    policy = Policy.from_pretrained(model_folder("llama-untied"))
+    rollout = make_rollout()
+    weights = dict.fromkeys(range(20), 1.0)
+    numbers = [i for i, n in enumerate(rollout.lengths.tolist()) if n][:8]
+    exact, exact_policy = GradientComparison(policy, 0).responses(rollout, numbers, weights, PREFIX)
+    rough, rough_policy = GradientComparison(policy, 8191).responses(rollout, numbers, weights, PREFIX)
+    bound = math.sqrt(2 / 8191)
+    errors = [r.products.cosine - e.products.cosine for r, e in zip(rough, exact, strict=True)]
+    assert max(map(abs, errors)) < 5 * bound
+    assert rough_policy.cosine == pytest.approx(exact_policy.cosine, abs=5 * bound)
+    assert any(errors)  # it was sketched
+
+
+def test_sketches_of_inner_products_and_norms():
+    """Over many pairs: unbiased, with the standard deviation that the module states."""
+    size, generator = 1021, torch.Generator().manual_seed(1)
+    inner, norms = [], []
+    for _ in range(200):
+        a, b = torch.randn(2, 20_000, generator=generator, dtype=torch.float64)
+        b = b + 0.5 * a
+        sketches = [Sketch(size), Sketch(size)]
+        start = int(torch.randint(0, 10_000_000, (1,), generator=generator))
+        for sketch, vector in zip(sketches, (a, b), strict=True):
+            sketch.add(vector, start)
+        inner.append(float((sketches[0].sums @ sketches[1].sums - a @ b) / (a.norm() * b.norm())))
+        norms.append(float(sketches[0].sums.norm() / a.norm() - 1))
+    inner, norms = torch.tensor(inner), torch.tensor(norms)
+    assert float(inner.std()) <= 1.15 * math.sqrt(2 / size)
+    assert float(norms.std()) <= 1.15 * math.sqrt(1 / (2 * size))
+    for errors in (inner, norms):
+        assert abs(float(errors.mean())) < 4 * float(errors.std()) / math.sqrt(200)
+
+
+def test_a_sketch_does_not_depend_on_the_pieces():
+    vector = torch.randn(3_000_000, generator=torch.Generator().manual_seed(0))
+    whole_one, pieces = Sketch(), Sketch()
+    whole_one.add(vector, 7)
+    for start in range(0, len(vector), 333_333):
+        pieces.add(vector[start : start + 333_333], 7 + start)
+    torch.testing.assert_close(whole_one.sums, pieces.sums, rtol=1e-9, atol=1e-9)
+    expected = torch.zeros(SIZE, dtype=torch.float64)
+    from prerl_lightning.metrics.sketch import SIGNS, _signs
+
+    index = torch.arange(7, 7 + len(vector))
+    expected.index_add_(0, index % SIZE, vector.double() * _signs("cpu")[index % SIGNS])
+    torch.testing.assert_close(whole_one.sums, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_weight_change_by_sketches(model_folder):
+    policy = Policy.from_pretrained(model_folder("llama-tied"))
+    before = weight_sketch(policy)
+    norm = torch.cat([p.detach().flatten() for p in policy.parameters()]).norm()
+    assert float(before.norm()) == pytest.approx(float(norm), rel=0.02)
+    moved = 0.0
+    with torch.no_grad():
+        for p in policy.parameters():
+            step = 1e-5 * torch.randn_like(p)
+            old = p.clone()
+            p += step
+            moved += float((p - old).double().square().sum())
+    assert float((weight_sketch(policy) - before).norm()) == pytest.approx(math.sqrt(moved), rel=0.02)
+
+
+def test_half_of_the_chosen_have_either_sign(make_rollout):
+    rollout = make_rollout(rewards=[1.0, 0, 0, 0] * 5)
+    signs = group_advantages(rollout.rewards, rollout.group_ids, "mean").sign()
+    numbers = chosen(rollout, signs, 8)
+    assert len(set(numbers)) == 8
+    assert sum(int(signs[n]) for n in numbers) == 0
+    assert numbers == chosen(rollout, signs, 8)
+    equal = make_rollout(rewards=[1.0] * 20)
+    assert len(chosen(equal, torch.zeros(20), 8)) == 8
+    assert len(chosen(equal, torch.zeros(20), 99)) == 20
