@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from prerl_lightning.callbacks.alignment import GradientAlignment
 from prerl_lightning.callbacks.record import RunRecord
-from prerl_lightning.callbacks.samples import _to_loggers, new_words, terminal_line
+from prerl_lightning.callbacks.samples import _to_loggers, best_and_worst, new_words, terminal_line
 from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.rollout import repetition, rollout_statistics
 from prerl_lightning.types import Prompt, Response, Rollout
@@ -85,6 +85,12 @@ def test_repetition_by_hand_and_by_counting():
         seen |= set(grams)
         n += len(grams)
     assert repetition(ids, lengths) == pytest.approx(1 - len(seen) / n)
+
+
+def test_best_and_worst_are_of_several_prompts(make_rollout):
+    rollout = make_rollout(n_prompts=3, group_size=2, rewards=[1.0, 1.0, 0.5, 0.0, 0.0, 0.2])
+    assert best_and_worst(rollout, 3) == [(0, "best"), (4, "worst"), (2, "best")]
+    assert len(best_and_worst(rollout, 9)) == 3
 
 
 def sample(**changes):

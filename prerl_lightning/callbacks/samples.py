@@ -1,6 +1,5 @@
 """Completions to read: in the terminal, as JSON lines beside the run, and as a table in W&B and TensorBoard."""
 
-import json
 import logging
 from collections.abc import Sequence
 from difflib import SequenceMatcher
@@ -14,11 +13,11 @@ from rich.text import Text
 
 from prerl_lightning.callbacks.progress import StepBar
 from prerl_lightning.callbacks.thoughts import Thoughts
-from prerl_lightning.callbacks.watcher import Watcher, due
+from prerl_lightning.callbacks.watcher import Watcher, append_lines, due, run_folder
 from prerl_lightning.metrics.thoughts import ThoughtFinder, load_families
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.rollout.sampler import Group
-from prerl_lightning.types import Prompt, Response
+from prerl_lightning.types import Prompt, Response, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ class Samples(Watcher):
 
     Args:
         every_n_steps: of the batch's; 0: never.
-        number: of the batch's each time, best and worst in turn.
+        number: of the batch's each time, best and worst in turn, each to another prompt.
         held_out: held-out problems, the first ones.
         max_characters: shown in the terminal of each; the file has them whole.
     """
@@ -40,7 +39,7 @@ class Samples(Watcher):
     def __init__(self, every_n_steps: int = 20, number: int = 3, held_out: int = 2, max_characters: int = 300) -> None:
         self.every_n_steps, self.number, self.held_out = every_n_steps, number, held_out
         self.max_characters = max_characters
-        self.folder: str | None = None
+        self.folder: Path | None = None
         self.finder: ThoughtFinder | None = None
         self.earlier: dict[int, dict[str, Any]] = {}  # the last answer to a held-out problem, by its row
         self._validation: list[Group] = []
@@ -52,7 +51,7 @@ class Samples(Watcher):
         self.earlier = state_dict["earlier"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.folder = trainer.log_dir  # a collective call: all ranks have to make it
+        self.folder = run_folder(trainer)
         watching = [c.finder for c in trainer.callbacks if isinstance(c, Thoughts)]  # type: ignore[attr-defined]
         self.finder = watching[0] if watching else ThoughtFinder(load_families())
 
@@ -60,10 +59,8 @@ class Samples(Watcher):
         rollout = module.rollout
         if rollout is None or not trainer.is_global_zero or not due(trainer.global_step, self.every_n_steps):
             return {}
-        best = rollout.rewards.argsort(descending=True, stable=True).tolist()
-        pairs = zip(((i, "best") for i in best), ((i, "worst") for i in reversed(best)), strict=True)
         rows = []
-        for i, kind in [which for pair in pairs for which in pair][: self.number]:
+        for i, kind in best_and_worst(rollout, self.number):
             prompt = rollout.prompts[int(rollout.group_ids[i])]
             rows.append(self._row(trainer, module, kind, prompt, rollout.responses[i], float(rollout.rewards[i])))
         self._show(trainer, rows)
@@ -111,10 +108,7 @@ class Samples(Watcher):
         if not rows:
             return
         if self.folder is not None:
-            path = Path(self.folder) / "samples.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            append_lines(self.folder, "samples.jsonl", rows)
         bars = [c for c in trainer.callbacks if isinstance(c, StepBar)]  # type: ignore[attr-defined]
         for row in rows:
             line = terminal_line(row, self.max_characters)
@@ -123,6 +117,20 @@ class Samples(Watcher):
             else:
                 log.info("%s", line.plain)
         _to_loggers(trainer, rows)
+
+
+def best_and_worst(rollout: Rollout, n: int) -> list[tuple[int, str]]:
+    """(number in the rollout, ``best`` or ``worst``) of n responses in turn, each to another prompt."""
+    order = rollout.rewards.argsort(descending=True, stable=True).tolist()
+    group = rollout.group_ids.tolist()
+    found: list[tuple[int, str]] = []
+    seen: set[int] = set()
+    for turn in range(min(n, len(rollout.prompts))):
+        candidates = reversed(order) if turn % 2 else order
+        i = next(i for i in candidates if group[i] not in seen)
+        seen.add(group[i])
+        found.append((i, "worst" if turn % 2 else "best"))
+    return found
 
 
 def terminal_line(row: dict[str, Any], max_characters: int) -> Text:

@@ -1,5 +1,6 @@
 """Reasoning behaviours by keywords: of each step's responses and of the held-out ones, and their ratio to step 0."""
 
+import logging
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,8 @@ from prerl_lightning.metrics.thoughts import ThoughtCounts, ThoughtFinder, load_
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.rollout.sampler import Group
 from prerl_lightning.types import Response
+
+log = logging.getLogger(__name__)
 
 
 class Thoughts(Watcher):
@@ -52,7 +55,16 @@ class Thoughts(Watcher):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         if self.enabled:
-            pl_module.record(self._found(self.held_out, "val/thoughts/", trainer.global_step))
+            prefix = "val/thoughts/"
+            found = self._found(self.held_out, prefix, trainer.global_step)
+            pl_module.record(found)
+            shown = []
+            for family in self.finder.families:
+                if count := found.get(prefix + family):
+                    ratio = found.get(f"{prefix}{family}_ratio")
+                    shown.append(f"{family} {count:.3g}" + (f" (x{ratio:.2f})" if ratio is not None else ""))
+            if shown and trainer.state.fn == "fit":
+                log.info("thoughts a held-out response, and to step 0: %s", ", ".join(shown))
 
     def _add(
         self,

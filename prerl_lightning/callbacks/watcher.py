@@ -1,9 +1,13 @@
 """Base of the callbacks that look at a run and change nothing about it."""
 
+import json
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import CSVLogger
 
 from prerl_lightning.objectives.base import PolicyModule
 
@@ -25,6 +29,21 @@ class Watcher(L.Callback):
         pl_module.record(self.watch(trainer, pl_module))
         pl_module.watched_seconds += time.perf_counter() - start
         pl_module.record({"time/watchers": pl_module.watched_seconds})
+
+
+def run_folder(trainer: L.Trainer) -> Path | None:
+    """Where metrics.csv is, or what the first logger calls its folder; None without a logger. Collective: all ranks
+    have to call it."""
+    of_csv = [logger.log_dir for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+    found = trainer.strategy.broadcast(of_csv[0]) if of_csv else trainer.log_dir
+    return Path(found) if found and trainer.loggers else None
+
+
+def append_lines(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """As JSON, one a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / name).open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def due(step: int, every_n_steps: int) -> bool:
