@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from prerl_lightning import __version__
@@ -19,6 +20,8 @@ from prerl_lightning import __version__
 USAGE = """usage: prerl {fit,validate,test} [--config FILE ...] [--KEY VALUE ...]
        prerl evaluate --model MODEL --data SET,... --k K
        prerl compare FOLDER FOLDER
+       prerl report RUN [RUN ...] -o report.html
+       prerl watch [RUN]
 
 Reinforcement learning with verifiable rewards in pre-train and post-train space, on Lightning and vLLM.
 
@@ -27,6 +30,8 @@ Reinforcement learning with verifiable rewards in pre-train and post-train space
   test       the same, logged as test/...
   evaluate   k samples a problem of named sets: avg@k, pass@k, maj@k with intervals, resumable
   compare    two evaluations, problem by problem
+  report     one HTML page on runs: curves, thoughts, alignment, samples; opens from disk, asks no network
+  watch      a run's figures in the terminal, live, from another shell; default: the newest below runs/
 
   prerl fit --help            every option (takes some seconds)
   prerl fit --print_config    the whole configuration as YAML
@@ -34,6 +39,14 @@ Reinforcement learning with verifiable rewards in pre-train and post-train space
   --ckpt_path last            resume from the newest checkpoint of this configuration's runs
   PRERL_DEBUG=1               full tracebacks and the start-up messages of vLLM and transformers
 """
+
+# what is no subcommand of LightningCLI: the module with a function of the command's name
+COMMANDS = {
+    "evaluate": "prerl_lightning.evaluate",
+    "compare": "prerl_lightning.evaluate",
+    "report": "prerl_lightning.report.page",
+    "watch": "prerl_lightning.report.watch",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,10 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     _log_to_stdout()
     from prerl_lightning.errors import InputError
 
-    if args[0] in ("evaluate", "compare"):
-        from prerl_lightning import evaluate
-
-        run: Callable[[list[str]], Any] = getattr(evaluate, args[0])
+    if args[0] in COMMANDS:
+        run: Callable[[list[str]], Any] = getattr(import_module(COMMANDS[args[0]]), args[0])
         args = args[1:]
     else:
         from prerl_lightning.run import PrerlCLI

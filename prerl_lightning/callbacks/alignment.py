@@ -44,7 +44,7 @@ class GradientAlignment(Watcher):
     """
 
     def __init__(
-        self, every_n_steps: int = 20, responses: int = 4, likelihoods: int = 32, sketch: int | None = None
+        self, every_n_steps: int = 20, responses: int = 2, likelihoods: int = 32, sketch: int | None = None
     ) -> None:
         if responses < 1 or likelihoods < 0 or (sketch is not None and not 0 <= sketch <= 500_000):
             raise InputError("alignment: responses must be 1 or more, likelihoods 0 or more, sketch 0 to 500,000.")

@@ -1,0 +1,268 @@
+// Figures as Vega-Lite specifications, out of DATA and the state.
+"use strict";
+const SPARSE = 16; // a curve of so few points shows them
+const MANY = 12; // more curves than these are thin
+const BANDED = 6; // and more than these have no bands
+const LABELLED = 5; // so many curves are labelled at their ends
+const BINS = 60;
+const UNITS = [[2 * 86400, 86400, "days"], [7200, 3600, "hours"], [180, 60, "minutes"], [0, 1, "seconds"]];
+const PLAIN_ZERO = "datum.value === 0 ? '0' : datum.label"; // not 0k
+const AXES = { step: "optimizer step", samples: "responses sampled", seconds: "" };
+
+const tableOf = (run, column) => run.tables.find((table) => column in table.columns);
+const longest = Math.max(1, ...DATA.runs.flatMap((run) => run.tables.flatMap((t) => t.seconds.filter((s) => s !== null))));
+const [, perUnit, unitName] = UNITS.find(([from]) => longest >= from);
+AXES.seconds = `${unitName} since the run began`;
+
+function xValues(table) {
+  const values = table[state.axis];
+  return state.axis === "seconds" ? values.map((s) => (s === null ? null : s / perUnit)) : values;
+}
+
+// Where a step lies on the x axis of a run, between the steps that are known.
+function xAt(run, step) {
+  if (state.axis === "step" || step <= 0) return Math.max(0, step);
+  const known = run.tables.reduce((a, b) => (a && a.step.length >= b.step.length ? a : b), null);
+  if (!known) return step;
+  const x = xValues(known);
+  let [s0, x0] = [0, 0];
+  for (let i = 0; i < x.length; i++) {
+    if (x[i] === null) continue;
+    if (known.step[i] >= step) return known.step[i] === s0 ? x[i] : x0 + ((x[i] - x0) * (step - s0)) / (known.step[i] - s0);
+    [s0, x0] = [known.step[i], x[i]];
+  }
+  return x0;
+}
+
+// [{step, x, y, lo, hi}] of one column of one run; lo and hi are the file's 95 % interval where it has one.
+function curve(run, column, interval) {
+  const table = tableOf(run, column);
+  if (!table) return [];
+  const x = xValues(table);
+  const low = interval ? table.columns[`${column}/low`] : null;
+  const high = interval ? table.columns[`${column}/high`] : null;
+  const points = [];
+  table.columns[column].forEach((y, i) => {
+    if (y !== null && x[i] !== null) points.push({ step: table.step[i], x: x[i], y, lo: low?.[i] ?? null, hi: high?.[i] ?? null, n: 1 });
+  });
+  return smooth(points, column.startsWith("val/") ? 1 : state.smoothing);
+}
+
+function smooth(points, width) {
+  if (width < 2) return points;
+  const half = Math.floor(width / 2);
+  return points.map((point, i) => {
+    const reach = Math.min(half, i, points.length - 1 - i); // symmetric, so that ends stay where they are
+    const near = points.slice(i - reach, i + reach + 1);
+    return { ...point, y: near.reduce((sum, p) => sum + p.y, 0) / near.length };
+  });
+}
+
+// Over runs, at each step, of those that have it.
+function band(curves) {
+  const at = new Map();
+  for (const points of curves) for (const p of points) at.has(p.step) ? at.get(p.step).push(p) : at.set(p.step, [p]);
+  return [...at.entries()].sort((a, b) => a[0] - b[0]).map(([step, found]) => {
+    const mean = (key) => found.reduce((sum, p) => sum + p[key], 0) / found.length;
+    const y = mean("y");
+    const values = found.map((p) => p.y);
+    const sd = found.length > 1 ? Math.sqrt(values.reduce((sum, v) => sum + (v - y) ** 2, 0) / (found.length - 1)) : 0;
+    const [lo, hi] = state.seeds === "sd" ? [y - sd, y + sd] : [Math.min(...values), Math.max(...values)];
+    return { step, x: mean("x"), y, lo, hi, n: found.length };
+  });
+}
+
+// The curves of a figure: {group, name, label, dash, points}.
+function seriesOf(figure) {
+  const chosen = Object.keys(figure.views).length ? figure.views[`${state.source}-${state.measure}-${state.split}`] || [] : figure.series;
+  const found = [];
+  DATA.groups.forEach((group, g) => {
+    if (!state.shown[g]) return;
+    chosen.forEach(([label, column], v) => {
+      const curves = group.runs.map((r) => curve(DATA.runs[r], column, group.runs.length === 1)).filter((c) => c.length);
+      const drawn = curves.length > 1 && state.seeds !== "each" ? [band(curves)] : curves;
+      const dash = chosen.length > 1 ? v % DASHES.length : Math.floor(g / COLOURS) % DASHES.length;
+      drawn.forEach((points) => found.push({ group: g, name: group.name, label: chosen.length > 1 ? label : "", dash, points }));
+    });
+  });
+  return { series: found, variants: chosen.length > 1 ? chosen.map(([label]) => label) : [], columns: chosen.map(([, column]) => column) };
+}
+
+// Lives of the groups shown: shading where all that have several agree, and a line at each reincarnation.
+function livesOf() {
+  const several = DATA.groups
+    .map((group, g) => ({ g, run: DATA.runs[group.runs.find((r) => DATA.runs[r].lives.length > 1) ?? group.runs[0]] }))
+    .filter(({ g, run }) => state.shown[g] && run.lives.length > 1);
+  const key = ({ run }) => JSON.stringify(run.lives);
+  const alike = several.length > 0 && several.every((one) => key(one) === key(several[0]));
+  const agreed = alike && (state.axis === "step" || several.length === 1);
+  const shown = agreed ? several.slice(0, 1) : several;
+  return {
+    agreed,
+    lives: agreed ? several[0].run.lives.map(([name, first]) => ({ name, x: xAt(several[0].run, first) })) : [],
+    lines: merged(shown.flatMap(({ g, run }) => run.lives.slice(1).map(([name, first]) => ({ x: xAt(run, first), name, groups: [g] })))),
+  };
+}
+
+// Lines at one place under one name become one, of several settings.
+function merged(lines) {
+  const found = new Map();
+  for (const line of lines) {
+    const key = `${line.x} ${line.name}`;
+    if (found.has(key)) found.get(key).groups.push(...line.groups);
+    else found.set(key, line);
+  }
+  const who = (groups) => (groups.length > 1 ? `${groups.length} settings` : DATA.groups[groups[0]].name);
+  return [...found.values()].map((line) => ({ ...line, who: who(line.groups) }));
+}
+
+const css = (name) => `var(${name})`; // resolved by the page, so that a theme, or paper, needs no new drawing
+const colour = (group) => css(`--g${group % COLOURS}`);
+const maximum = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
+const minimum = (values) => values.reduce((a, b) => Math.min(a, b), Infinity);
+
+function xDomain() {
+  const ends = DATA.groups.flatMap((group, g) => (state.shown[g] ? group.runs.flatMap((r) => DATA.runs[r].tables.map((t) => maximum(xValues(t).filter((x) => x !== null)))) : []));
+  return [0, Math.max(maximum(ends), state.axis === "step" ? 1 : 1e-9)];
+}
+
+function shared(figure, width, height) {
+  const [soft, line] = [css("--soft"), css("--line")];
+  return {
+    $schema: "https://vega.github.io/schema/vega-lite/v6.json",
+    width, height, background: "transparent", autosize: { type: "fit", contains: "padding" },
+    config: {
+      font: getComputedStyle(document.body).fontFamily, view: { stroke: null },
+      axis: { labelColor: soft, titleColor: soft, gridColor: line, domainColor: soft, tickColor: soft, labelFontSize: 11, titleFontSize: 11, titleFontWeight: "normal", gridOpacity: 0.7 },
+    },
+  };
+}
+
+function xEncoding(wide) {
+  return {
+    field: "x", type: "quantitative", scale: { domain: xDomain(), nice: false, zero: false },
+    axis: { title: wide ? AXES[state.axis] : null, grid: false, tickCount: wide ? 10 : 5, format: { step: ",d", samples: "~s", seconds: ",~f" }[state.axis], labelExpr: PLAIN_ZERO, labelFlush: true, ...(state.axis === "step" ? { tickMinStep: 1 } : {}) },
+  };
+}
+
+function lifeLayers(wide, width) {
+  const { agreed, lives, lines } = livesOf();
+  const layers = [];
+  const [, end] = xDomain();
+  const shades = lives.flatMap(({ x }, i) => (i % 2 ? [] : [{ x, x2: Math.min(end, lives[i + 1]?.x ?? end) }])).filter((s) => s.x2 > s.x);
+  const plain = xEncoding(wide); // an axis of its own would hide the figure's
+  if (shades.length) {
+    layers.push({ data: { values: shades }, mark: { type: "rect", color: css("--life"), opacity: 1 }, encoding: { x: plain, x2: { field: "x2" } } });
+  }
+  lines.slice(0, 12).forEach((one) => {
+    const shade = agreed || one.groups.length > 1 ? css("--soft") : colour(one.groups[0]);
+    const at = { data: { values: [one] }, encoding: { x: plain } };
+    layers.push({ ...at, mark: { type: "rule", color: shade, strokeDash: [3, 3], strokeWidth: 1.2 } });
+    const last = one.x > end * 0.75;
+    const words = wide ? `reincarnation: ${one.name}` : one.name;
+    if (agreed || (wide && lines.length <= 4)) {
+      const name = agreed ? words : `reincarnation of ${one.who}: ${one.name}`;
+      layers.push({ ...at, mark: { type: "text", text: name, align: last ? "right" : "left", baseline: "bottom", dx: last ? -2 : 0, color: shade, fontSize: 11 }, encoding: { ...at.encoding, y: { value: agreed ? -4 : -4 - 12 * ((lines.length - 1 - lines.indexOf(one)) % 4) } } });
+    }
+  });
+  if (agreed && lives[0] && (lives[1]?.x ?? end) / end * width > (wide ? 75 : 70)) {
+    layers.push({ data: { values: [lives[0]] }, mark: { type: "text", text: lives[0].name, align: "left", baseline: "bottom", color: css("--soft"), fontSize: 11 }, encoding: { x: plain, y: { value: -4 } } });
+  }
+  return layers;
+}
+
+function lineSpec(figure, series, width, wide) {
+  const height = wide ? 320 : 170;
+  const bands = series.length <= BANDED;
+  const rows = series.flatMap((one, s) => one.points.map((p) => ({ ...p, s, g: String(one.group), d: String(one.dash), few: one.points.length <= SPARSE })));
+  const banded = bands ? rows.filter((row) => row.lo !== null && row.hi !== null && row.hi > row.lo) : [];
+  const values = [...rows.map((r) => r.y), ...banded.flatMap((r) => [r.lo, r.hi]), ...(figure.rule !== null ? [figure.rule] : []), ...(figure.zero ? [0] : [])];
+  let [low, high] = [minimum(values), maximum(values)];
+  if (low === high) [low, high] = figure.zero ? [Math.min(0, low), Math.max(high, 0) || 1] : [low - (Math.abs(low) * 0.05 || 0.5), high + (Math.abs(high) * 0.05 || 0.5)];
+  const groups = [...new Set(rows.map((r) => r.g))];
+  const largest = Math.max(Math.abs(low), Math.abs(high));
+  const format = figure.format !== ".3~g" ? figure.format : largest >= 1000 ? "~s" : largest < 1e-3 ? ".2~e" : ".3~g";
+  const y = { field: "y", type: "quantitative", scale: { domain: [low, high], nice: true, zero: false }, axis: { title: null, format, labelExpr: PLAIN_ZERO, tickCount: wide ? 6 : 4 } };
+  const x = xEncoding(wide);
+  const color = { field: "g", type: "nominal", legend: null, scale: { domain: groups, range: groups.map((g) => colour(Number(g))) } };
+  const dash = { field: "d", type: "nominal", legend: null, scale: { domain: ["0", "1", "2", "3"], range: DASHES } };
+  const thin = series.length > MANY;
+  const layers = lifeLayers(wide, width);
+  if (figure.rule !== null) layers.push({ data: { values: [{ y: figure.rule }] }, mark: { type: "rule", color: css("--soft"), strokeWidth: 1 }, encoding: { y } });
+  if (banded.length) layers.push({ data: { values: banded }, mark: { type: "area", opacity: 0.16, clip: true }, encoding: { x, y: { ...y, field: "lo" }, y2: { field: "hi" }, color, detail: { field: "s" } } });
+  layers.push({ data: { values: rows }, mark: { type: "line", strokeWidth: thin ? 1 : wide ? 2.2 : 1.7, opacity: thin ? 0.75 : 1, strokeJoin: "round" }, encoding: { x, y, color, strokeDash: dash, detail: { field: "s" } } });
+  const dots = rows.filter((row) => row.few);
+  if (dots.length && !thin) layers.push({ data: { values: dots }, mark: { type: "point", filled: true, size: wide ? 34 : 20, opacity: 1 }, encoding: { x, y, color } });
+  let right = 8;
+  if (wide && DATA.groups.length > 1 && series.length <= LABELLED && width > 560) {
+    right = 8 + Math.min(170, 7 * maximum(series.map((s) => Math.min(24, s.name.length))));
+    layers.push(...endLabels(series, low, high, height, x, y));
+  }
+  const { agreed, lines } = livesOf();
+  const top = lines.length ? (wide && !agreed ? 6 + 12 * Math.min(4, lines.length) : 16) : 6;
+  return { ...shared(figure, width, height), padding: { left: 2, right, top, bottom: 4 }, layer: layers };
+}
+
+// Names at the ends of curves, moved apart where they would lie on each other.
+function endLabels(series, low, high, height, x, y) {
+  const ends = series.map((one) => ({ ...one, end: one.points[one.points.length - 1] })).sort((a, b) => b.end.y - a.end.y);
+  let lowest = -Infinity;
+  return ends.map(({ name, group, end }) => {
+    const at = (height - 50) * (1 - (end.y - low) / (high - low || 1));
+    const moved = Math.max(at, lowest + 14);
+    lowest = moved;
+    const text = name.length > 24 ? `${name.slice(0, 23)}…` : name;
+    return { data: { values: [end] }, mark: { type: "text", text, align: "left", dx: 7, dy: moved - at, color: colour(group), fontSize: 12, fontWeight: 600 }, encoding: { x, y } };
+  });
+}
+
+function pointSpec(figure, width, wide) {
+  const rows = DATA.groups.flatMap((group, g) => !state.shown[g] ? [] : group.runs.flatMap((r) => DATA.runs[r].points.map(([step, y, right]) => ({ x: xAt(DATA.runs[r], step), y, g: String(g), right }))));
+  if (!rows.length) return null;
+  const groups = [...new Set(rows.map((r) => r.g))];
+  const color = { field: "g", type: "nominal", legend: null, scale: { domain: groups, range: groups.map((g) => colour(Number(g))) } };
+  const encoding = { x: xEncoding(wide), y: { field: "y", type: "quantitative", scale: { zero: false }, axis: { title: null, tickCount: 4 } }, color };
+  const mark = (right) => ({ data: { values: rows.filter((r) => r.right === right) }, mark: { type: "point", filled: right === 1, size: 14, opacity: 0.55, strokeWidth: 1 }, encoding });
+  return { ...shared(figure, width, 170), padding: { left: 2, right: 8, top: livesOf().lines.length ? 18 : 6, bottom: 4 }, layer: [...lifeLayers(wide, width), ...[0, 1].filter((right) => rows.some((r) => r.right === right)).map(mark)] };
+}
+
+
+// Seconds a step by part, in bins of steps. What runs every n steps only is spread over the steps between.
+function stackSpec(figure, group, width) {
+  const runs = DATA.groups[group].runs.map((r) => DATA.runs[r]);
+  const last = maximum(runs.flatMap((run) => run.tables.flatMap((t) => t.step)));
+  const size = Math.max(1, Math.ceil(last / BINS));
+  const rows = [];
+  for (let from = 0; from < last; from += size) {
+    const [x, x2] = [xAt(runs[0], from), xAt(runs[0], Math.min(last, from + size))];
+    let y = 0;
+    figure.series.forEach(([label, column], p) => {
+      const found = runs.map((run) => meanBetween(run, column, from, from + size)).filter((v) => v !== null);
+      const value = found.length ? found.reduce((a, b) => a + b, 0) / found.length : 0;
+      if (value > 0) rows.push({ x, x2, y, y2: (y += value), p, label, value, step: Math.min(last, from + size) });
+    });
+  }
+  const parts = figure.series.map((_, p) => p);
+  const color = { field: "p", type: "ordinal", legend: null, scale: { domain: parts, range: figure.series.map(([, c]) => css(`--t${ALL_PARTS.indexOf(c)}`)) } };
+  const y = { field: "y", type: "quantitative", axis: { title: "seconds", tickCount: 6 } };
+  const mark = { type: "rect", strokeWidth: 0.7 };
+  const spec = { ...shared(figure, width, 320), padding: { left: 2, right: 8, top: 6, bottom: 4 }, layer: [{ data: { values: rows }, mark, encoding: { x: xEncoding(true), x2: { field: "x2" }, y, y2: { field: "y2" }, color, stroke: { ...color } } }] };
+  const series = figure.series.map(([label, column], p) => ({
+    name: "", label, part: ALL_PARTS.indexOf(column),
+    points: rows.filter((r) => r.p === p).map((r) => ({ step: r.step, x: (r.x + r.x2) / 2, y: r.value, lo: null, hi: null, n: 1 })),
+  }));
+  return { spec, series: series.filter((one) => one.points.length) };
+}
+const ALL_PARTS = ["rollout", "reward", "forward_backward", "optimizer", "update_weights", "statistics", "other", "watchers"].map((p) => `time/${p}`);
+
+function meanBetween(run, column, from, to) {
+  const table = tableOf(run, column);
+  if (!table) return null;
+  const values = table.columns[column].map((v, i) => [table.step[i], v]).filter(([, v]) => v !== null);
+  if (table.share < 0.5) { // every n steps: the next one, spread evenly
+    const next = values.find(([step]) => step > from) || values[values.length - 1];
+    return next ? next[1] * table.share : null;
+  }
+  const inside = values.filter(([step]) => step > from && step <= to).map(([, v]) => v);
+  return inside.length ? inside.reduce((a, b) => a + b, 0) / inside.length : null;
+}

@@ -1,0 +1,608 @@
+"""`prerl report`: what is computed, by hand; the page, in a real browser."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from report_runs import HOSTILE, grow_old, write_metrics, write_run
+
+from prerl_lightning.cli import main
+from prerl_lightning.errors import InputError
+from prerl_lightning.report import background, compare, headline, payload, tables, words
+from prerl_lightning.report.figures import families, figures
+from prerl_lightning.report.folders import expand
+from prerl_lightning.report.page import page, report, vega
+from prerl_lightning.report.runs import chain, read_run
+
+BROWSER = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if p), None)
+
+
+# ---- reading
+
+
+def test_reads_a_run(tmp_path):
+    run = read_run(write_run(tmp_path / "dsrl" / "version_3"))
+    assert (run.name, run.version, run.steps, run.max_steps) == ("dsrl", "version_3", 60, 60)
+    assert chain(run) == "NSR-PreRL → GRPO"
+    assert run.lives == [("NSR-PreRL", 0), ("GRPO", 10)]
+    assert run.accuracy == "val/avg@8"
+    assert list(run.column("val/avg@8")) == [0, 10, 20, 30, 40, 50, 60]
+    assert run.samples_seen[60] == 60 * 256
+    assert run.seconds[60] == 123
+    assert run.status() == ("finished", "finished at step 60 of 60")
+    assert run.notes == ()
+
+
+def test_how_a_run_stands(tmp_path):
+    def status(folder, **options):
+        return read_run(write_run(tmp_path / folder, steps=5, **options)).status()
+
+    assert status("a", status="failed", error="RuntimeError: out of memory") == (
+        "failed",
+        "failed at step 5 of 5: RuntimeError: out of memory",
+    )
+    assert status("b", status="interrupted", max_steps=60)[1] == "interrupted at step 5 of 60"
+    assert status("c", status="running") == ("running", "running, at step 5 of 5")
+    grow_old(tmp_path / "c", 1000)
+    state, said = read_run(tmp_path / "c").status()
+    assert state == "silent"
+    assert said.startswith("no sign of life since ")
+    assert status("d", files=("config.yaml",))[1] == "reached its 5 steps (no run.json)"
+    assert "no run.json says how it ended" in status("e", files=())[1]
+
+
+def test_runs_that_are_cut_off_or_old_or_bare_are_read_with_a_word(tmp_path):
+    cut = read_run(write_run(tmp_path / "cut", steps=7, end="0,2,0.123"))
+    assert cut.steps == 7
+    assert "metrics.csv ends within a line, which is left out" in cut.notes
+    bare = read_run(write_run(tmp_path / "bare", files=()))
+    assert "no config.yaml, run.json, samples.jsonl" in bare.notes
+    assert bare.lives == [("life 1", 0), ("life 2", 10)]
+    old = tmp_path / "old"
+    old.mkdir()
+    rows = [{"val/avg@8": 0.1}, {"reward/mean": 0.2, "time/step": 2}, {"reward/mean": 0.3, "time/step": 3}]
+    write_metrics(old, [*rows, {"val/avg@8": 0.4}])
+    lines = (old / "metrics.csv").read_text().splitlines()
+    steps = ["step", "0", "0", "1", "1"]  # Lightning's
+    where = lines[0].split(",").index("step")
+    cells = [line.split(",") for line in lines]
+    for line, step in zip(cells, steps, strict=True):
+        line[where] = step
+    (old / "metrics.csv").write_text("".join(",".join(line) + "\n" for line in cells))
+    run = read_run(old)
+    assert run.column("reward/mean") == {1: 0.2, 2: 0.3}
+    assert run.column("val/avg@8") == {0: 0.1, 2: 0.4}
+    assert run.seconds == {0: 0, 1: 2, 2: 5}
+    assert any("older version" in note for note in run.notes)
+
+
+def test_a_resumed_run_has_its_predecessors_rows(tmp_path):
+    first = write_run(tmp_path / "a" / "version_0", steps=23)
+    second = write_run(
+        tmp_path / "a" / "version_1", first=21, resumed_from=str(first / "checkpoints" / "last.ckpt"), samples=1
+    )
+    run = read_run(second, [second])
+    assert list(run.training) == list(range(1, 61))
+    assert list(run.validation) == [0, 10, 20, 30, 40, 50, 60]
+    assert run.seconds[20] == 43  # the first run's own
+    assert run.seconds[21] == 43 + 45  # row 21 says 45 seconds since the second began
+    assert f"steps 1 to 20 are of {first}, from which it was resumed" in run.notes
+    alone = read_run(second, [first, second])
+    assert min(alone.training) == 21
+    assert "which is shown as a run of its own" in alone.notes[-1]
+    shutil.rmtree(first)
+    assert "which is not there" in read_run(second).notes[-1]
+
+
+def test_arguments_that_mean_no_run_say_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = write_run(tmp_path / "runs" / "a" / "version_0", steps=1)
+    for i in (2, 10):
+        write_run(tmp_path / "runs" / "a" / f"version_{i}", steps=1)
+    assert [p.name for p in expand(["runs/a", "runs/a/version_0"])] == ["version_0", "version_2", "version_10"]
+    for given, said in {
+        "runs/b": "no such folder",
+        "runs/a/version_0/metrics.csv": "is a file. Give the run's folder",
+        "runs": "no metrics.csv in it, and no version_N folder",
+    }.items():
+        with pytest.raises(InputError, match=re.escape(said)):
+            report([given])
+    with pytest.raises(InputError, match="no folder nowhere"):
+        report([str(folder), "-o", "nowhere/report.html"])
+    with pytest.raises(InputError, match="is a folder"):
+        report([str(folder), "-o", "runs"])
+
+
+# ---- comparing
+
+
+def test_first_evaluated_step_with_an_accuracy():
+    curve = {0: 0.1, 10: 0.3, 20: 0.2, 30: 0.4}
+    assert compare.first_reaching(curve, 0.3) == (10, 0)
+    assert compare.first_reaching(curve, 0.31) == (30, 20)
+    assert compare.first_reaching(curve, 0.1) == (0, 0)
+    assert compare.first_reaching(curve, 0.5) is None
+    assert compare.mean_curve([{1: 0.2, 2: 0.4}, {1: 0.4}]) == {1: pytest.approx(0.3), 2: 0.4}
+
+
+def test_runs_that_differ_in_seeds_alone_are_one_group(tmp_path):
+    folders = [write_run(tmp_path / "a" / f"version_{s}", steps=2, seed=s) for s in range(3)]
+    folders.append(write_run(tmp_path / "a" / "version_3", steps=2, lr=3.0000000000000004e-05))
+    folders += [write_run(tmp_path / "b" / f"version_{s}", steps=2, files=()) for s in range(2)]
+    groups = compare.group([read_run(folder) for folder in folders])
+    assert [(g.name, len(g.runs)) for g in groups] == [
+        ("a (lr 5e-05)", 3),
+        ("a (lr 3e-05)", 1),
+        ("b version_0", 1),
+        ("b version_1", 1),
+    ]
+    assert compare.diff([g.settings for g in groups[:2]]) == [("model.lr", ["5e-05", "3.0000000000000004e-05"])]
+
+
+def test_configurations_are_told_apart_key_by_key():
+    callback = {"class_path": "prerl_lightning.callbacks.PolicyReincarnation", "init_args": {"at_step": 10}}
+    config = {
+        "trainer": {"callbacks": [callback, callback], "devices": [0, 1]},
+        "model": {"class_path": "mine.GRPO", "init_args": {"lr": 1.0, "inner": {"class_path": "torch.optim.AdamW"}}},
+    }
+    assert compare.flatten(config) == {
+        "trainer.callbacks": "PolicyReincarnation, PolicyReincarnation",
+        "trainer.callbacks.PolicyReincarnation.at_step": "10",
+        "trainer.callbacks.PolicyReincarnation#2.at_step": "10",
+        "trainer.devices": "[0, 1]",
+        "model": "mine.GRPO",
+        "model.lr": "1.0",
+        "model.inner": "AdamW",
+    }
+    key = "trainer.callbacks.PolicyReincarnation.successor.clip"
+    assert compare.inherited(key, [{key: "0.2", "model.clip": "0.2"}, {"model.clip": "0.2"}])
+    assert not compare.inherited(key, [{key: "0.3", "model.clip": "0.2"}, {"model.clip": "0.2"}])
+    assert not compare.inherited(key, [{key: "0.2", "model.clip": "0.2"}] * 2)
+
+
+def curve_run(folder, switch: int, seed: int, curve: dict[int, float], seconds: float) -> None:
+    """A run with this held-out accuracy; 100 responses and so many seconds a step."""
+    write_run(folder, steps=max(curve), switch=switch, seed=seed)
+    rows = [{"val/step": s, "val/avg@8": v} for s, v in curve.items()]
+    steps = range(1, max(curve) + 1)
+    rows += [{"optim/step": s, "rollout/responses": 100, "time/since_start": seconds * s} for s in steps]
+    write_metrics(folder, rows)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """GRPO's best is 0.6 at step 40, its last 0.5; DSRL is at 0.5 from step 20 and at 0.6 from step 30 on, by the mean
+    of two seeds: one at 0.6 at step 20, the other never."""
+    curve_run(tmp_path / "grpo", 0, 0, {0: 0.1, 10: 0.2, 20: 0.4, 30: 0.5, 40: 0.6, 50: 0.5}, 2.0)
+    curve_run(tmp_path / "dsrl" / "version_0", 10, 0, {0: 0.1, 10: 0.1, 20: 0.62, 30: 0.7, 40: 0.7, 50: 0.7}, 1.0)
+    curve_run(tmp_path / "dsrl" / "version_1", 10, 1, {0: 0.1, 10: 0.1, 20: 0.42, 30: 0.5, 40: 0.5, 50: 0.5}, 3.0)
+    return [tmp_path / "dsrl", tmp_path / "grpo"]
+
+
+def test_steps_to_accuracy_by_hand(pair):
+    dsrl, grpo = compare.group(read_run(folder) for folder in expand(map(str, pair)))
+    assert compare.baseline([dsrl, grpo]) is grpo
+    best, last = compare.ratios(grpo, dsrl)
+    assert (best.target, best.of_baseline.step, best.of_group.step) == (0.6, 40, 30)
+    assert best.steps == pytest.approx(40 / 30)
+    assert best.bounds == (pytest.approx(30 / 30), pytest.approx(40 / 20))
+    assert best.samples == pytest.approx(4000 / 3000)
+    assert best.seconds == pytest.approx(80 / 60)  # 2 seconds a step; a mean of 1 and 3
+    assert best.seeds == (pytest.approx(40 / 20), None)
+    assert (last.target, last.of_baseline.step, last.of_group.step) == (0.5, 30, 20)
+    assert last.steps == pytest.approx(1.5)
+    (never,) = [r for r in compare.ratios(dsrl, grpo) if r.kind == "best"] or [None]
+    assert never.target == pytest.approx(0.6)
+    assert never.of_group.step == 40
+    html = page([read_run(folder) for folder in expand(map(str, pair))])
+    row = re.search(r"best, 0\.600.*?</tr>", html)[0]
+    assert re.findall(r"<td>(.*?)</td>", row) == [
+        "40", "30", "<b>1.33\u00d7</b>", "1.00 to 2.00", "1.33\u00d7", "1.33\u00d7", "\u2013; 1 of 2 never",
+    ]  # fmt: skip
+
+
+def test_an_accuracy_that_is_never_reached_is_said_to_be(tmp_path):
+    curve_run(tmp_path / "grpo", 0, 0, {0: 0.1, 10: 0.9}, 1.0)
+    curve_run(tmp_path / "dsrl", 5, 0, {0: 0.1, 10: 0.5}, 1.0)
+    html = page([read_run(tmp_path / name) for name in ("grpo", "dsrl")])
+    assert "<b>dsrl</b> never reaches <b>grpo</b>" in html
+    assert "<td>never reached</td>" in html
+
+
+def test_words():
+    assert [words.duration(s) for s in (3.21, 59, 65, 3700, 200000)] == [
+        "3.2 s",
+        "59 s",
+        "1 min 5 s",
+        "1 h 2 min",
+        "2 d 7 h",
+    ]
+    assert [words.count(n) for n in (512, 857344, 4.02e9)] == ["512", "0.857 M", "4.02 B"]
+    assert [words.figure(v) for v in (0.36328, 1e-8, 24.5, 15360.0, math.nan)] == [
+        "0.363", "1.00e-08", "24.500", "15,360", "\u2013",
+    ]  # fmt: skip
+
+
+# ---- what goes into the page
+
+
+def drawn(folders):
+    groups = compare.group([read_run(folder) for folder in folders])
+    runs = [run for group in groups for run in group.runs]
+    return payload.payload(groups, figures(runs), families(runs))
+
+
+def test_the_pages_numbers_are_the_files(tmp_path):
+    folder = write_run(tmp_path / "a")
+    data, left_out = drawn([folder])
+    assert left_out == []
+    run = read_run(folder)
+    found = {}
+    for table in data["runs"][0]["tables"]:
+        for name, values in table["columns"].items():
+            found[name] = {s: v for s, v in zip(table["step"], values, strict=True) if v is not None}
+            assert table["samples"] == [256 * s for s in table["step"]]
+            assert table["seconds"] == [2 * s + 3 if s else 0 for s in table["step"]]
+    for name in ("val/avg@8", "val/avg@8/low", "reward/mean", "alignment/cosine", "thoughts/reflection_per_1k/wrong"):
+        assert found[name] == {s: pytest.approx(v, rel=1e-4) for s, v in run.column(name).items()}
+    not_drawn = {"optim/step", "life", "val/step", "time/since_start"}
+    assert {c for row in run.training.values() for c in row} - not_drawn <= set(found)
+    figure = data["figures"]["thoughts-reflection"]
+    assert figure["views"]["training-per_1k-both"] == (
+        ("right", "thoughts/reflection_per_1k/right"),
+        ("wrong", "thoughts/reflection_per_1k/wrong"),
+    )
+
+
+def test_long_runs_are_thinned_evenly_and_the_page_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(payload, "POINTS_A_CURVE", 20)
+    monkeypatch.setattr(payload, "SAMPLES", 3000)
+    data, left_out = drawn([write_run(tmp_path / "a", steps=100), write_run(tmp_path / "b", steps=90)])
+    for run, end in zip(data["runs"], (100, 90), strict=True):
+        table = next(t for t in run["tables"] if "reward/mean" in t["columns"])
+        assert table["step"] == list(dict.fromkeys([*range(1, end + 1, 5), end]))
+    assert left_out[0] == "Of the longest curves every 5th point is drawn, and the last."
+    assert re.match(r"\d+ of 66 samples are shown", left_out[1])
+    assert [payload.evenly(5, n) for n in (9, 5, 3, 2, 1, 0)] == [
+        [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 2, 4], [0, 4], [0], [],
+    ]  # fmt: skip
+
+
+def test_values_that_are_not_finite_are_counted(tmp_path):
+    folder = write_run(tmp_path / "a", steps=3)
+    write_metrics(folder, [{"optim/step": s, "optim/loss": math.nan if s == 2 else 0.5} for s in (1, 2, 3)])
+    data, left_out = drawn([folder])
+    assert left_out == ["Values that are not finite are left out: 1 of optim/loss."]
+    assert data["runs"][0]["tables"][0]["columns"]["optim/loss"] == [0.5, None, 0.5]
+
+
+def test_json_within_the_page_cannot_end_its_element():
+    text = payload.to_json({"a": HOSTILE, "b": "\ud800"})
+    assert "<" not in text
+    assert json.loads(text)["a"] == HOSTILE
+    assert json.loads(text)["b"] == "?"
+    assert "</script" not in vega()
+
+
+def cells(html: str) -> list[str]:
+    return re.findall(r"<td[^>]*>(.*?)</td>", html)
+
+
+def test_tables_say_what_the_files_say(tmp_path):
+    runs = [read_run(write_run(tmp_path / "a" / f"version_{seed}", seed=seed)) for seed in range(2)]
+    (group,) = compare.group(runs)
+    text = re.sub("<.*?>", "", " ".join(cells(tables.thought_table([group], ["transition", "reflection"]))))
+    assert text == "1.25\u00d7 → 2.5\u00d7 1.5\u00d7 → 4\u00d7"  # 1 + 10/40 and 1 + 60/40; 1 + 20/40 and 1 + 120/40
+    assert "0.360 to 0.370" in headline.overview([group])
+    shares = cells(background.time_table([group]))
+    assert shares[1] == "1.81"
+    assert "0.9<small>49.7%</small>" in shares  # rollout
+    assert shares[-1] == "0.08"  # alignment took 0.4 seconds in every fifth step
+
+
+def test_runs_of_a_group_that_end_at_different_steps_are_pointed_out(tmp_path):
+    folders = [write_run(tmp_path / "a" / f"version_{s}", seed=s, steps=60) for s in range(2)]
+    write_metrics(folders[1], [{"optim/step": 1, "reward/mean": 0.5}])
+    (group,) = compare.group(map(read_run, folders))
+    assert "beyond step 1 its means are over fewer runs" in headline.states([group], 0)
+
+
+def test_very_many_runs_lose_figures_and_not_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(payload, "CURVES", 60_000)
+    data, (said, *_) = drawn([write_run(tmp_path / f"a{i}", steps=40, files=("config.yaml",)) for i in range(4)])
+    assert said == "There are so many runs that the figures of these parts are left out: other, time."
+    assert len(json.dumps(data["runs"])) < 120_000
+    names = {name for table in data["runs"][0]["tables"] for name in table["columns"]}
+    assert {"reward/mean", "alignment/cosine"} <= names
+    assert "time/rollout" not in names
+
+
+def test_the_commands_start_without_torch():
+    code = "import sys, prerl_lightning.report.page, prerl_lightning.report.watch; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+def test_a_headline_without_run_json_or_config(tmp_path):
+    (group,) = compare.group([read_run(write_run(tmp_path / "mine", steps=1, files=()))])
+    assert "The model unknown model was trained with life 1 for 1 step." in headline.lead([group], group)
+    assert "0.360" in headline.tiles(group)
+
+
+# ---- the page in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if BROWSER is None:
+        pytest.skip("no chromium or google-chrome here: apt install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A page on GRPO and DSRL, two seeds each, with one hostile sample."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in range(2):
+        write_run(folder / "grpo" / f"version_{seed}", switch=0, seed=seed, speed=0.7, samples=2)
+        write_run(folder / "dsrl" / f"version_{seed}", seed=seed, speed=1.4, samples=3, hostile=seed == 0)
+    out = folder / "report.html"
+    main(["report", str(folder / "grpo"), str(folder / "dsrl"), "-o", str(out)])
+    return out
+
+
+@pytest.fixture
+def opened(browser):
+    """Opens a file; at the end nothing has been said on the console, asked of a network, or raised."""
+    said, contexts = [], []
+
+    def open_page(path, **options):
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}} | options)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: said.append(f"console: {message.text}"))
+        tab.on("pageerror", lambda error: said.append(f"error: {error}"))
+        tab.on(
+            "request", lambda asked: said.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None
+        )
+        tab.goto(path.as_uri())
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert said == []
+
+
+def draw(tab, key: str, state: str = "step"):
+    """Scrolls to a figure and waits until it is drawn with that x axis."""
+    figure = tab.locator(f'[data-figure="{key}"]')
+    figure.scroll_into_view_if_needed()
+    tab.wait_for_selector(f'[data-figure="{key}"][data-drawn="{state}"] svg')
+    return figure
+
+
+def press(tab, place: str, label: str) -> None:
+    tab.locator(f"#{place}").get_by_role("button", name=label, exact=True).click()
+
+
+def count(tab) -> int:
+    return int(tab.locator("#sample-count").inner_text().split()[0])
+
+
+def test_every_figure_is_drawn(two, opened):
+    tab = opened(two)
+    keys = tab.eval_on_selector_all("main section:not(#other) [data-figure]", "all => all.map(f => f.dataset.figure)")
+    assert {"accuracy", "reward", "thoughts-reflection", "cosine", "cosine-points", "entropy", "stack"} <= set(keys)
+    for key in keys:
+        figure = draw(tab, key)
+        assert figure.locator("svg path").count() > 0
+    assert draw(tab, "accuracy").locator("path[aria-roledescription='line mark']").count() == 2
+    drawn_texts = draw(tab, "accuracy").locator("svg text").all_text_contents()
+    assert {"dsrl", "grpo", "NSR-PreRL", "reincarnation: GRPO"} <= set(drawn_texts)
+    label = tab.locator('[data-figure="accuracy"] .plot').get_attribute("aria-label")
+    assert "grpo: 0.365 at step 0" in label  # the mean of 0.36 and 0.37
+    tab.locator("#other summary").click()
+    draw(tab, "other-train/tokens")
+
+
+def test_switches_redraw(two, opened):
+    tab = opened(two)
+    figure = draw(tab, "accuracy")
+    press(tab, "axis", "samples")
+    draw(tab, "accuracy", "samples")
+    assert "responses sampled" in figure.locator("svg").text_content()
+    press(tab, "axis", "time")
+    draw(tab, "accuracy", "seconds")
+    assert "seconds since the run began" in figure.locator("svg").text_content()
+    press(tab, "axis", "steps")
+    draw(tab, "accuracy")
+    press(tab, "seeds", "each run")
+    lines = "[data-figure=accuracy] path[aria-roledescription='line mark']"
+    tab.wait_for_function(f'document.querySelectorAll("{lines}").length === 4')
+    tab.locator("#legend").get_by_role("button", name="grpo").click()
+    tab.wait_for_function(f'document.querySelectorAll("{lines}").length === 2')
+    tab.locator("#legend").get_by_role("button", name="none").click()
+    tab.wait_for_selector("[data-figure=accuracy][data-drawn=empty]")
+    assert "nothing is selected" in figure.inner_text()
+    tab.locator("#legend").get_by_role("button", name="all").click()
+    thoughts = draw(tab, "thoughts-reflection")
+    press(tab, "source", "training")
+    press(tab, "measure", "per 1,000 tokens")
+    press(tab, "split", "right and wrong")
+    tab.wait_for_function(
+        "document.querySelector('[data-figure=thoughts-reflection]').innerText.includes('per_1k/wrong')"
+    )
+    assert "wrong" in thoughts.locator("figcaption").inner_text()
+    press(tab, "smoothing", "5")
+    draw(tab, "reward")
+
+
+def test_values_under_the_pointer(two, opened):
+    tab = opened(two)
+    box = draw(tab, "accuracy").locator(".plot").bounding_box()
+    tab.mouse.move(box["x"] + 40, box["y"] + 150)
+    tip = tab.locator(".tip").inner_text()
+    assert "step 0" in tip
+    assert "0.365 [0.36, 0.37], 2 runs" in tip
+
+
+def test_samples_are_filtered_and_walked(two, opened):
+    tab = opened(two)
+    assert count(tab) == 4 * 2 * 2 + 4 * 3 * 2 + 1
+    tab.select_option("#f-right", "wrong")
+    wrong = count(tab)
+    tab.select_option("#f-right", "right")
+    assert wrong + count(tab) == 41
+    assert "right" in tab.locator("#sample h3").inner_text()
+    tab.select_option("#f-right", "")
+    for select, value, expected in (
+        ("#f-step", "20", 10), ("#f-kind", "held_out", 8), ("#f-life", "2", 19), ("#f-run", "0", 8),
+        ("#f-thought", "reflection", 16),
+    ):  # fmt: skip
+        tab.select_option(select, value)
+        assert count(tab) == expected, select
+        tab.select_option(select, "")
+    tab.fill("#f-text", "no such text")
+    assert "No sample fits" in tab.locator("#sample").inner_text()
+    tab.fill("#f-text", "HACKED")
+    assert count(tab) == 1
+    tab.fill("#f-text", "")
+
+
+def test_thoughts_and_changes_are_marked_by_code_points(two, opened):
+    tab = opened(two)
+    tab.select_option("#f-step", "20")
+    tab.select_option("#f-run", "2")
+    marks = tab.locator("#sample .text-block mark").all_inner_texts()
+    assert marks == ["wait"]  # behind a character of two UTF-16 units
+    assert "Against its answer at step 10 (reward 0)" in tab.locator("#sample").inner_text()
+    # 70+70=130#130 became 🙂 70+70=130 wait 70+70=140#140
+    assert "".join(tab.locator("#sample ins").nth(1).all_inner_texts()) == "\U0001f642 "
+    changed = tab.locator("#sample .text-block").last
+    texts = changed.evaluate("e => [...e.childNodes].map(n => [n.nodeName, n.textContent])")
+    assert "".join(text for kind, text in texts if kind != "INS") == "70+70=130#130"
+    assert "".join(text for kind, text in texts if kind != "DEL") == "\U0001f642 70+70=130 wait 70+70=140#140"
+
+
+def test_hostile_text_does_nothing(two, opened):
+    tab = opened(two)
+    tab.fill("#f-text", "hacked")
+    blocks = tab.locator("#sample .text-block").evaluate_all("all => all.map(e => e.textContent)")
+    assert blocks[:3] == [HOSTILE] * 3  # the fourth is its difference to an earlier answer
+    tab.wait_for_timeout(100)
+    assert tab.evaluate("window.hacked") is None
+    assert tab.locator("#sample img, #sample script").count() == 0
+    policy = tab.locator('meta[http-equiv="Content-Security-Policy"]').get_attribute("content")
+    assert "default-src 'none'" in policy
+    assert "unsafe-eval" not in policy
+    assert "script-src 'sha256-" in policy
+
+
+def test_what_gets_past_escaping_is_stopped_by_the_policy(two, browser):
+    tab = browser.new_page()
+    tab.goto(two.as_uri())
+    tab.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=data:, onerror=\"window.hacked = 3\">')")
+    refused = tab.evaluate("fetch('https://example.org').then(() => 'reached', () => 'refused')")
+    assert refused == "refused"
+    assert tab.evaluate("window.hacked") is None
+    tab.close()
+
+
+def test_themes(two, opened):
+    tab = opened(two, color_scheme="dark")
+    shade = "getComputedStyle(document.body).backgroundColor"
+    assert tab.evaluate(shade) == "rgb(23, 22, 19)"
+    press(tab, "theme", "light")
+    assert tab.evaluate(shade) == "rgb(252, 251, 248)"
+    label = "getComputedStyle(document.querySelector('[data-figure=accuracy] svg text')).fill"
+    draw(tab, "accuracy")
+    assert tab.evaluate(label) == "rgb(98, 96, 90)"
+    press(tab, "theme", "dark")
+    assert tab.evaluate(label) == "rgb(165, 161, 152)"
+    tab.emulate_media(media="print")
+    assert tab.evaluate(label) == "rgb(85, 83, 77)"
+    assert tab.evaluate(shade) == "rgb(255, 255, 255)"
+
+
+def test_a_phone_has_no_horizontal_scroll(two, opened):
+    tab = opened(two, viewport={"width": 360, "height": 740})
+    draw(tab, "stack")
+    assert tab.evaluate("document.documentElement.scrollWidth") == 360
+    assert draw(tab, "accuracy").locator("svg").bounding_box()["width"] <= 360
+
+
+def test_the_keyboard_reaches_everything(two, opened):
+    tab = opened(two)
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.className") == "skip"
+    tab.keyboard.press("Enter")
+    assert tab.evaluate("document.activeElement.id") == "main"
+    tab.keyboard.press("/")  # jumps to the search
+    assert tab.evaluate("document.activeElement.id") == "f-text"
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.id") == "sample-list"
+    selected = "document.querySelector('#sample-list [aria-selected=true]').id"
+    tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("ArrowDown")
+    assert tab.evaluate(selected) == "sample-2"
+    assert tab.locator("#sample-list").get_attribute("aria-activedescendant") == "sample-2"
+    tab.keyboard.press("k")
+    assert tab.evaluate(selected) == "sample-1"
+    tab.keyboard.press("End")
+    assert tab.evaluate(selected) == "sample-40"
+    reached = set()
+    for _ in range(60):
+        tab.keyboard.press("Shift+Tab")
+        reached.add(tab.evaluate("document.activeElement.parentElement?.id"))
+    assert {"axis", "seeds", "smoothing", "theme", "legend", "measure"} <= reached
+    named = "e => e.innerText || e.labels?.length || e.ariaLabel"
+    assert all(tab.eval_on_selector_all("button, select, input", f"all => all.map({named})"))
+
+
+def test_without_javascript_the_tables_are_there(two, browser):
+    context = browser.new_context(java_script_enabled=False)
+    tab = context.new_page()
+    tab.goto(two.as_uri())
+    text = tab.locator("body").inner_text()
+    assert "reaches grpo's best held-out accuracy" in text
+    assert "NSR-PreRL → GRPO" in text
+    assert "Figures and samples need JavaScript" in text
+    assert not tab.locator(".controls").is_visible()
+    context.close()
+
+
+def test_one_run_after_one_step_and_a_failed_one(tmp_path, opened):
+    one = write_run(tmp_path / "one", steps=1, every=10)
+    main(["report", str(one), "-o", str(tmp_path / "one.html")])
+    tab = opened(tmp_path / "one.html")
+    assert draw(tab, "reward").locator("path[aria-roledescription='point']").count() == 1
+    failed = write_run(tmp_path / "b", steps=7, end="0,1,2", status="failed", error="CUDA <b>out</b> of memory")
+    main(["report", str(failed), "-o", str(tmp_path / "b.html")])
+    tab = opened(tmp_path / "b.html")
+    assert "failed at step 7 of 7: CUDA <b>out</b> of memory" in tab.locator("header").inner_text()
+    bare = write_run(tmp_path / "bare", files=())
+    write_metrics(bare, [])
+    main(["report", str(bare), "-o", str(tmp_path / "bare.html")])
+    assert "at step 0" in opened(tmp_path / "bare.html").locator("header").inner_text()
+
+
+def test_fifty_runs_are_below_five_megabytes(tmp_path, opened):
+    for i in range(50):
+        folder = tmp_path / "many" / f"version_{i}"
+        write_run(folder, steps=100, seed=i % 2, lr=1e-5 * (1 + i // 2), samples=4)
+    out = tmp_path / "report.html"
+    main(["report", str(tmp_path / "many"), "-o", str(out)])
+    assert out.stat().st_size < 5e6
+    tab = opened(out)
+    assert tab.locator("#legend button").count() == 25 + 2
+    assert draw(tab, "accuracy").locator("path[aria-roledescription='line mark']").count() == 25
+    assert "point is drawn" in tab.locator("header").inner_text()

@@ -1,0 +1,163 @@
+"""`prerl watch` over made-up run folders: pictures, reading on, and the end."""
+
+import json
+import os
+
+import pytest
+from report_runs import HOSTILE, grow_old, info, sample, training_row, validation_row, write_metrics, write_run
+from rich.console import Console
+
+from prerl_lightning.cli import main
+from prerl_lightning.errors import InputError
+from prerl_lightning.report import frame as picture
+from prerl_lightning.report.folders import find
+from prerl_lightning.report.metrics import MetricsFile
+from prerl_lightning.report.watch import RunFiles, follow, last_lines
+
+
+def shown(files: RunFiles, width: int = 120, height: int = 60) -> str:
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(picture.frame(files.run, width, height))
+    return console.export_text()
+
+
+def read(folder) -> RunFiles:
+    files = RunFiles(folder)
+    files.read()
+    return files
+
+
+def test_one_picture_has_progress_curves_times_and_samples(tmp_path, capsys):
+    folder = write_run(tmp_path / "dsrl" / "version_0")
+    main(["watch", str(folder)])
+    text = capsys.readouterr().out
+    assert "dsrl version_0   NSR-PreRL → GRPO   finished at step 60 of 60" in text
+    assert "reincarnation: GRPO from step 10" in text
+    assert "0.360 → 0.659 [0.599, 0.719]" in text  # 0.36 + 0.4 (1 - exp(-55 / 40)), +- 0.06
+    assert "transition / step 0" in text
+    assert "1.81 s a step" in text  # 1.76 and 0.05 for watchers
+    assert "rollout 50%" in text
+    assert "✓ step 60" in text
+    assert "✗ step 60" in text
+    assert "\x1b" not in text
+
+
+def test_narrow_and_low_terminals_get_a_picture_too(tmp_path):
+    files = read(write_run(tmp_path / "a"))
+    for width, height in ((40, 10), (60, 24), (200, 80)):
+        text = shown(files, width, height)
+        assert max(map(len, text.splitlines())) <= width
+        assert "reward" in text
+
+
+def test_a_run_that_has_not_made_a_step_and_an_empty_one(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"name": "new"} | info(0, 10, 60, status="running", ended=None)))
+    files = read(tmp_path)
+    assert "running, at step 0 of 60" in shown(files)
+    assert "no step yet" in shown(files)
+    write_metrics(tmp_path, [validation_row(0, 10, 1.0, 0)])
+    assert files.read()
+    assert "held-out avg@8" in shown(files)
+
+
+def test_reads_on_where_it_stopped_and_afresh_when_the_header_grows(tmp_path):
+    rows = [training_row(step, 0, 1.0, 0) for step in range(1, 8)]
+    write_metrics(tmp_path, rows[:3])
+    file = MetricsFile(tmp_path / "metrics.csv")
+    assert file.read()
+    assert not file.read()
+    assert list(file.rows.training) == [1, 2, 3]
+    write_metrics(tmp_path, rows[:4])
+    whole = (tmp_path / "metrics.csv").read_bytes()
+    (tmp_path / "metrics.csv").write_bytes(whole[:-20])
+    assert not file.read()  # the fourth line is not whole yet
+    assert file.rows.cut_off
+    (tmp_path / "metrics.csv").write_bytes(whole)
+    assert file.read()
+    assert list(file.rows.training) == [1, 2, 3, 4]
+    assert not file.rows.cut_off
+    write_metrics(tmp_path, rows)  # the fifth has alignment/...: a longer header
+    assert file.read()
+    assert list(file.rows.training) == [1, 2, 3, 4, 5, 6, 7]
+    assert file.rows.training[5]["alignment/cosine"] == pytest.approx(rows[4]["alignment/cosine"])
+
+
+def test_follows_a_run_until_it_ends(tmp_path):
+    rows = [training_row(step, 10, 1.0, 0) for step in range(1, 5)]
+    running = {"name": "a"} | info(0, 10, 4, status="running", ended=None)
+    (tmp_path / "run.json").write_text(json.dumps(running))
+    console = Console(width=100, height=40, record=True, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
+    seen = []
+
+    def sleep(seconds: float) -> None:
+        seen.append(len(files.run.training))
+        if len(seen) <= len(rows):
+            write_metrics(tmp_path, rows[: len(seen)])
+        elif len(seen) == len(rows) + 1:
+            (tmp_path / "samples.jsonl").write_text(json.dumps(sample(4, 0, 10)) + "\n")
+        else:
+            (tmp_path / "run.json").write_text(json.dumps(running | {"status": "finished"}))
+        assert len(seen) < 20
+
+    files = RunFiles(tmp_path)
+    follow(files, console, 1.0, sleep)
+    assert seen == [0, 1, 2, 3, 4, 4]
+    assert "finished at step 4 of 4" in console.export_text()
+
+
+def test_ctrl_c_ends_it_quietly(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prerl_lightning.report.watch.follow", interrupted)
+    monkeypatch.setattr("prerl_lightning.report.watch.Console", lambda: Console(force_terminal=True, width=80))
+    main(["watch", str(write_run(tmp_path / "a"))])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_says_when_there_is_no_sign_of_life(tmp_path):
+    folder = write_run(tmp_path / "a", steps=20, status="running", ended=None, max_steps=60)
+    assert "running, at step 20 of 60" in shown(read(folder))
+    assert "about 1 min 20 s left" in shown(read(folder))  # 40 steps of 2 seconds
+    grow_old(folder, 3600)
+    text = shown(read(folder))
+    assert "no sign of life since" in text
+    assert "left" not in text
+
+
+def test_text_of_a_model_cannot_steer_the_terminal(tmp_path):
+    folder = write_run(tmp_path / "a")
+    hostile = sample(60, 0, 10, "\x1b[2J\x1b]0;title\x07\u202e wait \U0001f642 [bold]x[/bold]")
+    (folder / "samples.jsonl").write_text(json.dumps(hostile) + "\n" + json.dumps(sample(60, 1, 10, HOSTILE)) + "\n")
+    text = shown(read(folder))
+    assert not any(c in text for c in "\x1b\x07\u202e\u2028")
+    assert "·[2J·]0;title·· wait \U0001f642 [bold]x[/bold]" in text
+    marked = picture._response(hostile, ["transition"])
+    assert marked.plain[marked.spans[0].start : marked.spans[0].end] == "wait"
+
+
+def test_finds_the_run_that_is_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no run below runs/"):
+        find(None)
+    for i, name in enumerate(("dsrl/version_2", "dsrl/version_10", "grpo/version_0")):
+        folder = write_run(tmp_path / "runs" / name, steps=1)
+        for file in ("metrics.csv", "run.json", "config.yaml"):
+            os.utime(folder / file, (1000 - i, 1000 - i))
+    assert find("runs/dsrl").name == "version_10"
+    assert find(None).name == "version_2"
+    with pytest.raises(InputError, match="no such folder"):
+        find("runs/nothing")
+    with pytest.raises(InputError, match="is a file"):
+        find("runs/grpo/version_0/metrics.csv")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no run in it"):
+        find("empty")
+
+
+def test_reads_the_end_of_long_sample_files_alone(tmp_path):
+    lines = [json.dumps(sample(step, 0, 10, f"answer {step}")) for step in range(1, 2001)]
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + '\n{"step": 2001, "resp')
+    found = last_lines(tmp_path / "samples.jsonl")
+    assert found[-1]["step"] == 2000
+    assert 10 < len(found) < 1000
