@@ -137,13 +137,17 @@ class TestLives:
         sketched = _column(runs(strategy) / "sketched" / "metrics.csv", "alignment/cosine")
         assert sketched == pytest.approx(_column(files[1], "alignment/cosine")[:1], abs=0.05)
 
-    def test_the_change_of_a_life_s_weights_survives_a_resume(self, runs, model_folder, strategy):
-        whole, resumed = (
-            _column(runs(strategy) / name / "metrics.csv", "weights/change") for name in ("watched", "watched_resumed")
-        )
+    def test_what_is_watched_goes_on_after_a_resume(self, runs, model_folder, strategy):
+        folders = [runs(strategy) / name for name in ("watched", "watched_resumed")]
+        for name in ("weights/change", "thoughts/equals_ratio", "val/thoughts/equals_ratio"):
+            whole, resumed = (_column(folder / "metrics.csv", name) for folder in folders)
+            assert resumed == pytest.approx(whole[-1:], rel=1e-3), name
+        earlier, again = ([r for r in _lines(f / "samples.jsonl") if r["kind"] == "held_out"] for f in folders)
+        assert again[-1]["previous"] is not None
+        assert again[-1]["previous"] == earlier[-1]["previous"]
+        whole = _column(folders[0] / "metrics.csv", "weights/change")
         assert len(whole) == 4
         assert whole[2] < whole[1]  # a new life began
-        assert resumed == pytest.approx(whole[3:], rel=1e-4)
         moved = weights(runs(strategy) / "life_1") - start(model_folder("llama-tied"))
         assert whole[1] == pytest.approx(float(moved.norm()), rel=0.02)
 

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from prerl_lightning.callbacks.alignment import GradientAlignment
 from prerl_lightning.callbacks.record import RunRecord
 from prerl_lightning.callbacks.samples import _to_loggers, best_and_worst, new_words, terminal_line
+from prerl_lightning.callbacks.watcher import due
 from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.rollout import repetition, rollout_statistics
 from prerl_lightning.types import Prompt, Response, Rollout
@@ -148,6 +149,26 @@ def test_how_a_run_ended(tmp_path, error, status, message):
     found = json.loads(record.path.read_text())
     assert (found["status"], found["error"]) == (status, message)
     assert found["ended"]
+
+
+@pytest.mark.parametrize(
+    ("steps_a_batch", "every", "expected"),
+    [
+        (1, 5, [1, 5, 7, 10, 12]),
+        (1, 50, [1, 7, 12]),
+        (3, 5, [3, 6, 9, 12]),
+        (2, 5, [2, 6, 8, 10, 12]),  # 5, 7, 10 and 12 lie within these batches
+        (1, 0, []),
+    ],
+)
+def test_when_a_measurement_is_due(steps_a_batch, every, expected):
+    module = SimpleNamespace(lives=[("NSRPreRL", 0), ("GRPO", 7)], rollout=SimpleNamespace(policy_version=0))
+    found = []
+    for before in range(0, 12, steps_a_batch):
+        module.rollout.policy_version = before
+        if due(SimpleNamespace(global_step=before + steps_a_batch, max_steps=12), module, every):
+            found.append(before + steps_a_batch)
+    assert found == expected
 
 
 def test_wrong_numbers_are_refused():

@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 
 class GradientAlignment(Watcher):
-    """Cosine and inner product of both gradients on some of a step's responses, right after the step.
+    """Cosine and inner product of both gradients on some of a step's responses, right after the step: the first one,
+    the last one of each life, and every n.
 
     Logs, with time/alignment in seconds (each also in time/watchers):
 
@@ -35,7 +36,7 @@ class GradientAlignment(Watcher):
     between two steps, where the next one drops them anyway.
 
     Args:
-        every_n_steps: 0: never.
+        every_n_steps: 0: never, at ends neither.
         responses: m, half of them with positive and half with negative advantage where there are such. All ranks
             measure the same ones.
         likelihoods: responses whose log p(y) is computed.
@@ -44,7 +45,7 @@ class GradientAlignment(Watcher):
     """
 
     def __init__(
-        self, every_n_steps: int = 20, responses: int = 2, likelihoods: int = 32, sketch: int | None = None
+        self, every_n_steps: int = 50, responses: int = 4, likelihoods: int = 16, sketch: int | None = None
     ) -> None:
         if responses < 1 or likelihoods < 0 or (sketch is not None and not 0 <= sketch <= 500_000):
             raise InputError("alignment: responses must be 1 or more, likelihoods 0 or more, sketch 0 to 500,000.")
@@ -57,7 +58,7 @@ class GradientAlignment(Watcher):
 
     def watch(self, trainer: L.Trainer, module: PolicyModule) -> dict[str, float]:
         rollout = module.whole_rollout
-        if rollout is None or not due(trainer.global_step, self.every_n_steps) or not rollout.lengths.any():
+        if rollout is None or not due(trainer, module, self.every_n_steps) or not rollout.lengths.any():
             return {}
         start = time.perf_counter()
         with trainer.precision_plugin.forward_context():

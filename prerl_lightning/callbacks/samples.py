@@ -25,7 +25,7 @@ COLUMNS = ("step", "life", "kind", "row", "reward", "prompt", "response", "groun
 
 
 class Samples(Watcher):
-    """Every n steps the best and the worst responses of the batch; at each validation the answers to the same held-out
+    """Every n steps, and at a life's end, the best and the worst responses of the batch; at each validation the answers to the same held-out
     problems, which that samples anyway: greedy ones where there are (``data.val_greedy``), so that what changes is the
     policy. Thoughts are highlighted, and words that the answer to the same problem did not have before are underlined.
 
@@ -57,7 +57,7 @@ class Samples(Watcher):
 
     def watch(self, trainer: L.Trainer, module: PolicyModule) -> dict[str, float]:
         rollout = module.rollout
-        if rollout is None or not trainer.is_global_zero or not due(trainer.global_step, self.every_n_steps):
+        if rollout is None or not trainer.is_global_zero or not due(trainer, module, self.every_n_steps):
             return {}
         rows = []
         for i, kind in best_and_worst(rollout, self.number):

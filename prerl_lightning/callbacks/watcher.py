@@ -46,6 +46,12 @@ def append_lines(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> 
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def due(step: int, every_n_steps: int) -> bool:
-    """After the first step, and every n; 0: never."""
-    return every_n_steps > 0 and (step == 1 or step % every_n_steps == 0)
+def due(trainer: L.Trainer, module: PolicyModule, every_n_steps: int) -> bool:
+    """After a run's first step, every n steps, and at each life's end; 0: never."""
+    assert module.rollout is not None
+    step, before = trainer.global_step, module.rollout.policy_version  # a batch may make several steps
+    ends = [*(first for _, first in module.lives[1:]), trainer.max_steps]
+    if every_n_steps <= 0:
+        return False
+    passed = before == 0 or step // every_n_steps > before // every_n_steps
+    return passed or any(before < end <= step for end in ends)

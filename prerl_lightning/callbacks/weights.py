@@ -22,7 +22,7 @@ class WeightChange(Watcher):
     memory again, in checkpoints too.
 
     Args:
-        every_n_steps: 0: never.
+        every_n_steps: and at a life's end; 0: never.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
@@ -45,7 +45,7 @@ class WeightChange(Watcher):
             self.life, self.at_start = life, weight_sketch(pl_module.live_policy)
 
     def watch(self, trainer: L.Trainer, module: PolicyModule) -> dict[str, float]:
-        if self.at_start is None or not due(trainer.global_step, self.every_n_steps):
+        if self.at_start is None or not due(trainer, module, self.every_n_steps):
             return {}
         change = float((weight_sketch(module.live_policy) - self.at_start).norm())
         return {"weights/change": change, "weights/relative_change": change / float(self.at_start.norm())}
