@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from prerl_lightning.callbacks.alignment import chosen
 from prerl_lightning.callbacks.weights import weight_sketch
-from prerl_lightning.metrics.alignment import GROUPS, GradientComparison, layer_groups
-from prerl_lightning.metrics.sketch import SIZE, Sketch
+from prerl_lightning.metrics.alignment import GROUPS, GradientComparison, dot, layer_groups
+from prerl_lightning.metrics.sketch import SIZE, Sketch, usable_size
 from prerl_lightning.objectives.advantages import group_advantages
 from prerl_lightning.policy.model import Policy
 
@@ -23,7 +23,7 @@ def plain_gradients(model, context, ids, temperature):
     logits = model(inputs).logits[0, len(context) - 1 : -1] / temperature
     log_prob = torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(ids)[:, None]).sum()
     log_prob.backward()
-    return float(log_prob), {n: p.grad.clone().double() for n, p in model.named_parameters()}
+    return float(log_prob.detach()), {n: p.grad.clone().double() for n, p in model.named_parameters()}
 
 
 def whole(gradient):
@@ -109,6 +109,29 @@ def test_sketches_of_inner_products_and_norms():
     assert float(norms.std()) <= 1.15 * math.sqrt(1 / (2 * size))
     for errors in (inner, norms):
         assert abs(float(errors.mean())) < 4 * float(errors.std()) / math.sqrt(200)
+
+
+def test_columns_of_a_matrix_do_not_pile_up_in_buckets():
+    """One column with most of the weight, in a width that divides powers of two."""
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for _ in range(30):
+        a, b = torch.randn(2, 4096, 256, generator=generator, dtype=torch.float64)
+        a[:, 7] *= 50
+        b[:, 7] *= 50
+        sketches = [Sketch(8191), Sketch(8191)]
+        for sketch, matrix in zip(sketches, (a, b), strict=True):
+            sketch.add(matrix, 0)
+        errors.append(float((sketches[0].sums @ sketches[1].sums - (a * b).sum()) / (a.norm() * b.norm())))
+    assert float(torch.tensor(errors).std()) <= 1.5 * math.sqrt(2 / 8191)
+    assert [usable_size(n) for n in (1, 65_536, 65_537, 499_979, 10**9)] == [2, 65_537, 65_537, 499_979, 499_979]
+
+
+def test_dot_products_of_many_millions():
+    a = torch.rand(20_000_000, generator=torch.Generator().manual_seed(0))
+    exact = sum(float(p.double() @ p.double()) for p in a.split(1_000_000))
+    assert dot(a, a) == pytest.approx(exact, rel=1e-6)
+    assert dot(torch.zeros(0), torch.zeros(0)) == 0
 
 
 def test_a_sketch_does_not_depend_on_the_pieces():

@@ -156,6 +156,14 @@ class TestLives:
         rows = _lines(folder / "samples.jsonl")
         held_out = [r for r in rows if r["kind"] == "held_out"]
         assert [r["step"] for r in held_out] == [0, 0, 2, 2, 4, 4]
+        one_rank = _lines(runs("auto") / "watched" / "samples.jsonl")
+        key = ("step", "row", "response", "previous")
+        assert [[r[k] for k in key] for r in held_out] == [
+            [r[k] for k in key] for r in one_rank if r["kind"] == "held_out"
+        ]
+        for kind in ("best", "worst"):
+            found, expected = ([r["reward"] for r in some if r["kind"] == kind] for some in (rows, one_rank))
+            assert found == expected
         assert held_out[2]["previous"] == {k: held_out[0][k] for k in ("step", "response", "reward")}
         best, worst = ([r for r in rows if r["kind"] == kind] for kind in ("best", "worst"))
         assert [r["step"] for r in best] == [r["step"] for r in worst] == [1, 2, 3, 4]

@@ -44,7 +44,9 @@ def test_what_a_run_shows_and_leaves(whole):
     assert "life 1 NSRPreRL" in lines[2]
     assert "reborn as GRPO" in output
     assert output.count("held out at step") == 4
-    assert "sample: reward" in output
+    assert "sample, best of batch: reward" in output
+    assert "sample, held out: reward" in output
+    assert "gradients of log p(y) and log p(y|x): cosine" in output
     noise = [line for line in output.splitlines() if "WARNING" in line or "Loading" in line or "INFO" in line]
     assert not noise
     assert [step for step, _ in rows(run, "val/avg@8")] == [0, 2, 4, 6]

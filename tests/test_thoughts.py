@@ -98,6 +98,10 @@ def test_other_languages_and_other_letters(tmp_path):
     assert finder.families == ("Wende", "转折")
     assert finder.counts("Aber Einen  Moment! Das prüfe ich. PRÜFEN, aberwitzig, Haber") == [4, 0]
     assert finder.counts("我想等一下,但是x等于等一下3") == [0, 3]
+    hindi = ThoughtFinder({"a": ["पर", "रुको"], "b": ["जाँच*"]})  # vowel signs are letters of a word
+    assert hindi.counts("पर रुको, परिणाम रुकोगे जाँचें") == [2, 1]
+    longest = ThoughtFinder({"a": ["wait*"], "b": ["waiting room"]})
+    assert longest.counts("waiting room, waiting, waits") == [2, 1]
     assert ThoughtFinder({"a": ["ist"]}).counts("İst ist") in ([1], [2])  # a dotted capital: no crash
 
 

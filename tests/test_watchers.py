@@ -1,19 +1,27 @@
 """Statistics of a rollout against hand-computed ones; samples, the run's record, and what loggers get."""
 
+import csv
 import json
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from transformers import AutoModelForCausalLM
 
-from prerl_lightning.callbacks.alignment import GradientAlignment
+from prerl_lightning.callbacks.alignment import GradientAlignment, chosen
 from prerl_lightning.callbacks.record import RunRecord
 from prerl_lightning.callbacks.samples import _to_loggers, best_and_worst, new_words, terminal_line
-from prerl_lightning.callbacks.watcher import due
+from prerl_lightning.callbacks.thoughts import Thoughts
+from prerl_lightning.callbacks.watcher import run_folder
 from prerl_lightning.errors import InputError
+from prerl_lightning.metrics.alignment import GradientComparison
 from prerl_lightning.metrics.rollout import repetition, rollout_statistics
+from prerl_lightning.objectives import GRPO, NSRPreRL
+from prerl_lightning.objectives.advantages import group_advantages
 from prerl_lightning.types import Prompt, Response, Rollout
 
 
@@ -61,6 +69,15 @@ def test_statistics_by_hand():
             "rollout/pass@3": (1 + 1 + 0) / 3,
         }
     )
+
+
+def test_right_is_one_thing(make_rollout):
+    """Partial credit is wrong, a weighted sum's 0.9999999999999999 is right."""
+    rollout = make_rollout(n_prompts=3, group_size=2, rewards=[0.01, 0.01, 0.7 + 0.2 + 0.1 - 2e-16, 1.0, 1.2, 0.5])
+    found = rollout_statistics(rollout)
+    assert found["rollout/groups_all_wrong"] == found["rollout/groups_all_right"] == pytest.approx(1 / 3)
+    assert found["rollout/groups_mixed"] == pytest.approx(1 / 3)
+    assert found["rollout/pass@1"] == pytest.approx((0 + 1 + 0.5) / 3)
 
 
 def test_what_there_is_nothing_of_is_left_out():
@@ -162,15 +179,142 @@ def test_how_a_run_ended(tmp_path, error, status, message):
     ],
 )
 def test_when_a_measurement_is_due(steps_a_batch, every, expected):
-    module = SimpleNamespace(lives=[("NSRPreRL", 0), ("GRPO", 7)], rollout=SimpleNamespace(policy_version=0))
+    module = GRPO(model="embedded")
+    module.lives = [("NSRPreRL", 0), ("GRPO", 7)]
     found = []
     for before in range(0, 12, steps_a_batch):
-        module.rollout.policy_version = before
-        if due(SimpleNamespace(global_step=before + steps_a_batch, max_steps=12), module, every):
+        module.rollout = SimpleNamespace(policy_version=before)
+        module._trainer = SimpleNamespace(global_step=before + steps_a_batch, max_steps=12)
+        if module.due(every):
             found.append(before + steps_a_batch)
     assert found == expected
+
+
+@pytest.fixture
+def measured(model_folder, make_rollout, tmp_path):
+    """A module with a tiny policy and a rollout behind its first step, and a Trainer's part of it."""
+    module = NSRPreRL(model=model_folder("llama-tied"))
+    module.configure_model()
+    rollout = make_rollout(n_prompts=4, group_size=4)
+    texts = ["wait, check", "wait", "", "so be it"] * 4
+    responses = tuple(replace(r, text=t) for r, t in zip(rollout.responses, texts, strict=True))
+    module.rollout = module.whole_rollout = replace(rollout, responses=responses)
+    trainer = SimpleNamespace(global_step=1, max_steps=9, is_global_zero=True, log_every_n_steps=1)
+    trainer.precision_plugin = SimpleNamespace(forward_context=nullcontext)
+    module._trainer = trainer
+    return module, trainer, tmp_path
+
+
+def test_what_alignment_logs(measured):
+    """Against the comparison that test_alignment.py checks, and log-probs of plain forwards."""
+    module, trainer, folder = measured
+    watcher = GradientAlignment(responses=5, likelihoods=6)
+    watcher.folder = folder
+    found = watcher.watch(trainer, module)
+    rollout = module.rollout
+    advantages = group_advantages(rollout.rewards, rollout.group_ids, "mean").tolist()
+    rows = [json.loads(line) for line in (folder / "alignment.jsonl").read_text().splitlines()]
+    assert len(rows) == 5
+
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values)
+
+    assert found["alignment/cosine"] == pytest.approx(mean(r["cosine"] for r in rows))
+    assert found["alignment/inner_product"] == pytest.approx(mean(r["inner_product"] for r in rows))
+    assert found["alignment/negative_share"] == mean(r["inner_product"] < 0 for r in rows)
+    for name, sign in (("positive", 1), ("negative", -1)):
+        some = [r for r in rows if r["advantage"] * sign > 0]
+        assert some
+        assert found[f"alignment/cosine/{name}"] == pytest.approx(mean(r["cosine"] for r in some))
+        assert found[f"alignment/inner_product/{name}"] == pytest.approx(mean(r["inner_product"] for r in some))
+    numbers = chosen(rollout, torch.tensor(advantages).sign(), 5)
+    assert [r["advantage"] for r in rows] == [advantages[n] for n in numbers]
+    assert [r["reward"] for r in rows] == [float(rollout.rewards[n]) for n in numbers]
+    assert [sum(r["layer_inner_products"].values()) for r in rows] == pytest.approx([r["inner_product"] for r in rows])
+    weights = dict(enumerate(advantages))
+    _, of_policy = GradientComparison(module.policy).responses(rollout, numbers, weights, module.prefix_id)
+    assert found["alignment/policy_gradient/cosine"] == pytest.approx(of_policy.cosine, rel=1e-5)
+
+    model = AutoModelForCausalLM.from_pretrained(module.model_name)
+    sums = {"right": [0.0, 0], "wrong": [0.0, 0]}
+    for n in chosen(rollout, (rollout.rewards >= 1).long() * 2 - 1, 6):
+        ids = torch.tensor(rollout.responses[n].token_ids)
+        logits = model(torch.cat([torch.tensor([module.prefix_id]), ids])[None]).logits[0, :-1] / rollout.temperature
+        log_prob = float(logits.log_softmax(-1).gather(1, ids[:, None]).sum().detach())
+        name = "right" if rollout.rewards[n] >= 1 else "wrong"
+        sums[name] = [sums[name][0] + log_prob, sums[name][1] + len(ids)]
+    for name, (total, tokens) in sums.items():
+        assert found[f"rollout/marginal_log_prob/{name}"] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_what_thoughts_log(measured):
+    module, trainer, _ = measured
+    thoughts = Thoughts()
+    found = thoughts.watch(trainer, module)
+    assert found["thoughts/transition"] == 0.5
+    assert found["thoughts/reflection"] == 0.25
+    assert found["thoughts/transition_ratio"] == 1
+    assert "thoughts/subgoal_ratio" not in found
+    tokens = float(module.rollout.lengths.sum())
+    assert found["thoughts/transition_per_1k"] == pytest.approx(8000 / tokens)
+    responses = tuple(replace(r, text="wait wait") for r in module.rollout.responses)
+    module.rollout, trainer.global_step = replace(module.rollout, responses=responses, policy_version=1), 2
+    again = Thoughts()
+    again.load_state_dict(thoughts.state_dict())
+    for one in (thoughts, again):
+        assert one.watch(trainer, module)["thoughts/transition_ratio"] == 4
+
+
+@pytest.mark.parametrize(("fn", "step", "expected"), [("fit", 0, 1.0), ("fit", 5, 0.5), ("validate", 0, 0.5)])
+def test_ratios_of_held_out_answers(measured, fn, step, expected):
+    """Validation alone knows no step 0 but a checkpoint's."""
+    module, trainer, _ = measured
+    trainer.state, trainer.global_step, trainer.sanity_checking = SimpleNamespace(fn=fn), step, False
+    thoughts = Thoughts()
+    thoughts.at_start = {"val/thoughts/transition": 2.0}
+    verdicts = [SimpleNamespace(score=1.0)] * 2
+    group = SimpleNamespace(responses=[Response((5,), (-1.0,), "wait", False)] * 2, verdicts=verdicts)
+    thoughts.on_validation_batch_end(trainer, module, {"samples": [group]})
+    thoughts.on_validation_epoch_end(trainer, module)
+    assert module._row["val/thoughts/transition"] == 1
+    assert module._row["val/thoughts/transition_ratio"] == expected
+
+
+def test_rows_for_the_loggers(measured, tmp_path):
+    """Rare measurements are written whatever ``log_every_n_steps``, and nothing is repeated."""
+    module, trainer, _ = measured
+    trainer.loggers = [CSVLogger(tmp_path, name="", version="")]  # flushes every 100 rows by itself
+    for step, recorded in ((1, {"a": 1.0}), (2, {}), (3, {"b": 2.0})):
+        trainer.global_step = step
+        module.record(recorded)
+        module.on_train_batch_end()
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+    assert [(r["step"], r["optim/step"], r.get("a"), r.get("b")) for r in rows] == [
+        ("1", "1", "1.0", None),
+        ("3", "3", None, "2.0"),
+    ]
+
+
+def test_where_a_run_s_files_go(tmp_path):
+    board, table = TensorBoardLogger(tmp_path, "t"), CSVLogger(tmp_path, "c")
+    other = SimpleNamespace(save_dir=tmp_path, name="w", version="abc")  # as W&B's
+    nowhere = SimpleNamespace(save_dir=None, name=None, version=None)
+
+    def folder(*loggers):
+        strategy = SimpleNamespace(broadcast=lambda value: value)
+        return run_folder(SimpleNamespace(loggers=list(loggers), strategy=strategy))
+
+    assert folder(board, table) == tmp_path / "c" / "version_0"
+    assert folder(board) == tmp_path / "t" / "version_0"
+    assert folder(other) == tmp_path / "w" / "abc"
+    assert folder(nowhere) is None
+    assert folder() is None
 
 
 def test_wrong_numbers_are_refused():
     with pytest.raises(InputError, match="alignment"):
         GradientAlignment(responses=0)
+    with pytest.raises(InputError, match=r"alignment\.sketch: 65536: give 0, or a prime .* 65537"):
+        GradientAlignment(sketch=65536)

@@ -9,9 +9,11 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from prerl_lightning.callbacks.watcher import Watcher, append_lines, due, run_folder
+from prerl_lightning.callbacks.watcher import Watcher, append_lines, run_folder
 from prerl_lightning.errors import InputError
-from prerl_lightning.metrics.alignment import GradientComparison, ResponseAlignment
+from prerl_lightning.metrics.alignment import GROUPS, GradientComparison, ResponseAlignment
+from prerl_lightning.metrics.evaluation import is_right
+from prerl_lightning.metrics.sketch import usable_size
 from prerl_lightning.objectives.advantages import group_advantages
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.objectives.update import Update
@@ -27,12 +29,14 @@ class GradientAlignment(Watcher):
     Logs, with time/alignment in seconds (each also in time/watchers):
 
     - alignment/cosine, alignment/inner_product: means over the responses; alignment/negative_share: of the inner
-      products; alignment/cosine/positive and /negative: by the sign of the advantage r - mean;
+      products; alignment/cosine/positive and /negative, alignment/inner_product/...: by the sign of the advantage
+      r - mean;
     - alignment/policy_gradient/...: of sum(advantage * gradient) over these responses;
     - alignment/layers/NAME: mean cosine of a layer group (metrics/alignment.py);
     - rollout/marginal_log_prob/right and /wrong: mean log p(y) a token, of ``likelihoods`` responses.
 
-    alignment.jsonl in the run's folder has a line for each response. Training is not touched: gradients are measured
+    alignment.jsonl in the run's folder has a line for each response. All of it is of the weights after the step, one
+    step on from those that sampled; rollout/log_prob is of those. Training is not touched: gradients are measured
     between two steps, where the next one drops them anyway.
 
     Args:
@@ -47,8 +51,10 @@ class GradientAlignment(Watcher):
     def __init__(
         self, every_n_steps: int = 50, responses: int = 4, likelihoods: int = 16, sketch: int | None = None
     ) -> None:
-        if responses < 1 or likelihoods < 0 or (sketch is not None and not 0 <= sketch <= 500_000):
-            raise InputError("alignment: responses must be 1 or more, likelihoods 0 or more, sketch 0 to 500,000.")
+        if responses < 1 or likelihoods < 0:
+            raise InputError("alignment: responses must be 1 or more, likelihoods 0 or more.")
+        if sketch and sketch != (size := usable_size(sketch)):
+            raise InputError(f"alignment.sketch: {sketch}: give 0, or a prime from 2 to 500,000, e.g. {size}.")
         self.every_n_steps, self.n_responses, self.likelihoods = every_n_steps, responses, likelihoods
         self.sketch = sketch
         self.folder: Path | None = None
@@ -58,7 +64,7 @@ class GradientAlignment(Watcher):
 
     def watch(self, trainer: L.Trainer, module: PolicyModule) -> dict[str, float]:
         rollout = module.whole_rollout
-        if rollout is None or not due(trainer, module, self.every_n_steps) or not rollout.lengths.any():
+        if rollout is None or not module.due(self.every_n_steps) or not rollout.lengths.any():
             return {}
         start = time.perf_counter()
         with trainer.precision_plugin.forward_context():
@@ -87,14 +93,16 @@ class GradientAlignment(Watcher):
             "negative_share": _mean([float(x < 0) for x in inner]),
         }
         for name, sign in (("positive", 1), ("negative", -1)):
-            some = [c for c, a in zip(cosines, each, strict=True) if sign * weights[a.number] > 0]
+            some = [a.products for a in each if sign * weights[a.number] > 0]
             if some:
-                found[f"cosine/{name}"] = _mean(some)
+                found[f"cosine/{name}"] = _mean([p.cosine for p in some])
+                found[f"inner_product/{name}"] = _mean([p.inner_product for p in some])
         if any(weights[n] for n in numbers):
             found["policy_gradient/cosine"] = policy_gradient.cosine
             found["policy_gradient/inner_product"] = policy_gradient.inner_product
-        for group in each[0].products.by_group:
-            found[f"layers/{group}"] = _mean([a.products.by_group.get(group, 0.0) for a in each])
+        for group in GROUPS:
+            if some_cosines := [a.products.by_group[group] for a in each if group in a.products.by_group]:
+                found[f"layers/{group}"] = _mean(some_cosines)
         return {f"alignment/{k}": v for k, v in found.items()}
 
     def _row(
@@ -121,6 +129,7 @@ class GradientAlignment(Watcher):
             "log_prob": found.log_prob,
             "marginal_log_prob": found.marginal_log_prob,
             "layers": products.by_group,
+            "layer_inner_products": dict(zip(GROUPS, products.ab.tolist(), strict=True)),
             "sketch": sketch,
         }
 
@@ -128,13 +137,15 @@ class GradientAlignment(Watcher):
         """Shared over the ranks like any forward pass."""
         if not self.likelihoods:
             return {}
-        right = rollout.rewards >= 1
+        right = is_right(rollout.rewards)
         some = torch.zeros(len(rollout.responses), dtype=torch.bool)
-        some[chosen(rollout, right * 2 - 1, self.likelihoods)] = True
+        some[chosen(rollout, right.long() * 2 - 1, self.likelihoods)] = True
         update = Update(module.acting, rollout)
         sums = torch.zeros(2, 2, dtype=torch.float64)  # wrong and right: log-probs, tokens
         for number, log_probs in update.log_probs("pre-train", update.share("pre-train", some)).items():
-            sums[int(right[number])] += torch.tensor([float(log_probs.double().sum()), len(log_probs)])
+            sums[int(right[number])] += torch.tensor(
+                [float(log_probs.double().sum()), len(log_probs)], dtype=torch.float64
+            )
         sums = update.all_reduce(sums)
         names = ("wrong", "right")
         return {f"rollout/marginal_log_prob/{k}": float(s / n) for k, (s, n) in zip(names, sums, strict=True) if n}

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from prerl_lightning.callbacks.progress import StepBar
 from prerl_lightning.callbacks.thoughts import Thoughts
-from prerl_lightning.callbacks.watcher import Watcher, append_lines, due, run_folder
+from prerl_lightning.callbacks.watcher import Watcher, append_lines, of_all_ranks, run_folder
 from prerl_lightning.metrics.thoughts import ThoughtFinder, load_families
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.rollout.sampler import Group
@@ -25,9 +26,10 @@ COLUMNS = ("step", "life", "kind", "row", "reward", "prompt", "response", "groun
 
 
 class Samples(Watcher):
-    """Every n steps, and at a life's end, the best and the worst responses of the batch; at each validation the answers to the same held-out
-    problems, which that samples anyway: greedy ones where there are (``data.val_greedy``), so that what changes is the
-    policy. Thoughts are highlighted, and words that the answer to the same problem did not have before are underlined.
+    """Every n steps, and at a life's end, the best and the worst responses of the batch; at each validation the answers
+    to the same held-out problems, which that samples anyway: greedy ones where there are (``data.val_greedy``), so that
+    what changes is the policy. Thoughts are highlighted, and words that the answer to the same problem did not have
+    before are underlined.
 
     Args:
         every_n_steps: of the batch's; 0: never.
@@ -57,31 +59,36 @@ class Samples(Watcher):
 
     def watch(self, trainer: L.Trainer, module: PolicyModule) -> dict[str, float]:
         rollout = module.rollout
-        if rollout is None or not trainer.is_global_zero or not due(trainer, module, self.every_n_steps):
+        if rollout is None or not module.due(self.every_n_steps):
             return {}
         rows = []
         for i, kind in best_and_worst(rollout, self.number):
             prompt = rollout.prompts[int(rollout.group_ids[i])]
             rows.append(self._row(trainer, module, kind, prompt, rollout.responses[i], float(rollout.rewards[i])))
-        self._show(trainer, rows)
+        rows = of_all_ranks(rows)
+        best = sorted((r for r in rows if r["kind"] == "best"), key=lambda r: -r["reward"])
+        worst = sorted((r for r in rows if r["kind"] == "worst"), key=lambda r: r["reward"])
+        turns = [row for pair in zip_longest(best, worst) for row in pair if row is not None]
+        self._show(trainer, turns[: self.number])
         return {}
 
     def on_validation_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: PolicyModule, outputs: dict[str, list[Group]], *_: Any
     ) -> None:
-        missing = self.held_out - len(self._validation)
-        self._validation += (outputs["greedy"] or outputs["samples"])[: max(0, missing)]
+        groups = self._validation + (outputs["greedy"] or outputs["samples"])
+        self._validation = sorted(groups, key=lambda group: group.prompt.row)[: self.held_out]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         groups, self._validation = self._validation, []
-        if not trainer.is_global_zero or trainer.state.fn != "fit":
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        rows = []
-        for group in groups:
-            row = self._row(trainer, pl_module, "held_out", group.prompt, group.responses[0], group.verdicts[0].score)
+        rows = [
+            self._row(trainer, pl_module, "held_out", g.prompt, g.responses[0], g.verdicts[0].score) for g in groups
+        ]
+        rows = sorted(of_all_ranks(rows), key=lambda row: row["row"])[: self.held_out]
+        for row in rows:
             row["previous"] = self.earlier.get(row["row"])
             self.earlier[row["row"]] = {key: row[key] for key in ("step", "response", "reward")}
-            rows.append(row)
         self._show(trainer, rows)
 
     def _row(
@@ -105,7 +112,7 @@ class Samples(Watcher):
         }
 
     def _show(self, trainer: L.Trainer, rows: Sequence[dict[str, Any]]) -> None:
-        if not rows:
+        if not rows or not trainer.is_global_zero:
             return
         if self.folder is not None:
             append_lines(self.folder, "samples.jsonl", rows)

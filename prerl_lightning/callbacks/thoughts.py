@@ -40,23 +40,24 @@ class Thoughts(Watcher):
 
     def watch(self, trainer: L.Trainer, module: PolicyModule) -> dict[str, float]:
         rollout = module.rollout
-        if not self.enabled or rollout is None:
+        if not self.enabled or rollout is None or not module.due(trainer.log_every_n_steps):  # type: ignore[attr-defined]
             return {}
         self._add(self.training, rollout.responses, rollout.rewards, module)
-        return self._found(self.training, "thoughts/", rollout.policy_version)
+        return self._found(self.training, "thoughts/", untrained=rollout.policy_version == 0)
 
     def on_validation_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: PolicyModule, outputs: dict[str, list[Group]], *_: Any
     ) -> None:
-        if self.enabled:
+        if self.enabled and not trainer.sanity_checking:
             responses = [r for group in outputs["samples"] for r in group.responses]
             scores = [v.score for group in outputs["samples"] for v in group.verdicts]
             self._add(self.held_out, responses, torch.tensor(scores, dtype=torch.float64), pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
-        if self.enabled:
+        if self.enabled and not trainer.sanity_checking:
             prefix = "val/thoughts/"
-            found = self._found(self.held_out, prefix, trainer.global_step)
+            untrained = trainer.state.fn == "fit" and trainer.global_step == 0
+            found = self._found(self.held_out, prefix, untrained)
             pl_module.record(found)
             shown = []
             for family in self.finder.families:
@@ -78,11 +79,11 @@ class Thoughts(Watcher):
         lengths = torch.tensor([len(r.token_ids) for r in responses], dtype=torch.long)
         counts.update(torch.tensor(found, dtype=torch.long).view(-1, len(self.finder.families)), lengths, rewards)
 
-    def _found(self, counts: ThoughtCounts, prefix: str, policy_version: int) -> dict[str, float]:
+    def _found(self, counts: ThoughtCounts, prefix: str, untrained: bool) -> dict[str, float]:
         found = {prefix + key: value for key, value in counts.compute().items()}
         counts.reset()
         families = [prefix + family for family in self.finder.families]
-        if policy_version == 0:
+        if untrained:
             self.at_start |= {key: found[key] for key in families if key in found}
         ratios = {f"{k}_ratio": found[k] / self.at_start[k] for k in families if k in found and self.at_start.get(k)}
         return found | ratios

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from prerl_lightning.callbacks.watcher import Watcher, due
+from prerl_lightning.callbacks.watcher import Watcher
 from prerl_lightning.metrics.sketch import Sketch, local_piece
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.policy.model import Policy
@@ -45,7 +45,7 @@ class WeightChange(Watcher):
             self.life, self.at_start = life, weight_sketch(pl_module.live_policy)
 
     def watch(self, trainer: L.Trainer, module: PolicyModule) -> dict[str, float]:
-        if self.at_start is None or not due(trainer, module, self.every_n_steps):
+        if self.at_start is None or not module.due(self.every_n_steps):
             return {}
         change = float((weight_sketch(module.live_policy) - self.at_start).norm())
         return {"weights/change": change, "weights/relative_change": change / float(self.at_start.norm())}

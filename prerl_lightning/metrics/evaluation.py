@@ -18,6 +18,11 @@ from prerl_lightning.rollout.sampler import Group
 RESAMPLES = 2000
 
 
+def is_right(rewards: Tensor) -> Tensor:
+    """(N,) bool: a reward of 1 or more, but for rounding in a sum of weighted parts."""
+    return rewards > 1 - 1e-6
+
+
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Unbiased estimate of the chance that k samples hold a right one, from ``correct`` of n (arXiv 2107.03374)."""
     return 1.0 - comb(n - correct, k) / comb(n, k)
@@ -51,7 +56,7 @@ def per_problem(rewards: Tensor, answers: Tensor) -> dict[str, Tensor]:
     """
     k = rewards.shape[1]
     found = {f"avg@{k}": rewards.mean(1)}
-    right = (rewards >= 1).sum(1).tolist()
+    right = is_right(rewards).sum(1).tolist()
     for j in sorted({*(1 << e for e in range(k.bit_length())), k}):
         found[f"pass@{j}"] = torch.tensor([pass_at_k(k, c, j) for c in right], dtype=torch.float64)
     if answers.any():

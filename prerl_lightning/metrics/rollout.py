@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prerl_lightning.metrics.evaluation import pass_at_k
+from prerl_lightning.metrics.evaluation import is_right, pass_at_k
 from prerl_lightning.types import Rollout
 
 NGRAM = 4  # tokens
@@ -34,7 +34,8 @@ def rollout_statistics(rollout: Rollout) -> dict[str, float]:
         found["rollout/repetition"] = repetition(
             torch.tensor([t for r in rollout.responses for t in r.token_ids]), lengths
         )
-    for name, those in (("right", rewards >= 1), ("wrong", rewards < 1)):
+    right = is_right(rewards)
+    for name, those in (("right", right), ("wrong", ~right)):
         if those.any():
             found[f"rollout/response_length/{name}"] = float(lengths[those].double().mean())
             if lengths[those].sum():
@@ -45,18 +46,14 @@ def rollout_statistics(rollout: Rollout) -> dict[str, float]:
 def _groups(rollout: Rollout) -> dict[str, float]:
     """Shares of prompts with mixed, all right and all wrong responses, and pass@k."""
     n_prompts = len(rollout.prompts)
-
-    def of_groups(values: Tensor, how: str) -> Tensor:
-        empty = torch.zeros(n_prompts, dtype=values.dtype)
-        return empty.scatter_reduce_(0, rollout.group_ids, values, how, include_self=False)
-
-    low, high = of_groups(rollout.rewards, "amin"), of_groups(rollout.rewards, "amax")
+    right = rollout.group_ids[is_right(rollout.rewards)].bincount(minlength=n_prompts).tolist()
     sizes = rollout.group_ids.bincount(minlength=n_prompts).tolist()
-    right = of_groups((rollout.rewards >= 1).long(), "sum").tolist()
+    all_right = sum(r == s for r, s in zip(right, sizes, strict=True)) / n_prompts
+    all_wrong = right.count(0) / n_prompts
     found = {
-        "rollout/groups_mixed": float((low != high).double().mean()),
-        "rollout/groups_all_right": float(((low == high) & (low > 0)).double().mean()),
-        "rollout/groups_all_wrong": float(((low == high) & (low <= 0)).double().mean()),
+        "rollout/groups_mixed": 1 - all_right - all_wrong,
+        "rollout/groups_all_right": all_right,
+        "rollout/groups_all_wrong": all_wrong,
     }
     most = min(sizes)
     for k in sorted({*(1 << e for e in range(most.bit_length())), most} - {0}):

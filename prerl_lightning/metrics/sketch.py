@@ -1,6 +1,7 @@
 """Random projections of vectors as large as a model: inner products and norms from a few numbers.
 
-A sketch has one sum a bucket, of coordinates with random signs (a count sketch). Of two vectors a and b the inner
+A sketch has one sum a bucket, of coordinates with random signs (a count sketch); coordinate i is in bucket i modulo the
+size, a prime. Of two vectors a and b the inner
 product of their sketches is right on average, with a standard deviation of at most sqrt(2 / size) |a| |b|, 0.55 % at
 the default size; a norm's is sqrt(1 / 2 size), 0.28 %. Sketches add up, so that each rank may sketch its shard.
 """
@@ -19,7 +20,7 @@ class Sketch:
     """A running sketch of one vector that comes in pieces.
 
     Args:
-        size: buckets, at most 500,000; a prime, or one without small factors.
+        size: buckets; see `usable_size`.
         device: of the pieces.
     """
 
@@ -48,6 +49,14 @@ def _signs(device: str) -> Tensor:
     """(2 * SIGNS,) of +1 and -1, its second half like the first."""
     signs = torch.randint(0, 2, (SIGNS,), generator=torch.Generator().manual_seed(0)) * 2 - 1
     return signs.repeat(2).to(device, torch.float64)
+
+
+def usable_size(size: int) -> int:
+    """``size`` if it is a prime up to 500,000, else one near it: positions modulo a composite size pile up columns."""
+    size = max(2, min(size, 499_979))
+    while any(size % factor == 0 for factor in range(2, int(size**0.5) + 1)):
+        size += 1
+    return size
 
 
 def local_piece(tensor: Tensor) -> tuple[Tensor, int]:

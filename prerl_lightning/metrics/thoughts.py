@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +22,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from prerl_lightning.errors import InputError
+from prerl_lightning.metrics.evaluation import is_right
 
 FAMILIES = Path(__file__).parents[1] / "assets" / "thoughts.yaml"
 Families = Mapping[str, Sequence[str]]
 
-_PART = {" ": r"\s+", "'": "['\u2019]", "*": r"\w*"}
 # words are not set apart by spaces in these
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
@@ -63,7 +64,14 @@ def _folded(phrase: str) -> str:
 
 def _bounded(letter: str) -> bool:
     """Whether a phrase with this letter at its edge ends there only where the word does."""
-    return bool(re.match(r"\w", letter)) and not unicodedata.name(letter, "").startswith(_UNSPACED)
+    in_word = re.match(r"\w", letter) or unicodedata.category(letter).startswith("M")
+    return bool(in_word) and not unicodedata.name(letter, "").startswith(_UNSPACED)
+
+
+@lru_cache
+def _marks() -> str:
+    """All combining marks of the basic plane, to stand in a regular expression's class."""
+    return "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c).startswith("M"))
 
 
 class ThoughtFinder:
@@ -73,10 +81,12 @@ class ThoughtFinder:
         self.families = tuple(families)
         phrases = {_folded(phrase): family for family, phrases in families.items() for phrase in phrases}
         self._of_group: list[str] = []  # family by number of the pattern's group
+        # vowel signs and accents that stand for themselves are no \w; a class with them is long, and English has none
+        self._letter = r"\w" if all(phrase.isascii() for phrase in phrases) else rf"[\w{_marks()}]"
         bounded = {p: f for p, f in phrases.items() if not _bounded(p[0])}
         alternatives = [self._alternatives(bounded)] if bounded else []
         if rest := {p: f for p, f in phrases.items() if p not in bounded}:
-            alternatives.append(r"(?<!\w)" + self._alternatives(rest))
+            alternatives.append(f"(?<!{self._letter})" + self._alternatives(rest))
         self._pattern = re.compile("|".join(alternatives), re.IGNORECASE)
 
     def _alternatives(self, phrases: Mapping[str, str]) -> str:
@@ -89,11 +99,16 @@ class ThoughtFinder:
             node[""] = family
         return self._branch(tree, "")
 
+    def _part(self, letter: str) -> str:
+        special = {" ": r"\s+", "'": "['\u2019]", "*": f"{self._letter}*"}
+        return special.get(letter) or re.escape(letter)
+
     def _branch(self, node: Mapping[str, Any], before: str) -> str:
-        found = [_PART.get(c, re.escape(c)) + self._branch(node[c], c) for c in sorted(node) if c]
-        if "" in node:  # tried last, so that the longest phrase wins; the empty group tells which it was
+        letters = sorted(node, key=lambda c: (c == "*", c))
+        found = [self._part(c) + self._branch(node[c], c) for c in letters if c]
+        if "" in node:  # tried last, so that the longest phrase wins; the empty group says whose it was
             self._of_group.append(node[""])
-            found.append((r"(?!\w)" if _bounded(before) else "") + "()")
+            found.append((f"(?!{self._letter})" if _bounded(before) else "") + "()")
         return found[0] if len(found) == 1 else f"(?:{'|'.join(found)})"
 
     def spans(self, text: str) -> list[tuple[int, int, str]]:
@@ -125,7 +140,7 @@ class ThoughtCounts(Metric):
         """(N, families) counts; (N,) tokens and rewards."""
         ones = torch.ones_like(tokens)
         rows = torch.cat([counts, tokens[:, None], ones[:, None]], dim=1).double()
-        self.totals.index_add_(0, (rewards >= 1).long().to(self.totals.device), rows.to(self.totals))
+        self.totals.index_add_(0, is_right(rewards).long().to(self.totals.device), rows.to(self.totals))
 
     def compute(self) -> dict[str, float]:
         """FAMILY, FAMILY_per_1k, and of each /right and /wrong; what there are no responses for is left out."""

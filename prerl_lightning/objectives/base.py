@@ -212,16 +212,28 @@ class PolicyModule(L.LightningModule):
         """
         self._row |= metrics
 
+    def due(self, every_n_steps: int) -> bool:
+        """Whether something is to be done after this step: the run's first, each n-th, and the last of each life; with
+        0 never."""
+        assert self.rollout is not None
+        step, before = self.trainer.global_step, self.rollout.policy_version  # a batch may make several steps
+        if every_n_steps <= 0:
+            return False
+        ends = [*(first for _, first in self.lives[1:]), self.trainer.max_steps]
+        passed = before == 0 or step // every_n_steps > before // every_n_steps
+        return passed or any(before < end <= step for end in ends)
+
     def _write_row(self) -> None:
         row, self._row = self._row, {}
         for logger in self.trainer.loggers:
             logger.log_metrics(row, step=self.trainer.global_step)
+            logger.save()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        """Callbacks have recorded theirs by now, in steps too whose own figures ``log_every_n_steps`` leaves out."""
+        if self._row:
+            self.record({"optim/step": self.trainer.global_step, "time/watchers": self.watched_seconds})
             self._write_row()
-        else:
-            self._row = {}
 
     # ------------------------------------------------------------------ the policy and its optimizer
 
@@ -327,10 +339,11 @@ class PolicyModule(L.LightningModule):
         flops_per_second = metrics.pop("train/flops") / seconds["forward_backward"]
         if peak := self.peak_flops or peak_flops(next(self.live_policy.parameters()).device):
             metrics["train/mfu"] = flops_per_second / (peak * self.trainer.world_size)
-        metrics |= {"life": self.life, "optim/step": self.trainer.global_step}
+        metrics["life"] = self.life
         for key, value in metrics.items():
             self.log(key, float(value), batch_size=1, logger=False)
-        self.host.record(metrics)
+        if self.host.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
+            self.host.record(metrics)
         return None
 
     def update(self, rollout: Rollout) -> tuple[dict[str, float], dict[str, float]]:
@@ -374,6 +387,9 @@ class PolicyModule(L.LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, stage: str) -> None:
+        if self.trainer.sanity_checking:  # of some batches, and of no step
+            self.evaluation.reset()
+            return
         for key, value in self.evaluation.compute().items():
             self.log(f"{stage}/{key}", value, batch_size=1, logger=False)  # the same on all ranks
             self.record({f"{stage}/{key}": value})
