@@ -87,6 +87,8 @@ def training_row(step: int, switch: int, speed: float, seed: int) -> dict[str, f
             "alignment/cosine/positive": 0.94,
             "alignment/cosine/negative": 0.91,
             "alignment/inner_product": 3.1 + wave(step, seed, 0.2),
+            "alignment/inner_product/positive": 4.0,
+            "alignment/inner_product/negative": 2.2,
             "alignment/negative_share": 0.01,
             "alignment/policy_gradient/cosine": 0.88 + wave(step, seed, 0.02),
             "alignment/policy_gradient/inner_product": 0.2,
@@ -223,7 +225,13 @@ def write_run(
             shown[-1]["prompt"] = shown[-1]["ground_truth"] = HOSTILE
         (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in shown))
     if "alignment.jsonl" in files:
-        measured = {"life": 1, "tokens": 24, "inner_product": 3.0, "norm_conditional": 1.0, "norm_marginal": 3.3}
+        measured: dict[str, Any] = {
+            "life": 1,
+            "tokens": 24,
+            "inner_product": 3.0,
+            "norm_conditional": 1.0,
+            "norm_marginal": 3.3,
+        }
         measured |= {"log_prob": -5.0, "marginal_log_prob": -40.0, "layers": {"embedding": 0.9}}
         lines = [
             {"step": s, "row": n, "reward": n % 2, "advantage": n % 2 - 0.5, "cosine": 0.9 + n / 200} | measured
@@ -235,8 +243,8 @@ def write_run(
     return folder
 
 
-def grow_old(folder: Path, seconds: float) -> None:
-    """Makes metrics.csv look as if nothing had been written for so long."""
-    path = folder / "metrics.csv"
+def grow_old(folder: Path, seconds: float, name: str = "metrics.csv") -> None:
+    """Makes a file look as if nothing had been written for so long."""
+    path = folder / name
     then = path.stat().st_mtime - seconds
     os.utime(path, (then, then))

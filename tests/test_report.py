@@ -6,17 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
-from report_runs import HOSTILE, grow_old, write_metrics, write_run
+from report_runs import HOSTILE, grow_old, sample, training_row, write_metrics, write_run
 
 from prerl_lightning.cli import main
 from prerl_lightning.errors import InputError
 from prerl_lightning.report import background, compare, headline, payload, tables, words
-from prerl_lightning.report.figures import families, figures
+from prerl_lightning.report.figures import families, figures, split_flat
+from prerl_lightning.report.files import spans
 from prerl_lightning.report.folders import expand
 from prerl_lightning.report.page import page, report, vega
-from prerl_lightning.report.runs import chain, read_run
+from prerl_lightning.report.reading import read_run, superseded
+from prerl_lightning.report.runs import chain, patience
 
 BROWSER = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if p), None)
 
@@ -41,13 +44,13 @@ def test_how_a_run_stands(tmp_path):
     def status(folder, **options):
         return read_run(write_run(tmp_path / folder, steps=5, **options)).status()
 
-    assert status("a", status="failed", error="RuntimeError: out of memory") == (
+    assert status("a", status="failed", error="RuntimeError: out of memory\nTraceback:\n...") == (
         "failed",
         "failed at step 5 of 5: RuntimeError: out of memory",
     )
     assert status("b", status="interrupted", max_steps=60)[1] == "interrupted at step 5 of 60"
     assert status("c", status="running") == ("running", "running, at step 5 of 5")
-    grow_old(tmp_path / "c", 1000)
+    grow_old(tmp_path / "c", 1000)  # the longest of its steps took 5 seconds
     state, said = read_run(tmp_path / "c").status()
     assert state == "silent"
     assert said.startswith("no sign of life since ")
@@ -80,22 +83,44 @@ def test_runs_that_are_cut_off_or_old_or_bare_are_read_with_a_word(tmp_path):
     assert any("older version" in note for note in run.notes)
 
 
+def test_silence_is_judged_by_the_longest_gap_so_far():
+    assert patience({0: 0.0}) == 1800  # the engine starts, and step 0 is evaluated
+    assert patience({0: 0.0, 1: 5.0, 2: 7.0}) == 300
+    assert patience({0: 0.0, 1: 5.0, 2: 405.0, 3: 407.0}) == 2000  # an evaluation took 400 seconds
+
+
 def test_a_resumed_run_has_its_predecessors_rows(tmp_path):
-    first = write_run(tmp_path / "a" / "version_0", steps=23)
+    first = write_run(tmp_path / "a" / "version_0", steps=23, every=1)
     second = write_run(
         tmp_path / "a" / "version_1", first=21, resumed_from=str(first / "checkpoints" / "last.ckpt"), samples=1
     )
-    run = read_run(second, [second])
+    run = read_run(second)
     assert list(run.training) == list(range(1, 61))
-    assert list(run.validation) == [0, 10, 20, 30, 40, 50, 60]
+    assert list(run.validation) == [*range(21), 30, 40, 50, 60]  # those of the first run at 21 to 23 are of lost steps
     assert run.seconds[20] == 43  # the first run's own
     assert run.seconds[21] == 43 + 45  # row 21 says 45 seconds since the second began
-    assert f"steps 1 to 20 are of {first}, from which it was resumed" in run.notes
-    alone = read_run(second, [first, second])
-    assert min(alone.training) == 21
-    assert "which is shown as a run of its own" in alone.notes[-1]
+    assert run.notes == (f"steps 1 to 20 are of {first}, from which it was resumed (its steps 21 to 23 are left out)",)
+    write_metrics(second, [])
+    assert list(read_run(second).training) == list(range(1, 24))  # it has made no step yet
     shutil.rmtree(first)
     assert "which is not there" in read_run(second).notes[-1]
+
+
+def test_a_run_and_what_it_was_resumed_from_are_one_run(tmp_path, capsys):
+    folders = []
+    for i, (first, steps) in enumerate(((1, 23), (21, 44), (41, 60))):
+        source = {"resumed_from": str(folders[-1] / "checkpoints" / "last.ckpt")} if folders else {}
+        folders.append(write_run(tmp_path / "a" / f"version_{i}", first=first, steps=steps, samples=1, **source))
+    assert superseded(folders) == set(folders[:2])
+    assert superseded([folders[0], folders[2]]) == {folders[0]}  # over version_1, which is not given
+    out = report([str(tmp_path / "a"), "-o", str(tmp_path / "report.html")])
+    assert "1 run," in capsys.readouterr().out
+    data = json.loads(re.search(r'id="data">(.*?)</script>', out.read_text(), re.S)[1])
+    (run,) = data["runs"]
+    table = next(t for t in run["tables"] if "reward/mean" in t["columns"])
+    assert table["step"] == list(range(1, 61))
+    assert table["samples"] == [256 * s for s in range(1, 61)]
+    assert "means over" not in out.read_text().split("<noscript>")[0]
 
 
 def test_arguments_that_mean_no_run_say_what_to_do(tmp_path, monkeypatch):
@@ -115,6 +140,75 @@ def test_arguments_that_mean_no_run_say_what_to_do(tmp_path, monkeypatch):
         report([str(folder), "-o", "nowhere/report.html"])
     with pytest.raises(InputError, match="is a folder"):
         report([str(folder), "-o", "runs"])
+
+
+def test_an_output_that_would_destroy_a_file_or_fail_is_refused_before_any_work(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "a", steps=1)
+    before = (folder / "metrics.csv").read_text()
+    monkeypatch.setattr("prerl_lightning.report.page.read_run", lambda _: pytest.fail("has begun to read"))
+    with pytest.raises(InputError, match="does not end in"):
+        report([str(folder), "-o", str(folder / "metrics.csv")])
+    assert (folder / "metrics.csv").read_text() == before
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)
+        with pytest.raises(InputError, match="no permission"):
+            report([str(folder), "-o", str(tmp_path / "x.html")])
+    vega.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "vl_convert", None)
+        with pytest.raises(InputError, match="pip install vl-convert-python"):
+            report([str(folder), "-o", str(tmp_path / "x.html")])
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_values_that_are_no_numbers_are_left_out_of_sums_and_steps(tmp_path):
+    rows = [training_row(step, 0, 1.0, 0) for step in range(1, 4)]
+    rows[1] |= {"rollout/responses": math.nan, "time/since_start": math.nan, "life": math.nan, "time/step": math.inf}
+    folder = write_run(tmp_path / "a", files=())
+    write_metrics(folder, [*rows, {"optim/step": math.nan, "optim/loss": 1.0}, {"val/step": math.inf, "val/avg@8": 1}])
+    run = read_run(folder)
+    assert list(run.training) == [1, 2, 3]
+    assert run.validation == {}
+    assert run.samples_seen == {0: 0, 1: 256, 2: 256, 3: 512}
+    assert run.seconds == {0: 0, 1: 5, 2: 5.05, 3: 9}  # the second adds its watchers' seconds
+    assert run.lives == [("life 1", 0)]
+    assert "have no step, and are left out: 2" in " ".join(run.notes)
+    page([run])
+
+
+def test_files_of_an_unknown_form_are_left_out_with_a_note(tmp_path):
+    folder = write_run(tmp_path / "a", steps=20, lives=[["A"]], machine="a box", seed=0)
+    (folder / "samples.jsonl").write_text('no json\n{"step": 1}\n' + json.dumps(sample(1, 0, 10)) + "\n")
+    (folder / "alignment.jsonl").write_text('{"step": 1, "cosine": "high", "reward": 1}\n')
+    run = read_run(folder)
+    assert run.lives == [("NSR-PreRL", 0), ("GRPO", 10)]  # from config.yaml
+    assert "run.json: machine, lives of an unknown form" in run.notes
+    assert "lines of samples.jsonl that are cut off or of an unknown form, and are left out: 2" in run.notes
+    assert "lines of alignment.jsonl that are cut off or of an unknown form, and are left out: 1" in run.notes
+    (folder / "run.json").write_text('{"name": "x", "li')
+    (folder / "config.yaml").write_text("a: [1,\n b: {")
+    assert {"run.json cannot be read", "config.yaml cannot be read"} <= set(read_run(folder).notes)
+    (folder / "run.json").unlink()
+    one = "{class_path: PolicyReincarnation, init_args: {at_step: 7, successor: {class_path: a.GRPO}}}"
+    (folder / "config.yaml").write_text(f"model: {{class_path: x.NSRPreRL}}\ntrainer: {{callbacks: {one}}}\n")
+    assert read_run(folder).lives == [("NSR-PreRL", 0), ("GRPO", 7)]
+    for text in ("model: text\ndata: text\ntrainer: text\n", "model: [1]\ntrainer: {callbacks: [1, {}]}\n"):
+        (folder / "config.yaml").write_text(text)
+        assert "unknown model" in page([read_run(folder)])
+    (folder / "metrics.csv").write_text("")
+    assert "metrics.csv has no rows" in read_run(folder).notes
+    odd = {
+        "response": "wait and see",
+        "thoughts": [["a", "b", "c"], [9, 12, "x"], [0, 4, "y"], [2, 6, "z"], [0, 99, "w"], 1],
+    }
+    assert spans(odd) == [(0, 4, "y"), (9, 12, "x")]
+
+
+def test_versions_without_metrics_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a" / "version_0", steps=1)
+    (write_run(tmp_path / "a" / "version_1", steps=1) / "metrics.csv").unlink()
+    assert "a/version_1: no metrics.csv in it, left out." in report(["a"]).read_text()
 
 
 # ---- comparing
@@ -201,16 +295,71 @@ def test_steps_to_accuracy_by_hand(pair):
     html = page([read_run(folder) for folder in expand(map(str, pair))])
     row = re.search(r"best, 0\.600.*?</tr>", html)[0]
     assert re.findall(r"<td>(.*?)</td>", row) == [
-        "40", "30", "<b>1.33\u00d7</b>", "1.00 to 2.00", "1.33\u00d7", "1.33\u00d7", "\u2013; 1 of 2 never",
+        "40", "30", "<b>1.33\u00d7</b>", "1.00 to 2.00", "1.33\u00d7", "1.33\u00d7", "2.00\u00d7; 1 of 2 never",
     ]  # fmt: skip
 
 
-def test_an_accuracy_that_is_never_reached_is_said_to_be(tmp_path):
-    curve_run(tmp_path / "grpo", 0, 0, {0: 0.1, 10: 0.9}, 1.0)
-    curve_run(tmp_path / "dsrl", 5, 0, {0: 0.1, 10: 0.5}, 1.0)
-    html = page([read_run(tmp_path / name) for name in ("grpo", "dsrl")])
-    assert "<b>dsrl</b> never reaches <b>grpo</b>" in html
-    assert "<td>never reached</td>" in html
+def test_a_setting_that_never_gets_there_is_compared_at_its_own_best(tmp_path):
+    """GRPO has DSRL's best, 0.5, after 20 steps of 1 second, DSRL after 40 of 2."""
+    curve_run(tmp_path / "grpo", 0, 0, {0: 0.1, 10: 0.4, 20: 0.5, 30: 0.9}, 1.0)
+    curve_run(tmp_path / "dsrl", 5, 0, {0: 0.1, 20: 0.3, 40: 0.5}, 2.0)
+    grpo, dsrl = compare.group(read_run(tmp_path / name) for name in ("grpo", "dsrl"))
+    (own,) = compare.comparable(grpo, dsrl)
+    assert (own.kind, own.target, own.of_baseline.step, own.of_group.step) == ("own best", 0.5, 20, 40)
+    assert own.bounds == (10 / 40, 20 / 20)
+    html = page([*grpo.runs, *dsrl.runs])
+    assert (
+        "<b>dsrl</b> never reaches <b>grpo</b>'s best held-out accuracy (0.900), which <b>grpo</b> has after 30 steps. "
+        "<b>dsrl</b>'s own best (0.500) it has after 40 steps, <b>grpo</b> after 20 steps."
+    ) in html
+    row = re.search(r"this one's own best.*?</tr>", html)[0]
+    assert row.startswith("this one's own best, 0.500<small>never at grpo's 0.900</small></td>")
+    assert re.findall(r"<td>(.*?)</td>", row) == [
+        "20", "40", "<b>0.50\u00d7</b>", "0.25 to 1.00", "0.50\u00d7", "0.25\u00d7", "\u2013",
+    ]  # fmt: skip
+
+
+def test_of_many_settings_those_as_soon_as_the_third_are_counted(tmp_path):
+    for i, reached in enumerate((40, 10, 20, 20, 20, 30)):
+        curve_run(tmp_path / f"a{i}", 5, 0, {0: 0.1} | {s: 0.5 if s >= reached else 0.2 for s in (10, 20, 30, 40)}, 1.0)
+    groups = [compare.Group(f"a{i}", (read_run(tmp_path / f"a{i}"),), {}) for i in range(6)]
+    said = re.sub("<.*?>", "", headline.lead(groups, compare.baseline(groups)))
+    assert (
+        "which it has after 40 steps: a1 after 10 (4.00\u00d7), a2 after 20 (2.00\u00d7), a3 after 20 (2.00\u00d7)"
+        in said
+    )
+    assert said.endswith(" and 1 more after 20. Baseline: a0, the first given.")
+
+
+def test_a_group_is_described_by_its_longest_run(tmp_path):
+    """Of three seeds the first failed at step 8, before the reincarnation."""
+    folders = [write_run(tmp_path / "dsrl" / f"version_{s}", seed=s, steps=60 if s else 8) for s in range(3)]
+    (group,) = [compare.Group("dsrl", tuple(map(read_run, folders)), {})]
+    assert group.longest.folder == folders[1]
+    lead = headline.lead([group], group)
+    assert "with NSR-PreRL for 10 steps and then, reincarnated, with GRPO for 50 steps" in lead
+    # (2 * 60 + 8) * 256 / 3
+    assert "60 steps and, in the mean of the runs, 10,923 responses took" in lead
+    text = re.sub("<.*?>", "", " ".join(cells(tables.thought_table([group], ["transition"]))))
+    assert text == "1.25\u00d7 → 2.5\u00d72 of 3 runs"
+    assert "NSR-PreRL → GRPO" in headline.overview([group])
+    failed = write_run(tmp_path / "x" / "version_0", steps=3, switch=0)
+    late = write_run(tmp_path / "x" / "version_1", steps=60)
+    mixed = compare.Group("x", (read_run(failed), read_run(late)), {})
+    assert compare.baseline([group, mixed]) is group  # its longest run is no GRPO throughout
+
+
+def test_first_and_last_are_of_one_step(tmp_path):
+    folders = [write_run(tmp_path / f"version_{s}", seed=s, steps=(10, 30, 60)[s]) for s in range(3)]
+    for folder, values in zip(folders, ({0: 0.1, 10: 0.9}, {0: 0.2, 30: 0.5}, {0: 0.3, 60: 0.6}), strict=True):
+        write_metrics(folder, [{"val/step": s, "val/avg@8": v, "val/avg@8/low": v - 0.1, "val/avg@8/high": v + 0.1}
+                               for s, v in values.items()])  # fmt: skip
+    group = compare.Group("a", tuple(map(read_run, folders)), {})
+    assert words.ends(group, "val/avg@8") == [(0, [0.1, 0.2, 0.3]), (60, [0.6])]
+    assert words.around(group, "val/avg@8", 0, [0.1, 0.2, 0.3]) == "(0.100 to 0.300)"
+    assert words.around(group, "val/avg@8", 60, [0.6]) == "[0.500, 0.700] (1 of 3 runs)"
+    assert words.around(group, "val/avg@8", 10, [0.2, 0.4]) == "(0.200 to 0.400; 2 of 3 runs)"
+    assert "0.200 → 0.600" in headline.overview([group])
 
 
 def test_words():
@@ -260,16 +409,46 @@ def test_the_pages_numbers_are_the_files(tmp_path):
 
 def test_long_runs_are_thinned_evenly_and_the_page_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(payload, "POINTS_A_CURVE", 20)
-    monkeypatch.setattr(payload, "SAMPLES", 3000)
     data, left_out = drawn([write_run(tmp_path / "a", steps=100), write_run(tmp_path / "b", steps=90)])
     for run, end in zip(data["runs"], (100, 90), strict=True):
         table = next(t for t in run["tables"] if "reward/mean" in t["columns"])
         assert table["step"] == list(dict.fromkeys([*range(1, end + 1, 5), end]))
-    assert left_out[0] == "Of the longest curves every 5th point is drawn, and the last."
-    assert re.match(r"\d+ of 66 samples are shown", left_out[1])
+    assert left_out == ["Of the longest curves every 5th point is drawn, and the last."]
     assert [payload.evenly(5, n) for n in (9, 5, 3, 2, 1, 0)] == [
         [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 2, 4], [0, 4], [0], [],
     ]  # fmt: skip
+
+
+def test_samples_are_thinned_by_whole_steps(tmp_path):
+    runs = [read_run(write_run(tmp_path / name, steps=100, samples=3)) for name in "ab"]  # at 1, 20, 40, ... 100
+    size = len(payload.to_json(payload._samples(runs, math.inf)[0]).encode())
+    shown, (said,) = payload._samples(runs, 0.7 * size)
+    assert {(one["run"], one["step"]) for one in shown} == {(r, s) for r in (0, 1) for s in (1, 40, 60, 100)}
+    assert len(shown) == 2 * 4 * 3
+    assert [one["prompt"] for one in shown[:3]] == [runs[0].samples[i]["prompt"] for i in range(3)]
+    assert said == "24 of 36 samples are shown: those of 4 of 6 steps, evenly over each run."
+    shown, (said,) = payload._samples(runs, 0.25 * size)
+    assert sorted({one["step"] for one in shown}) == [1, 100]
+    assert said == "8 of 36 samples are shown: at most 2 of a step, evenly over each run."
+    assert payload._samples(runs, 0)[0] == []
+
+
+def test_samples_get_the_room_that_curves_leave(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "a", steps=20, samples=100)
+    monkeypatch.setattr(payload, "SAMPLES", 1000)
+    data, left_out = drawn([run])
+    assert (len(data["samples"]), left_out) == (200, [])
+
+
+def test_of_a_cut_response_all_thoughts_are_counted(tmp_path):
+    folder = write_run(tmp_path / "a", steps=1)
+    line = sample(1, 0, 10, "wait " * 3000) | {"thoughts": [[5 * i, 5 * i + 4, "reflection"] for i in range(3000)]}
+    (folder / "samples.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(sample(1, 1, 10)) + "\n")
+    data, _ = drawn([folder])
+    long, short = data["samples"]
+    assert (len(long["thoughts"]), long["counts"]) == (1600, {"reflection": 3000})  # 8,000 characters of 5 each
+    assert short["counts"] is None
+    assert short["objective"] == "NSR-PreRL"
 
 
 def test_values_that_are_not_finite_are_counted(tmp_path):
@@ -301,7 +480,58 @@ def test_tables_say_what_the_files_say(tmp_path):
     shares = cells(background.time_table([group]))
     assert shares[1] == "1.81"
     assert "0.9<small>49.7%</small>" in shares  # rollout
-    assert shares[-1] == "0.08"  # alignment took 0.4 seconds in every fifth step
+    assert shares[-2] == "0.08"  # alignment took 0.4 seconds in every fifth step
+    # 60 steps of 1.76 and 0.05 seconds in 123 seconds: (123 - 108.6) / 60
+    assert shares[-1] == "0.24<small>11.7% of the wall time</small>"
+
+
+def test_the_thought_table_is_of_one_source_which_it_names(tmp_path):
+    """Held-out ratios of transition alone; the training rows have more, and are not mixed in."""
+    rows = [{"optim/step": 10, "thoughts/transition_ratio": 9.0, "thoughts/subgoal_ratio": 8.0}]
+    runs = []
+    for i in range(3):
+        folder = write_run(tmp_path / "a" / f"version_{i}", steps=10, switch=0, seed=i)
+        write_metrics(
+            folder,
+            [*rows, {"val/step": 10, "val/avg@8": 0.5} | ({"val/thoughts/transition_ratio": 2.0} if i == 1 else {})],
+        )
+        runs.append(read_run(folder))
+    (group,) = compare.group(runs)
+    html = tables.thought_table([group], ["transition", "subgoal"])
+    assert cells(html) == ['<span title="step 10">2\u00d7</span><small>1 of 3 runs</small>']
+    assert "Thoughts a held-out response" in html
+    assert "as of subgoal" in html
+    assert "metrics.csv: val/thoughts/transition_ratio<" in html
+    for run in runs:
+        write_metrics(run.folder, rows)
+    (group,) = compare.group(read_run(run.folder) for run in runs)
+    html = tables.thought_table([group], ["transition", "subgoal"])
+    assert "Thoughts a training response" in html
+    assert "metrics.csv: thoughts/transition_ratio, thoughts/subgoal_ratio<" in html
+    assert re.findall(r">([\d.]+)\u00d7", html) == ["9", "8"]
+
+
+def test_alignment_says_of_how_many_responses_it_is(tmp_path):
+    notes = {f.key: f.note for f in figures([read_run(write_run(tmp_path / "a", steps=10))])}
+    assert (
+        notes["cosine"] == "mean over the 8 responses measured in a step; the line, 0.92, is of a write-up of the paper"
+    )
+    assert notes["cosine-policy"] == "of the 8 responses measured, weighted with r \u2212 mean"
+    assert notes["marginal"] == "of some responses of a step"
+    run = read_run(write_run(tmp_path / "b", steps=10, files=()))
+    assert {f.key: f.note for f in figures([run])}["negative"] == "of the responses measured"
+    known = replace(run, config={"alignment": {"likelihoods": 16}})
+    assert {f.key: f.note for f in figures([known])}["marginal"] == "of 16 responses of a step"
+
+
+def test_figures_that_would_be_flat_at_zero_are_one_line(tmp_path):
+    run = read_run(write_run(tmp_path / "a", steps=3))
+    drawn_, flat = split_flat(figures([run]), [run])
+    assert [f.key for f in flat] == ["failures"]  # no timeouts, no errors
+    assert "failures" not in {f.key for f in drawn_}
+    html = page([run])
+    assert re.search(r"Zero throughout: <span[^>]*reward/timeouts, reward/errors[^>]*>Verifications that failed", html)
+    assert 'data-figure="failures"' not in html
 
 
 def test_runs_of_a_group_that_end_at_different_steps_are_pointed_out(tmp_path):
@@ -407,7 +637,11 @@ def test_every_figure_is_drawn(two, opened):
         assert figure.locator("svg path").count() > 0
     assert draw(tab, "accuracy").locator("path[aria-roledescription='line mark']").count() == 2
     drawn_texts = draw(tab, "accuracy").locator("svg text").all_text_contents()
-    assert {"dsrl", "grpo", "NSR-PreRL", "reincarnation: GRPO"} <= set(drawn_texts)
+    assert {"dsrl", "grpo", "dsrl: NSR-PreRL", "reincarnation: GRPO"} <= set(drawn_texts)
+    draw(tab, "stack").locator("select").select_option("dsrl")
+    tab.wait_for_function("document.querySelector('[data-figure=stack] svg').textContent.includes('NSR-PreRL')")
+    assert "reincarnation: GRPO" in draw(tab, "stack").locator("svg text").all_text_contents()
+    assert "dsrl: NSR-PreRL → GRPO" in draw(tab, "reward").locator("svg text").all_text_contents()  # too narrow for two
     label = tab.locator('[data-figure="accuracy"] .plot').get_attribute("aria-label")
     assert "grpo: 0.365 at step 0" in label  # the mean of 0.36 and 0.37
     tab.locator("#other summary").click()
@@ -455,6 +689,44 @@ def test_values_under_the_pointer(two, opened):
     assert "0.365 [0.36, 0.37], 2 runs" in tip
 
 
+def test_values_by_keys_and_by_a_finger(two, opened):
+    tab = opened(two, has_touch=True)
+    draw(tab, "accuracy").locator(".plot").focus()
+    tip = tab.locator(".tip")
+    for key, step in (("ArrowRight", 0), ("ArrowRight", 10), ("ArrowRight", 20), ("ArrowLeft", 10)):
+        tab.keyboard.press(key)
+        assert tip.inner_text().startswith(f"step {step}\n")
+    tab.keyboard.press("Escape")
+    assert not tip.is_visible()
+    press(tab, "smoothing", "15")
+    figure = draw(tab, "reward")
+    tab.wait_for_function("document.querySelector('[data-figure=reward]').innerText.includes('mean of 15 points')")
+    box = figure.locator(".plot").bounding_box()
+    tab.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + 80)
+    assert re.match(r"step \d+, mean of 15 points", tip.inner_text())
+
+
+def test_a_band_has_its_points_without_spread_and_runs_that_end_early_bend_nothing(tmp_path, opened):
+    """Both at 0.3 at step 10; 2 and 4 seconds a step, but the second ends at step 20 of 30."""
+    curve_run(tmp_path / "a" / "version_0", 10, 0, {0: 0.1, 10: 0.3, 20: 0.5, 30: 0.6}, 2.0)
+    curve_run(tmp_path / "a" / "version_1", 10, 1, {0: 0.2, 10: 0.3, 20: 0.4}, 4.0)
+    (tmp_path / "a" / "version_1" / "config.yaml").write_text(
+        (tmp_path / "a" / "version_0" / "config.yaml").read_text().replace("seed_everything: 0", "seed_everything: 1")
+    )
+    main(["report", str(tmp_path / "a"), "-o", str(tmp_path / "a.html")])
+    tab = opened(tmp_path / "a.html")
+    draw(tab, "accuracy")
+    spec = "lineSpec(DATA.figures.accuracy, seriesOf(DATA.figures.accuracy).series, 800, true)"
+    areas = tab.evaluate(f"{spec}.layer.filter(l => l.mark.type === 'area').map(l => l.data.values)")
+    assert [[(p["step"], p["lo"], p["hi"]) for p in area] for area in areas] == [
+        [(0, 0.1, 0.2), (10, 0.3, 0.3), (20, 0.4, 0.5), (30, 0.6, 0.6)]
+    ]
+    press(tab, "axis", "time")
+    draw(tab, "accuracy", "seconds")
+    assert tab.evaluate("seriesOf(DATA.figures.accuracy).series[0].points.map(p => p.x)") == [0, 20, 40, 60]
+    assert tab.evaluate("livesOf([0]).lines.map(l => l.x)") == [20]
+
+
 def test_samples_are_filtered_and_walked(two, opened):
     tab = opened(two)
     assert count(tab) == 4 * 2 * 2 + 4 * 3 * 2 + 1
@@ -463,6 +735,7 @@ def test_samples_are_filtered_and_walked(two, opened):
     tab.select_option("#f-right", "right")
     assert wrong + count(tab) == 41
     assert "right" in tab.locator("#sample h3").inner_text()
+    assert tab.locator("#sample-list .of").first.inner_text() == "grpo version_0"
     tab.select_option("#f-right", "")
     for select, value, expected in (
         ("#f-step", "20", 10), ("#f-kind", "held_out", 8), ("#f-life", "2", 19), ("#f-run", "0", 8),
@@ -560,7 +833,7 @@ def test_the_keyboard_reaches_everything(two, opened):
     tab.keyboard.press("End")
     assert tab.evaluate(selected) == "sample-40"
     reached = set()
-    for _ in range(60):
+    for _ in range(140):
         tab.keyboard.press("Shift+Tab")
         reached.add(tab.evaluate("document.activeElement.parentElement?.id"))
     assert {"axis", "seeds", "smoothing", "theme", "legend", "measure"} <= reached

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from report_runs import HOSTILE, grow_old, info, sample, training_row, validation_row, write_metrics, write_run
@@ -125,6 +127,42 @@ def test_says_when_there_is_no_sign_of_life(tmp_path):
     assert "left" not in text
 
 
+def test_before_the_first_step_it_waits_longer(tmp_path):
+    write_run(tmp_path / "a", steps=0, status="running", ended=None, max_steps=60)
+    for name in ("metrics.csv", "run.json"):
+        grow_old(tmp_path / "a", 1700, name)  # one row, of the evaluation at step 0
+    assert "running, at step 0 of 60" in shown(read(tmp_path / "a"))
+    for name in ("metrics.csv", "run.json"):
+        grow_old(tmp_path / "a", 200, name)
+    assert "no sign of life since" in shown(read(tmp_path / "a"))
+
+
+def test_a_resumed_run_says_where_its_earlier_steps_are(tmp_path):
+    first = write_run(tmp_path / "a" / "version_0", steps=23)
+    source = str(first / "checkpoints" / "last.ckpt")
+    folder = write_run(tmp_path / "a" / "version_1", first=21, resumed_from=source)
+    assert "resumed: figures since step 21; earlier steps in version_0" in shown(read(folder))
+
+
+def test_values_that_are_no_numbers_are_no_error(tmp_path):
+    folder = write_run(tmp_path / "a", steps=3, lives=[["A"]])
+    row = training_row(4, 10, 1.0, 0) | {"time/rollout": float("nan"), "rollout/responses": float("inf")}
+    write_metrics(folder, [training_row(3, 10, 1.0, 0), row])
+    assert "of the last 2" in shown(read(folder))
+    (folder / "config.yaml").write_text("model: text\ndata: text\ntrainer: text\n")
+    (folder / "run.json").unlink()
+    assert "unknown model" in shown(read(folder))
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(tmp_path):
+    folder = write_run(tmp_path / "a", steps=3)
+    code = "import sys; from prerl_lightning.cli import main; main(['watch', sys.argv[1]])"
+    made = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    made.stdout.close()
+    assert made.stderr.read() == b""
+    assert made.wait() == 0
+
+
 def test_text_of_a_model_cannot_steer_the_terminal(tmp_path):
     folder = write_run(tmp_path / "a")
     hostile = sample(60, 0, 10, "\x1b[2J\x1b]0;title\x07\u202e wait \U0001f642 [bold]x[/bold]")
@@ -132,6 +170,19 @@ def test_text_of_a_model_cannot_steer_the_terminal(tmp_path):
     text = shown(read(folder))
     assert not any(c in text for c in "\x1b\x07\u202e\u2028")
     assert "·[2J·]0;title·· wait \U0001f642 [bold]x[/bold]" in text
+    evil = "\x1b[2J\u202e"
+    changed = {"name": f"n{evil}", "model": f"m{evil}", "status": "failed", "error": f"e{evil}\nsecond line{evil}"}
+    changed |= {"lives": [[f"l{evil}", 0]], "machine": {"cpu": f"c{evil}"}}
+    (folder / "run.json").write_text(json.dumps(info(0, 10, 60) | changed))
+    family = f"f{evil}"
+    rows = [training_row(s, 10, 1.0, 0) | {f"thoughts/{family}_ratio": s} for s in (1, 2)]
+    write_metrics(folder, rows)
+    spoken = sample(2, 0, 10, "wait") | {"thoughts": [[0, 4, family]], "kind": evil}
+    (folder / "samples.jsonl").write_text(json.dumps(spoken) + "\n")
+    text = shown(read(folder))
+    assert all(f"{letter}·[2J·" in text for letter in "nmelcf")
+    assert not any(c in text for c in "\x1b\u202e")
+    assert "second line" not in text
     marked = picture._response(hostile, ["transition"])
     assert marked.plain[marked.spans[0].start : marked.spans[0].end] == "wait"
 

@@ -8,8 +8,9 @@ from html import escape
 from prerl_lightning.report import compare, words
 from prerl_lightning.report.compare import Group
 from prerl_lightning.report.figures import TIMES as PARTS
-from prerl_lightning.report.html import named, table, tag
-from prerl_lightning.report.runs import Run
+from prerl_lightning.report.files import inside
+from prerl_lightning.report.html import NONE, named, table, tag
+from prerl_lightning.report.runs import Run, finite
 
 DIFFERENT = 8  # values of one key that are listed
 CONFIG_BYTES = 400_000  # of all whole configurations together
@@ -20,6 +21,7 @@ def time_table(groups: Sequence[Group]) -> str:
     rows = []
     parts = [p for p in PARTS if any(g.mean(f"time/{p}") for g in groups)]
     aligned = any(g.mean("time/alignment") for g in groups)
+    beside = {group.name: _outside(group) for group in groups}
     for group in groups:
         means = {p: _mean_per_step(group, f"time/{p}") for p in parts}
         total = math.fsum(means.values())
@@ -32,13 +34,19 @@ def time_table(groups: Sequence[Group]) -> str:
         cells = [f"{v:.3g}<small>{v / total:.1%}</small>" for v in means.values()]
         if aligned:
             cells.append(f"{_mean_per_step(group, 'time/alignment'):.3g}")
+        if any(beside.values()):
+            seconds = beside[group.name]
+            share = f"<small>{seconds / (total + seconds):.1%} of the wall time</small>"
+            cells.append(f"{seconds:.3g}{share}" if seconds else NONE)
         share = f'<span class="bar" aria-hidden="true">{bar}</span>'
         rows.append([named(groups, group), share, f"{total:.3g}", *cells])
     if not rows:
         return ""
     keys = [f'<span class="key p{PARTS.index(p)}"></span>{p.replace("_", " ")}' for p in parts]
     head = ["setting", "share", "sum", *keys, *(["of which alignment"] if aligned else [])]
+    head += ["outside steps (start, evaluation, saving)"] if any(beside.values()) else []
     caption = "Seconds a step, mean over all steps, and shares; watchers come on top of time/step"
+    caption += "; outside steps: time/since_start less both" if any(beside.values()) else ""
     return table(head, rows, caption, "metrics.csv: time/*")
 
 
@@ -46,6 +54,16 @@ def _mean_per_step(group: Group, column: str) -> float:
     """Over all steps: one in which a part did not run counts as 0."""
     values = [v for run in group.runs for v in run.column(column).values()]
     return math.fsum(values) / max(1, sum(len(run.training) for run in group.runs))
+
+
+def _outside(group: Group) -> float:
+    """Wall time that no step's parts hold, divided by the steps; 0: not known."""
+    rows = [row for run in group.runs for row in run.training.values()]
+    if not any("time/since_start" in row for row in rows):
+        return 0.0
+    inside_steps = math.fsum(finite(row, f"time/{part}") for row in rows for part in ("step", "watchers"))
+    wall = math.fsum(max(run.seconds.values()) for run in group.runs)
+    return max(0.0, wall - inside_steps) / len(rows)
 
 
 def machines(groups: Sequence[Group]) -> str:
@@ -67,14 +85,13 @@ def machines(groups: Sequence[Group]) -> str:
 
 def _about(run: Run) -> dict[str, str]:
     info = run.info
-    versions = info.get("versions") if isinstance(info.get("versions"), dict) else {}
     said = {
-        "command": shlex.join(map(str, info["command"])) if isinstance(info.get("command"), list) else None,
+        "command": shlex.join(map(str, info["command"])) if info.get("command") else None,
         "started": info.get("started"),
         "machine": words.machine(run),
         "processes": f"{info['world_size']}, {info.get('strategy')}" if info.get("world_size") else None,
         "precision": info.get("precision"),
-        "versions": ", ".join(f"{k} {v}" for k, v in (versions or {}).items()),
+        "versions": ", ".join(f"{k} {v}" for k, v in inside(info, "versions").items()),
     }
     return {k: str(v) for k, v in said.items() if v}
 

@@ -23,6 +23,11 @@ class Group:
     """The flat configuration without seeds and paths; empty where there is none."""
 
     @property
+    def longest(self) -> Run:
+        """The run with the most steps: it stands for the group where one has to."""
+        return max(self.runs, key=lambda run: run.steps)
+
+    @property
     def accuracy(self) -> str | None:
         return next((run.accuracy for run in self.runs if run.accuracy), None)
 
@@ -172,7 +177,7 @@ class Ratio:
     group: str
     baseline: str
     kind: str
-    """best or last: which of the baseline's accuracies is the target."""
+    """best or last: which of the baseline's accuracies is the target; own best: the group's, of `comparable`."""
     target: float
     of_baseline: Reached
     of_group: Reached | None
@@ -207,7 +212,15 @@ def _over(a: float | None, b: float | None) -> float | None:
 def baseline(groups: Sequence[Group]) -> Group:
     """The first group that is GRPO from beginning to end, else the first."""
     evaluated = [g for g in groups if g.curve] or groups
-    return next((g for g in evaluated if chain(g.runs[0]) == "GRPO"), evaluated[0])
+    return next((g for g in evaluated if chain(g.longest) == "GRPO"), evaluated[0])
+
+
+def why_baseline(groups: Sequence[Group], base: Group) -> str:
+    """By which of the rules of `baseline` it is the one."""
+    if chain(base.longest) != "GRPO":
+        return "the first given"
+    others = any(chain(g.longest) == "GRPO" for g in groups if g is not base)
+    return "the first given that is GRPO throughout" if others else "GRPO throughout"
 
 
 def ratios(base: Group, other: Group) -> list[Ratio]:
@@ -228,3 +241,14 @@ def ratios(base: Group, other: Group) -> list[Ratio]:
         of_other = reached(other.runs, own, target)
         found.append(Ratio(other.name, base.name, kind, target, there, of_other, tuple(seeds)))
     return found[:1] if targets["best"] == targets["last"] else found
+
+
+def comparable(base: Group, other: Group) -> list[Ratio]:
+    """`ratios`; in the place of those that the other group never reaches one for its own best accuracy, which the
+    baseline does reach."""
+    found = ratios(base, other)
+    back = next(iter(ratios(other, base)), None)
+    if back is None or back.of_group is None or all(ratio.of_group for ratio in found):
+        return found
+    own = Ratio(other.name, base.name, "own best", back.target, back.of_group, back.of_baseline, ())
+    return [own, *(ratio for ratio in found if ratio.of_group)]

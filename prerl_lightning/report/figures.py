@@ -1,8 +1,10 @@
 """Which figures the page has: a list of what may be drawn, of which those with data are taken."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from prerl_lightning.report.files import inside
 from prerl_lightning.report.runs import Run
 
 Series = tuple[tuple[str, str], ...]  # (label, column); the first is solid, the others are dashed
@@ -75,6 +77,15 @@ def _thoughts(family: str, there: set[str]) -> Figure:
     return Figure(f"thoughts-{family}", "thoughts", family, views=views, zero=True)
 
 
+def _measured(runs: Iterable[Run]) -> str:
+    """How many responses of a step alignment/... is of: "the 2 responses measured"."""
+    counts = {n for run in runs for n in Counter(line["step"] for line in run.alignment).values()}
+    if not counts:
+        return "the responses measured"
+    few, many = min(counts), max(counts)
+    return f"the {few} to {many} responses measured" if few < many else f"the {few} response{'s' * (few > 1)} measured"
+
+
 def _pass(runs: Sequence[Run], there: set[str]) -> list[Figure]:
     """Held-out measures beside avg@K; pass@1 is avg@K."""
     found = []
@@ -92,6 +103,10 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
     chosen = tuple((column.removeprefix("val/"), column) for column in accuracies)
     layers = [c.removeprefix(LAYERS) for c in sorted(there) if c.startswith(LAYERS)]
     order = {name: i for i, name in enumerate(("embedding", "first", "middle", "last", "head"))}
+    thirds = {name: f"{name} third of the layers" for name in ("first", "middle", "last")}
+    measured = _measured(runs)
+    likelihoods = {n for run in runs if isinstance(n := inside(run.config, "alignment").get("likelihoods"), int)}
+    part = likelihoods.pop() if len(likelihoods) == 1 else "some"
     passes = sorted((int(c.removeprefix("rollout/pass@")), c) for c in there if c.startswith("rollout/pass@"))
     ends = [passes[i] for i in ((0, -1) if len(passes) > 1 else (0,))] if passes else []
     known = [
@@ -101,18 +116,22 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
         Figure("train-pass", "accuracy", "pass@k on the training prompts", tuple((f"pass@{k}", c) for k, c in ends)),
         *(_thoughts(family, there) for family in families(runs)),
         Figure("cosine", "alignment", "Cosine of ∇log p(y) and ∇log p(y|x)", (("", "alignment/cosine"),), rule=0.92,
-               note="mean over responses; the paper's claim, 0.92, is drawn"),
+               note=f"mean over {measured} in a step; the line, 0.92, is of a write-up of the paper"),
         Figure("cosine-sign", "alignment", "The same, by the sign of the advantage",
                (("A > 0", "alignment/cosine/positive"), ("A < 0", "alignment/cosine/negative"))),
         Figure("cosine-policy", "alignment", "Cosine of the policy gradients",
-               (("", "alignment/policy_gradient/cosine"),), note="of the whole batch, weighted with the advantages"),
-        Figure("inner", "alignment", "Inner product, mean over responses", (("", "alignment/inner_product"),),
+               (("", "alignment/policy_gradient/cosine"),), note=f"of {measured}, weighted with r \u2212 mean"),
+        Figure("inner", "alignment", "Inner product", (("", "alignment/inner_product"),), zero=True,
+               note=f"mean over {measured}"),
+        Figure("inner-sign", "alignment", "The same, by the sign of the advantage",
+               (("A > 0", "alignment/inner_product/positive"), ("A < 0", "alignment/inner_product/negative")),
                zero=True),
         Figure("inner-policy", "alignment", "Inner product of the policy gradients",
-               (("", "alignment/policy_gradient/inner_product"),), zero=True),
+               (("", "alignment/policy_gradient/inner_product"),), zero=True,
+               note=f"of {measured}, weighted with r \u2212 mean"),
         Figure("negative", "alignment", "Share of negative inner products", (("", "alignment/negative_share"),),
-               format=SHARE, zero=True),
-        *(Figure(f"layer-{n}", "alignment", f"Cosine: {n}", (("", LAYERS + n),))
+               format=SHARE, zero=True, note=f"of {measured}"),
+        *(Figure(f"layer-{n}", "alignment", f"Cosine: {thirds.get(n, n)}", (("", LAYERS + n),))
           for n in sorted(layers, key=lambda n: (order.get(n, 9), n))),
         Figure("cosine-points", "alignment", "Cosine of single responses", kind="points",
                note="one dot a response measured; filled: right, open: wrong"),
@@ -124,11 +143,12 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
         Figure("repetition", "health", "Repetition", (("", "rollout/repetition"),), format=SHARE, zero=True,
                note="share of 4-grams seen before in the response"),
         Figure("log-prob", "health", "log p(y|x), a token", by_correctness("rollout/log_prob")),
-        Figure("marginal", "health", "log p(y), a token", by_correctness("rollout/marginal_log_prob")),
+        Figure("marginal", "health", "log p(y), a token", by_correctness("rollout/marginal_log_prob"),
+               note=f"of {part} responses of a step"),
         Figure("prompts", "health", "Prompts by their answers", tuple(
             (label, f"rollout/groups_{name}") for label, name in
             (("mixed", "mixed"), ("all right", "all_right"), ("all wrong", "all_wrong"))), format=SHARE, zero=True,
-            note="only mixed ones have a gradient"),
+            note="with rewards of 0 and 1 only mixed ones have a gradient"),
         Figure("mismatch", "health", "Engine against trainer", (("", "mismatch/log_prob_difference"),), zero=True,
                note="mean absolute difference of log-probs"),
         Figure("mismatch-kl", "health", "Engine against trainer, KL", (("", "mismatch/kl"),)),
@@ -155,6 +175,15 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
     drawn |= {"val/step", "optim/step", "life", "time/since_start"}
     rest = sorted(c for c in there - drawn if not c.endswith(("/low", "/high")))
     return [*found, *(Figure(f"other-{c}", "other", c, (("", c),)) for c in rest)]
+
+
+def split_flat(found: Sequence[Figure], runs: Iterable[Run]) -> tuple[list[Figure], list[Figure]]:
+    """Those to draw, and those that would be a flat line, since all their values are 0."""
+    moving = {
+        name for run in runs for rows in (run.training, run.validation) for r in rows.values() for name in r if r[name]
+    }
+    flat = [f for f in found if f.kind == "lines" and f.section != "accuracy" and not moving.intersection(f.columns)]
+    return [f for f in found if f not in flat], flat
 
 
 def _with_data(figure: Figure, runs: Sequence[Run], there: set[str]) -> Figure | None:

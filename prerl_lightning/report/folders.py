@@ -30,6 +30,11 @@ def expand(given: Sequence[str]) -> list[Path]:
     return list(found.values())
 
 
+def passed_over(given: Sequence[str]) -> list[Path]:
+    """The version_N folders below these that `expand` leaves out: they have a file of a run, and no metrics.csv."""
+    return [p for item in given for p in versions(Path(item), FILES) if not _has(p, FILES[:1])]
+
+
 def find(given: str | None) -> Path:
     """The one run that an argument means: itself, or its newest version; None: the newest below runs/.
 

@@ -5,6 +5,7 @@ import time
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -15,7 +16,8 @@ from rich.text import Text
 
 from prerl_lightning.report import words
 from prerl_lightning.report.figures import TIMES, families
-from prerl_lightning.report.runs import Run, chain
+from prerl_lightning.report.files import is_right, spans
+from prerl_lightning.report.runs import Run, chain, finite
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 LIVES = ("magenta", "cyan", "green", "yellow")  # a life's colour, in turn
@@ -30,6 +32,7 @@ INTERVALS, RANGES = 80, 110  # columns from which on these are shown beside a cu
 def frame(run: Run, width: int = 100, height: int = 48, now: float | None = None) -> RenderableType:
     """The picture, for a terminal of so many columns and lines."""
     now = time.time() if now is None else now
+    run = replace(run, name=printable(run.name), info=_printable(run.info), config=_printable(run.config))
     parts: list[RenderableType] = [_head(run, now), _progress(run, width)]
     if not run.training and not run.validation:
         return Group(*parts, Text("no step yet", style="dim"))
@@ -52,6 +55,10 @@ def _head(run: Run, now: float) -> Text:
     model = f"\n{words.model(run)}" if run.info.get("model") or run.config else ""
     where = words.machine(run)
     text.append(model + (f"   {where}" if where and model else ""), style="dim")
+    resumed = run.info.get("resumed_from")
+    if resumed and run.training:  # read alone: the figures are of the steps since
+        before = Path(resumed).parent.parent.name
+        text.append(f"\nresumed: figures since step {min(run.training):,}; earlier steps in {before}", style="yellow")
     return text
 
 
@@ -110,7 +117,7 @@ def _curves(run: Run, width: int) -> Table:
             value.append(f" [{words.figure(low, digits)}, {words.figure(high, digits)}]", style="dim")
         if len(curve) > 1 and width >= RANGES:
             value.append(f"  {words.spread(curve.values(), digits)}", style="dim")
-        table.add_row(Text(name), sparkline(run, curve, spark), value)
+        table.add_row(Text(printable(name)), sparkline(run, curve, spark), value)
     return table
 
 
@@ -160,7 +167,7 @@ def sparkline(run: Run, curve: Mapping[int, float], width: int) -> Text:
 
 def _times(run: Run, width: int) -> Text:
     rows = list(run.training.values())[-RECENT:]
-    means = {part: math.fsum(row.get(f"time/{part}", 0.0) for row in rows) / len(rows) for part in TIMES}
+    means = {part: math.fsum(finite(row, f"time/{part}") for row in rows) / len(rows) for part in TIMES}
     total = math.fsum(means.values())
     text = Text("time")
     if not total:
@@ -190,9 +197,9 @@ def _samples(run: Run, number: int, width: int) -> list[RenderableType]:
     mixed = sorted(range(len(newest)), key=lambda i: (_nth_of_kind(newest, i), i))
     for i in mixed[:number]:
         sample = newest[i]
-        right = sample["reward"] > 0.5
+        right = is_right(sample["reward"])
         head = Text().append("✓ " if right else "✗ ", style="bold green" if right else "bold red")
-        kind = str(sample.get("kind") or "").replace("_", " ")
+        kind = printable(str(sample.get("kind") or "")).replace("_", " ")
         asked = printable(str(sample.get("prompt", ""))).strip("↵ ")
         truth = printable(str(sample.get("ground_truth", "")))[:60]
         head.append(f"step {sample.get('step')} {kind}  ", style="dim")
@@ -204,22 +211,21 @@ def _samples(run: Run, number: int, width: int) -> list[RenderableType]:
 
 def _nth_of_kind(samples: Sequence[Mapping[str, Any]], i: int) -> int:
     """How many before it are as right or wrong as it is."""
-    rights = [s["reward"] > 0.5 for s in samples[: i + 1]]
+    rights = [is_right(s["reward"]) for s in samples[: i + 1]]
     return rights[:-1].count(rights[-1])
 
 
 def _response(sample: Mapping[str, Any], names: Sequence[str]) -> Text:
     text = Text(printable(str(sample.get("response", ""))), overflow="ellipsis")
-    spans = sample.get("thoughts")
     used: list[str] = []
-    for span in spans if isinstance(spans, list) else []:
-        if isinstance(span, list) and len(span) == 3 and span[2] in names and span[1] <= SHOWN:
-            text.stylize(MARKS[names.index(span[2]) % len(MARKS)], span[0], span[1])
-            used += [span[2]] if span[2] not in used else []
+    for start, end, family in spans(sample):
+        if family in names and end <= SHOWN:
+            text.stylize(MARKS[names.index(family) % len(MARKS)], start, end)
+            used += [family] if family not in used else []
     text.truncate(SHOWN, overflow="ellipsis")
     for name in used:
         text.append(" ")
-        text.append(f" {name} ", style=MARKS[names.index(name) % len(MARKS)])
+        text.append(f" {printable(name)} ", style=MARKS[names.index(name) % len(MARKS)])
     return text
 
 
@@ -227,3 +233,12 @@ def printable(text: str) -> str:
     """Characters that could steer the terminal, one for one, as a dot: offsets into the text stay right."""
     steering = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
     return "".join("↵" if c == "\n" else "·" if unicodedata.category(c) in steering else c for c in text)
+
+
+def _printable(value: Any) -> Any:
+    """The same of all text in a file's value."""
+    if isinstance(value, Mapping):
+        return {_printable(k): _printable(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_printable(v) for v in value]
+    return printable(value) if isinstance(value, str) else value

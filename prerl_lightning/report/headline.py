@@ -31,50 +31,52 @@ def lead(groups: Sequence[Group], base: Group) -> str:
     best = [next(iter(compare.ratios(base, other)), None) for other in groups if other is not base]
     known = sorted((ratio for ratio in best if ratio is not None), key=lambda ratio: -(ratio.steps or 0))
     said += [_sooner_sentence(ratio, groups) for ratio in known] if len(known) < 3 else [_soonest(known)]
+    if len(known) > 2:
+        said.append(f"Baseline: {escape(base.name)}, {compare.why_baseline(groups, base)}.")
     return tag("p", " ".join(said), class_="lead")
 
 
 def _soonest(known: Sequence[Ratio]) -> str:
-    """Of many: the first three."""
-    there = known[0].of_baseline
-    there_too = [
-        f"{tag('b', escape(r.group))} after {r.of_group.step:,}" + (f" ({times(r.steps)})" if r.steps else "")
-        for r in known[:3]
-        if r.of_group is not None
-    ]
+    """Of many: the first three, and how many are as soon as the third."""
     goal = f"{escape(known[0].baseline)}'s best held-out accuracy ({words.figure(known[0].target)})"
-    if not there_too:
+    able = [(r, r.of_group.step) for r in known if r.of_group is not None]
+    if not able:
         return f"None reaches {goal}."
-    return f"Soonest at {goal}, which it has after {there.step:,} steps: {', '.join(there_too)}."
+    said = [f"{tag('b', escape(r.group))} after {s:,}" + (f" ({times(r.steps)})" if r.steps else "") for r, s in able]
+    tied = sum(1 for _, step in able[3:] if step == able[2][1])
+    more = f" and {tied} more after {able[2][1]:,}" if tied else ""
+    there = known[0].of_baseline
+    return f"Soonest at {goal}, which it has after {words.steps(there.step)}: {', '.join(said[:3])}{more}."
 
 
 def _sooner_sentence(ratio: Ratio, groups: Sequence[Group]) -> str:
     group, base = (tag("b", escape(name)) for name in (ratio.group, ratio.baseline))
     goal = f"{base}'s best held-out accuracy ({words.figure(ratio.target)})"
     if ratio.of_group is None:
-        return f"{group} never reaches {goal}.{_other_way(ratio, groups)}"
+        there = words.steps(ratio.of_baseline.step)
+        return f"{group} never reaches {goal}, which {base} has after {there}.{_other_way(ratio, groups)}"
     if not ratio.of_group.step or not ratio.of_baseline.step:
         return f"{group} reaches {goal} at step {ratio.of_group.step}, {base} at step {ratio.of_baseline.step}."
     return (
-        f"{group} reaches {goal} after {ratio.of_group.step:,} steps, {base} after {ratio.of_baseline.step:,}: "
-        f"a ratio of {times(ratio.steps)}."
+        f"{group} reaches {goal} after {words.steps(ratio.of_group.step)}, {base} has it after "
+        f"{words.steps(ratio.of_baseline.step)}: a ratio of {times(ratio.steps)}."
     )
 
 
 def _other_way(ratio: Ratio, groups: Sequence[Group]) -> str:
     """How much sooner the baseline is at what the setting does reach."""
     base, other = (next(g for g in groups if g.name == name) for name in (ratio.baseline, ratio.group))
-    back = next(iter(compare.ratios(other, base)), None)
-    if back is None or back.of_group is None or back.steps is None:
+    own = next(iter(compare.comparable(base, other)))
+    if own.kind != "own best" or own.of_group is None:
         return ""
     return (
-        f" At {escape(other.name)}'s best ({words.figure(back.target)}) {tag('b', escape(base.name))} is after "
-        f"{back.of_group.step:,} steps, {tag('b', escape(other.name))} after {back.of_baseline.step:,}."
+        f" {tag('b', escape(other.name))}'s own best ({words.figure(own.target)}) it has after "
+        f"{words.steps(own.of_group.step)}, {tag('b', escape(base.name))} after {words.steps(own.of_baseline.step)}."
     )
 
 
 def _story(group: Group) -> str:
-    run, known = group.runs[0], words.facts(group)
+    run, (steps, responses, seconds) = group.longest, words.totals(group)
     lives = [
         f"{escape(name)} for {words.steps(until - first)}"
         for (name, first), until in zip(run.lives, [*(f for _, f in run.lives[1:]), run.steps], strict=False)
@@ -84,39 +86,34 @@ def _story(group: Group) -> str:
     text = f"The model {escape(words.model(run))} was trained with {how}{f' on {escape(data)}' if data else ''}."
     where = words.machine(run)
     if run.steps:
-        each = " each" if len(group.runs) > 1 else ""
+        mean = ", in the mean of the runs," if len({r.steps for r in group.runs}) > 1 else ""
+        each = " each" if len(group.runs) > 1 and not mean else ""
         text += (
-            f" {words.steps(known['steps'])} and {known['responses']:,.0f} responses{each} took "
-            f"{words.duration(known['seconds'])}{f' on {escape(where)}' if where else ''}."
+            f" {words.steps(steps)} and{mean} {responses:,.0f} responses{each} took "
+            f"{words.duration(seconds)}{f' on {escape(where)}' if where else ''}."
         )
     return text
 
 
 def tiles(group: Group) -> str:
     """Of a page on one setting: its figures, large."""
-    known, cells = words.facts(group), []
-    measures = {"reward/mean": ("Training reward", known["reward"])}
-    if group.accuracy:
-        measures = {group.accuracy: (f"Held-out {group.accuracy[4:]}", known["accuracy"])} | measures
-    for column, (name, found) in measures.items():
+    cells = []
+    measures = [(group.accuracy, f"Held-out {group.accuracy[4:]}")] if group.accuracy else []
+    for column, name in [*measures, ("reward/mean", "Training reward")]:
+        found = words.ends(group, column)
         if not found:
             continue
-        (first, before), (last, after) = found
-        ends = [math.fsum(v) / len(v) for v in ((before, after) if first != last else (before,))]
-        detail = f"step {first:,} to {last:,}" if first != last else f"step {first:,}"
-        around = [words.with_interval(group, column, s, v).partition(" ")[2] for s, v in found[: len(ends)]]
-        if all(around):
-            kind = (
-                "95 % interval"
-                if len(group.runs) == 1
-                else f"means over {len(group.runs)} runs, from smallest to largest"
-            )
+        detail = f"step {' to '.join(f'{step:,}' for step, _ in found)}"
+        around = [said for step, values in found if (said := words.around(group, column, step, values))]
+        if around:
+            one = len(group.runs) == 1
+            kind = "95 % interval" if one else f"means over {len(group.runs)} runs, from smallest to largest"
             detail += f"; {kind} {' → '.join(around)}"
-        cells.append((name, " <i>→</i> ".join(map(words.figure, ends)), detail, f"metrics.csv: {column}"))
-    machine = words.machine(group.runs[0]) or ""
-    responses = f"{known['responses']:,.0f}"
-    cells.append(("Responses", responses, f"in {words.steps(known['steps'])}", "metrics.csv: rollout/responses"))
-    cells.append(("Wall time", words.duration(known["seconds"]), machine, "metrics.csv: time/since_start"))
+        cells.append((name, " <i>→</i> ".join(_mean(values) for _, values in found), detail, f"metrics.csv: {column}"))
+    steps, responses, seconds = words.totals(group)
+    cells.append(("Responses", f"{responses:,.0f}", f"in {words.steps(steps)}", "metrics.csv: rollout/responses"))
+    machine = words.machine(group.longest) or ""
+    cells.append(("Wall time", words.duration(seconds), machine, "metrics.csv: time/since_start"))
     inner = "".join(
         tag("div", tag("dt", escape(name)) + tag("dd", value, class_="big") + tag("dd", escape(detail)), title=source)
         for name, value, detail, source in cells
@@ -124,26 +121,30 @@ def tiles(group: Group) -> str:
     return tag("dl", inner, class_="tiles")
 
 
+def _mean(values: Sequence[float]) -> str:
+    return words.figure(math.fsum(values) / len(values))
+
+
 def overview(groups: Sequence[Group]) -> str:
     """Of a page on several settings: one row each."""
     rows = []
     for group in groups:
-        run, known = group.runs[0], words.facts(group)
         cells = [named(groups, group)]
-        for column, found in ((group.accuracy, known["accuracy"]), ("reward/mean", known["reward"])):
+        for column in (group.accuracy, "reward/mean"):
+            found = words.ends(group, column) if column else []
             if not found or not column:
                 cells.append(NONE)
                 continue
-            at = found if found[0][0] != found[1][0] else found[:1]
-            ends = [words.with_interval(group, column, step, values).partition(" ") for step, values in at]
-            around = " → ".join(end[2] for end in ends if end[2])
-            cells.append(tag("b", " → ".join(end[0] for end in ends)) + tag("small", escape(around)))
-        cells += [escape(chain(run)), f"{len(group.runs)}", f"{known['steps']:,}"]
-        rows.append([*cells, f"{known['responses']:,.0f}", words.duration(known["seconds"])])
+            around = [said for step, values in found if (said := words.around(group, column, step, values))]
+            means = tag("b", " → ".join(_mean(values) for _, values in found))
+            cells.append(means + tag("small", escape(" → ".join(around))))
+        steps, responses, seconds = words.totals(group)
+        cells += [escape(chain(group.longest)), f"{len(group.runs)}", f"{steps:,}"]
+        rows.append([*cells, f"{responses:,.0f}", words.duration(seconds)])
     about = {
-        "Model": [words.model(group.runs[0]) for group in groups],
-        "Data": [words.problems(group.runs[0], "train") or NONE for group in groups],
-        "Machine": [words.machine(group.runs[0]) or NONE for group in groups],
+        "Model": [words.model(group.longest) for group in groups],
+        "Data": [words.problems(group.longest, "train") or NONE for group in groups],
+        "Machine": [words.machine(group.longest) or NONE for group in groups],
     }
     common = [f"{name}: {values[0]}" for name, values in about.items() if len(set(values)) == 1 and values[0] != NONE]
     own = {name: values for name, values in about.items() if len(set(values)) > 1}

@@ -49,10 +49,10 @@ def times(value: float | None) -> str:
 def figure(item: Figure) -> str:
     """An empty figure that the page's script fills when it comes into view."""
     files = "alignment.jsonl: cosine, reward" if item.kind == "points" else f"metrics.csv: {', '.join(item.columns)}"
-    columns = files if len(files) < 140 else f"metrics.csv: {item.columns[0]}, …"
+    columns = files if len(files) < 160 else f"metrics.csv: {item.columns[0]}, …"
     note = tag("span", escape(item.note), class_="unit") if item.note else ""
     head = tag("figcaption", tag("span", escape(item.title), class_="title") + note)
-    plot = tag("div", "", class_="plot", role="img", aria_label=f"{item.title}; figures follow")
+    plot = tag("div", "", class_="plot", role="img", tabindex="0", aria_label=f"{item.title}; figures follow")
     return tag(
         "figure", head + plot + tag("p", escape(columns), class_="source", title=files),
         class_="wide" if item.wide else "", data_figure=item.key,

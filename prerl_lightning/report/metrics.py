@@ -1,6 +1,7 @@
 """metrics.csv of a run: its training and its validation rows, by optimizer steps, read on from where it was left."""
 
 import csv
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ class Rows:
     cut_off: bool = False
     """The last line has no end: the writer was killed, or is writing."""
     unreadable: int = 0
-    """Lines that do not fit the header."""
+    """Lines that do not fit the header, or whose step is no number."""
 
 
 class MetricsFile:
@@ -82,9 +83,10 @@ class MetricsFile:
         else:  # Lightning counts from 0, and a validation has the step of the row before it
             at = None if lightning_step is None or "reward/mean" not in training else lightning_step + 1
             behind = float(max(rows.training, default=0)) if validation else None
-        if at is not None:
+        rows.unreadable += not all(math.isfinite(step) for step in (at, behind) if step is not None)
+        if at is not None and math.isfinite(at):
             rows.training.setdefault(int(at), {}).update(training)
-        if behind is not None:
+        if behind is not None and math.isfinite(behind):
             rows.validation.setdefault(int(behind), {}).update(validation)
 
 

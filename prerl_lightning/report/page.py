@@ -13,6 +13,7 @@ import base64
 import functools
 import hashlib
 import logging
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -24,11 +25,12 @@ from prerl_lightning import __version__
 from prerl_lightning.errors import InputError
 from prerl_lightning.report import background, compare, headline, tables
 from prerl_lightning.report.compare import Group
-from prerl_lightning.report.figures import families, figures
-from prerl_lightning.report.folders import expand
+from prerl_lightning.report.figures import Figure, families, figures, split_flat
+from prerl_lightning.report.folders import expand, passed_over
 from prerl_lightning.report.html import figure, tag
 from prerl_lightning.report.payload import payload, to_json
-from prerl_lightning.report.runs import Run, read_run
+from prerl_lightning.report.reading import read_run, superseded
+from prerl_lightning.report.runs import Run
 
 log = logging.getLogger(__name__)
 
@@ -60,23 +62,31 @@ def report(args: Sequence[str]) -> Path:
     out = Path(own.out)
     if out.is_dir():
         raise InputError(f"-o {own.out} is a folder. Name a file in it: {out / 'report.html'}")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"-o {own.out} does not end in .html. Name the page to write, e.g. {own.out}.html")
     if not out.parent.is_dir():
         raise InputError(f"-o {own.out}: no folder {out.parent}. Make it, or write elsewhere.")
-    html = page([read_run(folder, folders) for folder in folders])
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise InputError(f"-o {own.out} cannot be written: no permission. Write elsewhere.")
+    vega()  # says so now if the package is missing
+    old = superseded(folders)
+    runs = [read_run(folder) for folder in folders if folder not in old]
+    notes = [f"{folder}: no metrics.csv in it, left out." for folder in passed_over(own.runs)]
+    html = page(runs, notes=notes)
     try:
         out.write_text(html, encoding="utf-8")
     except OSError as error:
         raise InputError(f"-o {own.out} cannot be written: {error}") from None
-    print(f"{out}: {len(folders)} run{'s' if len(folders) > 1 else ''}, {out.stat().st_size / 1e6:.1f} MB")
+    print(f"{out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {out.stat().st_size / 1e6:.1f} MB")
     return out
 
 
-def page(runs: Sequence[Run], now: float | None = None) -> str:
-    """The page's HTML. Runs whose configurations differ in seeds alone are drawn as one."""
+def page(runs: Sequence[Run], now: float | None = None, notes: Sequence[str] = ()) -> str:
+    """The page's HTML. Runs whose configurations differ in seeds alone are drawn as one; its head has the ``notes``."""
     now = time.time() if now is None else now
     groups = compare.group(runs)
     ordered = [run for group in groups for run in group.runs]
-    drawn = figures(ordered)
+    drawn, flat = split_flat(figures(ordered), ordered)
     base = compare.baseline(groups)
     data, left_out = payload(groups, drawn, families(ordered))
     kept = {name for run in data["runs"] for table in run["tables"] for name in table["columns"]}
@@ -88,10 +98,11 @@ def page(runs: Sequence[Run], now: float | None = None) -> str:
         "lead": headline.lead(groups, base),
         "summary": headline.tiles(groups[0]) if len(groups) == 1 else headline.overview(groups),
         "states": headline.states(groups, now),
-        "left_out": "".join(tag("p", escape(said), class_="note") for said in left_out),
+        "left_out": "".join(tag("p", escape(said), class_="note") for said in [*notes, *left_out]),
         "made": f"prerl report {__version__}, {made}",
         "bodies": "".join(
-            _section(name, figures_of.get(name, ""), groups, base, bool(data["samples"])) for name in NAMES
+            _section(name, figures_of.get(name, ""), _flat(name, flat), groups, base, bool(data["samples"]))
+            for name in NAMES
         ),
         "css": _asset("page.css"),
         "data": to_json(data),
@@ -105,7 +116,14 @@ def page(runs: Sequence[Run], now: float | None = None) -> str:
     return _fill(_asset("page.html"), parts)
 
 
-def _section(name: str, figures_html: str, groups: Sequence[Group], base: Group, samples: bool) -> str:
+def _flat(section: str, flat: Sequence[Figure]) -> str:
+    """One line in the place of figures that would show nothing."""
+    there = [f for f in flat if f.section == section]
+    names = ", ".join(tag("span", escape(f.title), title=f"metrics.csv: {', '.join(f.columns)}") for f in there)
+    return tag("p", f"Zero throughout: {names}.", class_="note") if there else ""
+
+
+def _section(name: str, figures_html: str, flat: str, groups: Sequence[Group], base: Group, samples: bool) -> str:
     before, after = "", ""
     if name == "accuracy":
         after = tables.accuracy_table(groups)
@@ -120,9 +138,9 @@ def _section(name: str, figures_html: str, groups: Sequence[Group], base: Group,
     elif name == "thoughts" and figures_html:
         names = families(run for group in groups for run in group.runs)
         before = tables.thought_table(groups, names) + _asset("thoughts.html")
-    if not before and not figures_html and not after:
+    if not before and not figures_html and not flat and not after:
         return ""
-    inner = before + (tag("div", figures_html, class_="figures") if figures_html else "") + after
+    inner = before + (tag("div", figures_html, class_="figures") if figures_html else "") + flat + after
     if name == "other":
         inner = tag("details", tag("summary", "Columns that no figure above shows") + inner)
     return tag("section", tag("h2", NAMES[name], id=f"{name}-title") + inner, id=name, aria_labelledby=f"{name}-title")

@@ -6,14 +6,17 @@ same for a column in all runs, so that means over seeds keep having all seeds at
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prerl_lightning.report.compare import Group
 from prerl_lightning.report.figures import Figure
-from prerl_lightning.report.runs import Run
+from prerl_lightning.report.files import is_right, spans
+from prerl_lightning.report.runs import Run, objective
 
-CURVES, SAMPLES, POINTS = 2_300_000, 1_000_000, 66_000  # bytes of JSON, about
+# bytes of JSON, about; samples have what curves leave of theirs, too
+CURVES, SAMPLES, POINTS = 2_300_000, 1_000_000, 66_000
 POINTS_A_CURVE = 500
 BYTES_A_NUMBER = 7.5
 ENOUGH = 25  # points: with fewer a curve says too little, and whole sections go, in this order
@@ -39,19 +42,21 @@ def payload(
     not_finite = _not_finite(runs)
     if not_finite:
         left_out.append(f"Values that are not finite are left out: {not_finite}.")
-    samples, said = _samples(runs)
     points, more = _points(runs)
+    drawn = [
+        {
+            "name": f"{run.name} {run.version}".strip(),
+            "steps": run.steps,
+            "lives": run.lives,
+            "tables": _tables(run, columns, strides),
+            "points": points[i],
+        }
+        for i, run in enumerate(runs)
+    ]
+    samples, said = _samples(runs, max(SAMPLES, CURVES + SAMPLES - len(to_json(drawn))))
     data = {
         "groups": [{"name": g.name, "runs": [runs.index(r) for r in g.runs]} for g in groups],
-        "runs": [
-            {
-                "name": f"{run.name} {run.version}".strip(),
-                "lives": run.lives,
-                "tables": _tables(run, columns, strides),
-                "points": points[i],
-            }
-            for i, run in enumerate(runs)
-        ],
+        "runs": drawn,
         "figures": {
             f.key: {
                 "title": f.title, "series": f.series, "views": f.views, "format": f.format,
@@ -146,22 +151,43 @@ def evenly(count: int, kept: int) -> list[int]:
     return [round(i * (count - 1) / (kept - 1)) for i in range(kept)] if kept > 1 else [0][:kept]
 
 
-def _samples(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The same number of each run, evenly over its lines."""
-    shown: list[dict[str, Any]] = []
-    cut = sum(len(str(s.get(k, ""))) > CHARACTERS for run in runs for s in run.samples for k in ("prompt", "response"))
+def _samples(runs: Sequence[Run], room: float) -> tuple[list[dict[str, Any]], list[str]]:
+    """Of each run the same number of steps, evenly, with all their samples: thinned line by line, whole prompts or
+    kinds would fall out, since a step's samples come in the same order each time."""
+    at = [_by_step(run.samples) for run in runs]
+    sized = [
+        {s: [len(to_json(_sample(0, one)).encode()) + 1 for one in found] for s, found in steps.items()} for steps in at
+    ]
+    kept = most = max((len(steps) for steps in at), default=0)
+    each = deepest = max((len(found) for steps in at for found in steps.values()), default=0)
+
+    def chosen(steps: Mapping[int, Sequence[Any]]) -> list[Any]:
+        numbers = sorted(steps)
+        there = [steps[numbers[i]] for i in evenly(len(numbers), kept)]
+        return [found[i] for found in there for i in evenly(len(found), each)]
+
+    while kept and each and sum(sum(chosen(steps)) for steps in sized) > room:
+        if kept > 2:
+            kept = max(2, int(kept * 0.8))
+        else:
+            each = int(each * 0.8)
+    shown = [_sample(i, one) for i, steps in enumerate(at) for one in chosen(steps)]
     total = sum(len(run.samples) for run in runs)
-    kept = max((len(run.samples) for run in runs), default=0)
-    while True:
-        chosen = [(i, run.samples[j]) for i, run in enumerate(runs) for j in evenly(len(run.samples), kept)]
-        shown = [_sample(i, sample) for i, sample in chosen]
-        if kept < 1 or len(to_json(shown).encode()) <= SAMPLES:
-            break
-        kept = int(kept * 0.8)
-    said = [f"{len(shown):,} of {total:,} samples are shown, evenly over each run."] if len(shown) < total else []
+    said = []
+    if len(shown) < total:
+        of = f"those of {kept:,} of {most:,} steps" if each == deepest else f"at most {each:,} of a step"
+        said.append(f"{len(shown):,} of {total:,} samples are shown: {of}, evenly over each run.")
+    cut = any(len(str(s.get(k, ""))) > CHARACTERS for run in runs for s in run.samples for k in ("prompt", "response"))
     if cut and shown:
         said.append(f"Prompts and responses are cut at {CHARACTERS:,} characters.")
     return shown, said
+
+
+def _by_step(samples: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
+    found: dict[int, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        found.setdefault(sample["step"], []).append(sample)
+    return found
 
 
 def _sample(run: int, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,24 +195,17 @@ def _sample(run: int, sample: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(previous, Mapping):
         previous = {k: _cut(previous.get(k)) for k in ("step", "response", "reward")}
     keys = ("step", "life", "kind", "row", "prompt", "response", "ground_truth", "reward", "truncated", "tokens")
+    thoughts = spans(sample)
+    within = [span for span in thoughts if span[1] <= CHARACTERS]
+    said = sample.get("objective")
     return {k: _cut(sample.get(k)) for k in keys} | {
         "run": run,
-        "objective": sample.get("objective"),
+        "objective": objective(said) if isinstance(said, str) else None,
         "previous": previous,
-        "thoughts": _thoughts(sample),
+        "thoughts": within,
+        # of the whole response, where it is cut
+        "counts": Counter(family for _, _, family in thoughts) if len(within) < len(thoughts) else None,
     }
-
-
-def _thoughts(sample: Mapping[str, Any]) -> list[list[Any]]:
-    """[start, end, family] that lie in the response, in order and without overlap."""
-    length = min(CHARACTERS, len(str(sample.get("response", ""))))
-    found: list[list[Any]] = []
-    given = sample.get("thoughts")
-    spans = [s for s in given if isinstance(s, list) and len(s) == 3] if isinstance(given, list) else []
-    for start, end, family in sorted(spans, key=lambda s: (s[0], s[1])):
-        if 0 <= start < end <= length and (not found or start >= found[-1][1]):
-            found.append([start, end, str(family)])
-    return found
 
 
 def _cut(value: Any) -> Any:
@@ -202,8 +221,7 @@ def _points(runs: Sequence[Run]) -> tuple[list[list[list[Any]]], list[str]]:
     room = int(POINTS / 22 / max(1, len(runs)))
     found, total, kept = [], 0, 0
     for run in runs:
-        lines = [a for a in run.alignment if number(a.get("cosine")) is not None and a.get("step")]
-        chosen = [lines[i] for i in evenly(len(lines), min(room, 1000))]
-        total, kept = total + len(lines), kept + len(chosen)
-        found.append([[a.get("step"), number(a["cosine"]), int((a.get("reward") or 0) > 0.5)] for a in chosen])
+        chosen = [run.alignment[i] for i in evenly(len(run.alignment), min(room, 1000))]
+        total, kept = total + len(run.alignment), kept + len(chosen)
+        found.append([[a["step"], number(a["cosine"]), int(is_right(a["reward"]))] for a in chosen])
     return found, [f"{kept:,} of {total:,} responses of alignment.jsonl are drawn."] if kept < total else []

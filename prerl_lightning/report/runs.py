@@ -1,21 +1,20 @@
 """A run's folder as one frozen record."""
 
-import json
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
-from prerl_lightning.errors import InputError
-from prerl_lightning.report.metrics import MetricsFile, Row
+from prerl_lightning.report.files import inside, is_number
+from prerl_lightning.report.metrics import Row
 
 OBJECTIVES = {"NSRPreRL": "NSR-PreRL", "PSRPreRL": "PSR-PreRL", "NSRRL": "NSR-RL", "PSRRL": "PSR-RL"}
-SILENCE = 300.0  # seconds without a new row after which a run that has not ended is said to give no sign of life
+# seconds without a new row after which a run that has not ended is said to give no sign of life
+SILENCE, START = 300.0, 1800.0  # at least; before the first step, when the engine starts and step 0 is evaluated
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Run:
 
     @property
     def max_steps(self) -> int | None:
-        found = self.info.get("max_steps") or (self.config.get("trainer") or {}).get("max_steps")
+        found = self.info.get("max_steps") or inside(self.config, "trainer").get("max_steps")
         return found if isinstance(found, int) and found > 0 else None
 
     @property
@@ -74,7 +73,7 @@ class Run:
         """Responses sampled up to and including each training step; 0: 0."""
         total, found = 0.0, {0: 0.0}
         for step, row in self.training.items():
-            total += row.get("rollout/responses", 0.0)
+            total += finite(row, "rollout/responses")
             found[step] = total
         return found
 
@@ -96,7 +95,7 @@ class Run:
             return "interrupted", f"interrupted {at}"
         since = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.touched))
         if said == "running":
-            if (time.time() if now is None else now) - self.touched > patience(self.training):
+            if (time.time() if now is None else now) - self.touched > patience(self.seconds):
                 return "silent", f"no sign of life since {since}, {at}"
             return "running", f"running, {at}"
         if self.max_steps and self.steps >= self.max_steps:
@@ -104,11 +103,16 @@ class Run:
         return "unknown", f"{at}; no run.json says how it ended; last written {since}"
 
 
-def patience(training: Mapping[int, Row]) -> float:
-    """Seconds of silence that a run may take: five of its longest steps, at least `SILENCE`."""
-    recent = list(training.values())[-200:]
-    longest = max((row.get("time/step", 0.0) + row.get("time/watchers", 0.0) for row in recent), default=0.0)
-    return max(SILENCE, 5 * longest)
+def patience(seconds: Mapping[int, float]) -> float:
+    """Of silence: five times the longest gap between two rows so far, be it a step or an evaluation."""
+    gaps = [b - a for a, b in pairwise(seconds.values())]
+    return max(SILENCE, 5 * max(gaps)) if gaps else START
+
+
+def finite(row: Row, name: str) -> float:
+    """0 for no value, and for one that cannot be summed."""
+    value = row.get(name, 0.0)
+    return value if math.isfinite(value) else 0.0
 
 
 def objective(name: str) -> str:
@@ -123,158 +127,32 @@ def chain(run: Run) -> str:
 
 
 def _lives(info: Mapping[str, Any], config: Mapping[str, Any], training: Mapping[int, Row]) -> list[tuple[str, int]]:
-    said = info.get("lives")
-    if isinstance(said, list) and said:
-        return [(objective(str(name)), int(first)) for name, first in said]
-    model = config.get("model")
-    if isinstance(model, Mapping) and model.get("class_path"):
-        callbacks = (config.get("trainer") or {}).get("callbacks") or []
-        arguments = [c.get("init_args") or {} for c in callbacks if "PolicyReincarnation" in str(c.get("class_path"))]
-        later = [(objective(str((a.get("successor") or {}).get("class_path"))), int(a["at_step"])) for a in arguments]
-        return [(objective(str(model["class_path"])), 0), *sorted(later, key=lambda life: life[1])]
-    found: list[tuple[str, int]] = []
-    for step, row in sorted(training.items()):
-        label = f"life {row['life']:.0f}" if "life" in row else None
-        if label and (not found or found[-1][0] != label):
-            found.append((label, step - 1))
-    return found
+    if info.get("lives"):
+        return [(objective(name), int(first)) for name, first in info["lives"]]
+    first_life = inside(config, "model").get("class_path")
+    if first_life:
+        callbacks = inside(config, "trainer").get("callbacks")
+        found = [
+            (inside(one, "init_args", "successor").get("class_path"), inside(one, "init_args").get("at_step"))
+            for one in (callbacks if isinstance(callbacks, list) else [callbacks])
+            if "PolicyReincarnation" in str(inside({"": one}, "").get("class_path"))
+        ]
+        later = [(objective(str(name)), int(at)) for name, at in found if is_number(at)]
+        return [(objective(str(first_life)), 0), *sorted(later, key=lambda life: life[1])]
+    lives: list[tuple[str, int]] = []
+    for step, row in training.items():
+        label = f"life {row['life']:.0f}" if math.isfinite(row.get("life", math.nan)) else None
+        if label and (not lives or lives[-1][0] != label):
+            lives.append((label, step - 1))
+    return lives
 
 
 def run_seconds(training: Mapping[int, Row]) -> dict[int, float]:
     """Since the run began, by training step: the file's, else the sum of the steps' seconds."""
     total, found = 0.0, {0: 0.0}
     for step, row in training.items():
-        total += row.get("time/step", 0.0) + row.get("time/watchers", 0.0)
-        total = max(total, row.get("time/since_start", 0.0))
-        found[step] = row.get("time/since_start", total)
+        total += finite(row, "time/step") + finite(row, "time/watchers")
+        since_start = finite(row, "time/since_start")
+        total = max(total, since_start)
+        found[step] = since_start or total
     return found
-
-
-def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The file's whole lines, and how many were none; a missing file is an empty one."""
-    found, bad = [], 0
-    if not path.is_file():
-        return [], 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                value = json.loads(line)
-            except ValueError:
-                bad += 1
-                continue
-            if isinstance(value, dict):
-                found.append(value)
-    return found, bad
-
-
-def is_sample(line: Mapping[str, Any]) -> bool:
-    """It has at least a step, a response and a reward."""
-    kinds = {"step": int, "response": str, "reward": int | float}
-    return all(isinstance(line.get(key), kind) for key, kind in kinds.items())
-
-
-def read_info(folder: Path) -> dict[str, Any]:
-    try:
-        value = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def read_config(folder: Path) -> tuple[dict[str, Any], str]:
-    """config.yaml as a mapping and as text; both empty where there is none or it is no YAML."""
-    try:
-        text = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
-        value = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, yaml.YAMLError):
-        return {}, ""
-    return (value, text) if isinstance(value, dict) else ({}, text)
-
-
-def run_name(folder: Path, info: Mapping[str, Any]) -> tuple[str, str]:
-    """("dsrl", "version_0") of runs/dsrl/version_0; ("mine", "") of any other folder mine."""
-    folder = folder.resolve()
-    numbered = re.fullmatch(r"version_\d+", folder.name)
-    name = str(info.get("name") or (folder.parent.name if numbered else folder.name))
-    return name, folder.name if numbered else ""
-
-
-def read_run(folder: Path, others: Iterable[Path] = ()) -> Run:
-    """One folder; a run that was resumed gets its predecessor's rows, unless that is one of ``others``.
-
-    Raises:
-        InputError: no metrics.csv.
-    """
-    metrics = MetricsFile(folder / "metrics.csv")
-    if not metrics.path.is_file():
-        raise InputError(f"{folder}: no metrics.csv in it. Give the folder of a run, e.g. runs/dsrl/version_0.")
-    metrics.read()
-    rows = metrics.rows
-    info = read_info(folder)
-    config, text = read_config(folder)
-    lines, bad_samples = read_json_lines(folder / "samples.jsonl")
-    samples = [line for line in lines if is_sample(line)]
-    bad_samples += len(lines) - len(samples)
-    alignment, _ = read_json_lines(folder / "alignment.jsonl")
-    name, version = run_name(folder, info)
-    notes = []
-    if not rows.numbered and (rows.training or rows.validation):
-        notes.append("made by an older version without optim/step: steps are told from Lightning's column")
-    if rows.training and not any("time/since_start" in row for row in rows.training.values()):
-        notes.append("no time/since_start: wall time is the sum of time/step, without validation")
-    if rows.cut_off:
-        notes.append("metrics.csv ends within a line, which is left out")
-    if rows.unreadable:
-        notes.append(f"{rows.unreadable} lines of metrics.csv do not fit its header and are left out")
-    if bad_samples:
-        notes.append(f"{bad_samples} lines of samples.jsonl are cut off or no samples, and left out")
-    missing = [file for file in ("config.yaml", "run.json", "samples.jsonl") if not (folder / file).is_file()]
-    if missing:
-        notes.append(f"no {', '.join(missing)}")
-    training, validation = (dict(sorted(r.items())) for r in (rows.training, rows.validation))
-    touched = metrics.path.stat().st_mtime
-    run = Run(
-        folder, name, version, info, config, text, training, validation, run_seconds(training),
-        tuple(samples), tuple(alignment), touched, tuple(notes),
-    )  # fmt: skip
-    return _with_predecessor(run, {path.resolve() for path in others})
-
-
-def _with_predecessor(run: Run, others: set[Path]) -> Run:
-    source = run.info.get("resumed_from")
-    if not source:
-        return run
-    before = _predecessor_folder(run.folder, str(source))
-    first = min(run.training, default=None)
-    if before is None:
-        return replace(run, notes=(*run.notes, f"resumed from {source}, which is not there: earlier steps are missing"))
-    if before in others:
-        return replace(run, notes=(*run.notes, f"resumed from {source}, which is shown as a run of its own"))
-    if first is None:
-        return replace(run, notes=(*run.notes, f"resumed from {source}, and no step since"))
-    earlier = read_run(before, others | {run.folder.resolve()})
-    offset = earlier.seconds.get(first - 1, max(earlier.seconds.values(), default=0.0))
-    validated = min(run.validation, default=first)
-    note = f"steps 1 to {first - 1:,} are of {earlier.folder}, from which it was resumed"
-    return replace(
-        run,
-        training={s: r for s, r in earlier.training.items() if s < first} | dict(run.training),
-        validation={s: r for s, r in earlier.validation.items() if s < validated} | dict(run.validation),
-        seconds={s: t for s, t in earlier.seconds.items() if s < first}
-        | {s: t + offset for s, t in run.seconds.items() if s >= first},
-        samples=(*(s for s in earlier.samples if s.get("step", 0) < first), *run.samples),
-        alignment=(*(s for s in earlier.alignment if s.get("step", 0) < first), *run.alignment),
-        notes=(*run.notes, note),
-    )
-
-
-def _predecessor_folder(folder: Path, checkpoint: str) -> Path | None:
-    """Of .../version_0/checkpoints/last.ckpt; a relative path is tried from here and from above the run's folder."""
-    path = Path(checkpoint)
-    for base in (Path(), *folder.resolve().parents):
-        found = (base / path).parent.parent
-        if found.name and (found / "metrics.csv").is_file() and found.resolve() != folder.resolve():
-            return found.resolve()
-        if path.is_absolute():
-            break
-    return None

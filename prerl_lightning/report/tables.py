@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 
 from prerl_lightning.report import compare, words
 from prerl_lightning.report.compare import Group, Ratio
+from prerl_lightning.report.figures import columns_of
 from prerl_lightning.report.html import NONE, TIMES, named, table, tag, times
 from prerl_lightning.report.payload import evenly
 
@@ -28,40 +30,56 @@ def accuracy_table(groups: Sequence[Group]) -> str:
 
 def ratio_table(groups: Sequence[Group], base: Group) -> str:
     """Steps to the baseline's accuracy; empty where there is nothing to compare."""
-    rows = []
-    for other in groups:
-        for ratio in compare.ratios(base, other) if other is not base else []:
-            at, there = ratio.of_group, ratio.of_baseline
-            known = [s for s in ratio.seeds if s is not None]
-            seeds = f"{min(known):.2f} to {max(known):.2f}{TIMES}" if len(known) > 1 else NONE
-            never = len(ratio.seeds) - len(known)
-            if len(ratio.seeds) > 1 and never:
-                seeds = f"{seeds}; {never} of {len(ratio.seeds)} never" if known else "all never"
-            rows.append([
-                named(groups, other), f"{ratio.kind}, {words.figure(ratio.target)}", f"{there.step:,}",
-                f"{at.step:,}" if at else "never reached", tag("b", times(ratio.steps)), _bounds(ratio),
-                times(ratio.samples), times(ratio.seconds), seeds,
-            ])  # fmt: skip
-    if not rows:
+    found = [(g, ratio) for g in groups if g is not base for ratio in compare.comparable(base, g)]
+    if not found:
         return ""
+    rows = []
+    for other, ratio in found:
+        at, there = ratio.of_group, ratio.of_baseline
+        target = f"{ratio.kind}, {words.figure(ratio.target)}"
+        if ratio.kind == "own best":
+            missed = [words.figure(r.target) for r in compare.ratios(base, other) if not r.of_group]
+            target = f"this one's own best, {words.figure(ratio.target)}"
+            target += tag("small", f"never at {escape(base.name)}'s {' or '.join(missed)}")
+        rows.append([
+            named(groups, other), target, f"{there.step:,}", f"{at.step:,}" if at else "never reached",
+            tag("b", times(ratio.steps)), _bounds(ratio), times(ratio.samples), times(ratio.seconds), _seeds(ratio),
+        ])  # fmt: skip
     short = escape(base.name) if len(base.name) <= 16 else "baseline"
     head = ["setting", f"{short}'s accuracy", f"steps: {short}", "steps: this one", "ratio",
             "between", "in samples", "in wall time", "single runs"]  # fmt: skip
     caption = f"How much sooner each setting reaches the held-out accuracy of {base.name}: its steps over the setting's"
-    evaluated = {b - a for g in groups for a, b in zip(sorted(g.curve), sorted(g.curve)[1:], strict=False)}
+    evaluated = {b - a for g in groups for a, b in pairwise(sorted(g.curve))}
     every = words.spread(evaluated, 0) if len(evaluated) > 1 else f"{next(iter(evaluated), 0):,}"
     note = (
-        "The target is the best, and the last, accuracy of the baseline's curve, a mean over its runs where there are "
+        f"Baseline: {base.name}, {compare.why_baseline(groups, base)}. "
+        "The target is the best, and the last, accuracy of its curve, a mean over its runs where there are "
         "several. Counted is the first evaluated step at which a setting's own mean curve is at or above it, without "
         f"interpolation. There are {every} steps between evaluations, so either count may be too high by up to that "
         "much: 'between' is what the ratio can be. 'single runs': each run's own curve against the same target. "
         f"Above 1{TIMES}: sooner than the baseline."
     )
+    if any(ratio.kind == "own best" for _, ratio in found):
+        note += " A setting that never gets there is compared at the best accuracy of its own, which the baseline has."
     others = [g for g in groups if g.accuracy and g.accuracy != base.accuracy]
     if others:
         note += f" Not compared, since measured otherwise: {', '.join(f'{g.name} ({g.accuracy})' for g in others)}."
     source = f"metrics.csv: {base.accuracy}, val/step, rollout/responses, time/since_start"
     return table(head, rows, caption, source) + tag("p", escape(note), class_="note") + _pairs(groups)
+
+
+def _seeds(ratio: Ratio) -> str:
+    """The ratios of single runs, and how many never get there."""
+    known = [s for s in ratio.seeds if s is not None]
+    never = len(ratio.seeds) - len(known)
+    if len(ratio.seeds) < 2:
+        return NONE
+    if not known:
+        return "all never"
+    low, high = f"{min(known):.2f}", f"{max(known):.2f}"
+    return (low if low == high else f"{low} to {high}") + TIMES + (
+        f"; {never} of {len(ratio.seeds)} never" if never else ""
+    )  # fmt: skip
 
 
 def _bounds(ratio: Ratio) -> str:
@@ -88,27 +106,35 @@ def _pairs(groups: Sequence[Group]) -> str:
 
 
 def thought_table(groups: Sequence[Group], names: Sequence[str]) -> str:
-    """Ratios to step 0 at the end of each life but the last, and of the run."""
-    rows, columns = [], set()
+    """Ratios to step 0 at the end of each life but the last, and of the run; all of one source, held-out responses
+    where there are such ratios."""
+    there = columns_of(run for group in groups for run in group.runs)
+    source = "val/thoughts" if any(f"val/thoughts/{n}_ratio" in there for n in names) else "thoughts"
+    shown = [name for name in names if f"{source}/{name}_ratio" in there]
+    rows = []
     for group in groups:
-        run = group.runs[0]
-        ends = [first for _, first in run.lives[1:]]
-        cells, said = [], False
-        for name in names:
-            column = f"val/thoughts/{name}_ratio"
-            curve = group.mean(column) or group.mean(column := column.removeprefix("val/"))
-            columns |= {column} if curve else set()
-            steps = [max((s for s in curve if s <= end), default=None) for end in [*ends, run.steps]]
-            known = list(dict.fromkeys(s for s in steps if s))
-            said = said or bool(known)
-            cells.append(" → ".join(f'<span title="step {s}">{curve[s]:.3g}{TIMES}</span>' for s in known) or NONE)
-        if said:
+        ends = [*(first for _, first in group.longest.lives[1:]), group.longest.steps]
+        cells = [_ratios(group, f"{source}/{name}_ratio", ends) for name in shown]
+        if set(cells) - {NONE}:
             rows.append([named(groups, group), *cells])
     if not rows:
         return ""
-    source = f"metrics.csv: {', '.join(sorted(columns)[:2])}, …"
+    left = [name for name in names if name not in shown]
     caption = (
-        "Thoughts a response over those at step 0: at the end of each life (the last evaluated step in it); "
-        f"mean over runs; {NONE}: none at step 0"
+        f"Thoughts a {'held-out' if source.startswith('val/') else 'training'} response over those at step 0: at the "
+        f"end of each life (the last {'evaluated step' if source.startswith('val/') else 'step'} in it); mean over "
+        f"runs; {NONE}: none at step 0" + (f", as of {', '.join(left)}" if left else "")
     )
-    return table(["setting", *map(escape, names)], rows, caption, source)
+    said = f"metrics.csv: {', '.join(f'{source}/{name}_ratio' for name in shown)}"
+    return table(["setting", *map(escape, shown)], rows, caption, said)
+
+
+def _ratios(group: Group, column: str, ends: Sequence[int]) -> str:
+    curves = [run.column(column) for run in group.runs]
+    steps = [max((s for c in curves for s in c if s <= end), default=0) for end in ends]
+    found = {step: [c[step] for c in curves if step in c] for step in steps if step}
+    said = [f'<span title="step {s}">{math.fsum(v) / len(v):.3g}{TIMES}</span>' for s, v in found.items()]
+    counts = [str(len(values)) for values in found.values()]
+    some = f"{' → '.join(counts if len(set(counts)) > 1 else counts[:1])} of {len(curves)} runs"
+    of = tag("small", some) if set(counts) - {str(len(curves))} else ""
+    return f"{' → '.join(said)}{of}" if said else NONE

@@ -10,7 +10,6 @@ metrics.csv is read, and the end of samples.jsonl.
 
 import argparse
 import io
-import json
 import os
 import sys
 import time
@@ -22,10 +21,11 @@ from rich.console import Console
 from rich.live import Live
 
 from prerl_lightning.errors import InputError
+from prerl_lightning.report.files import is_sample, parsed, read_config, read_info, run_name
 from prerl_lightning.report.folders import find
 from prerl_lightning.report.frame import frame
 from prerl_lightning.report.metrics import MetricsFile
-from prerl_lightning.report.runs import Run, is_sample, read_config, read_info, run_name, run_seconds
+from prerl_lightning.report.runs import Run, run_seconds
 
 WIDTH = 100  # of a picture that goes to no terminal
 TAIL = 65_536  # bytes of samples.jsonl that are read
@@ -59,7 +59,10 @@ def watch(args: Sequence[str]) -> None:
         files.read()
         with console.capture() as drawn:
             console.print(frame(files.run, console.width, console.height if console.is_terminal else 60))
-        print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
+        try:
+            print("\n".join(line.rstrip() for line in drawn.get().splitlines()), flush=True)
+        except BrokenPipeError:  # the reader, such as head, has enough; Python's own flush at exit would complain again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     try:
         follow(files, console, own.every)
@@ -105,17 +108,17 @@ class RunFiles:
                 dict(sorted(found.items())) for found in (rows.training, rows.validation)
             )
             parts["seconds"] = run_seconds(parts["training"])
-            parts["touched"] = self._seen["metrics.csv"][1]
         if "run.json" in fresh:
             # a half-written file counts as the one before
-            parts["info"] = read_info(self.folder) or parts["info"]
+            parts["info"] = read_info(self.folder)[0] or parts["info"]
             parts["name"], parts["version"] = run_name(self.folder, parts["info"])
-            if not self.metrics.rows.training:
-                parts["touched"] = self._seen["run.json"][1]
         if "config.yaml" in fresh:
-            parts["config"], parts["config_text"] = read_config(self.folder)
+            parts["config"], parts["config_text"], _ = read_config(self.folder)
         if "samples.jsonl" in fresh:
             parts["samples"] = tuple(last_lines(self.folder / "samples.jsonl"))
+        # before the first step run.json, written at the start, tells, too, how long it has been silent
+        telling = ("metrics.csv",) if parts["training"] else ("metrics.csv", "run.json")
+        parts["touched"] = max((self._seen[name][1] for name in telling if name in self._seen), default=0.0)
         self.run = Run(**parts)
         return True
 
@@ -137,12 +140,5 @@ def last_lines(path: Path) -> list[dict[str, Any]]:
         start = max(0, path.stat().st_size - TAIL)
         file.seek(start)
         lines = file.read().split(b"\n")[1 if start else 0 : -1]
-    found = []
-    for line in lines:
-        try:
-            value = json.loads(line.decode("utf-8", "replace"))
-        except ValueError:
-            continue
-        if isinstance(value, dict) and is_sample(value):
-            found.append(value)
-    return found
+    read = (parsed(line.decode("utf-8", "replace")) for line in lines)
+    return [value for value in read if value is not None and is_sample(value)]

@@ -1,10 +1,10 @@
 """Numbers and runs in words, for the page and the terminal."""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from prerl_lightning.report.compare import Group
+from prerl_lightning.report.files import inside, is_number
 from prerl_lightning.report.runs import Run
 
 
@@ -53,66 +53,54 @@ def spread(values: Iterable[float], digits: int = 3) -> str:
 
 
 def model(run: Run) -> str:
-    said = run.info.get("model") or ((run.config.get("model") or {}).get("init_args") or {}).get("model")
+    said = run.info.get("model") or inside(run.config, "model", "init_args").get("model")
     parameters = run.info.get("parameters")
-    known = f" ({count(parameters)} parameters)" if isinstance(parameters, int | float) else ""
-    return f"{said or 'unknown model'}{known}"
+    return f"{said or 'unknown model'}{f' ({count(parameters)} parameters)' if parameters else ''}"
 
 
 def problems(run: Run, which: str) -> str | None:
     """data.train or data.val in a few words: ArithmeticProblems (train, 4,096)."""
-    part = (run.config.get("data") or {}).get(which)
-    if not isinstance(part, Mapping) or not part.get("class_path"):
+    part = inside(run.config, "data", which)
+    if not part.get("class_path"):
         return None
-    given = part.get("init_args") or {}
+    given = inside(part, "init_args")
     named = [str(given[k]) for k in ("name", "path", "config", "split", "task") if given.get(k)]
     size = next((f"{given[k]:,}" for k in ("size", "limit") if isinstance(given.get(k), int)), None)
-    inside = ", ".join([*named, size] if size else named)
-    return str(part["class_path"]).rpartition(".")[2] + (f" ({inside})" if inside else "")
+    inner = ", ".join([*named, size] if size else named)
+    return str(part["class_path"]).rpartition(".")[2] + (f" ({inner})" if inner else "")
 
 
 def machine(run: Run) -> str | None:
-    said = run.info.get("machine")
-    if not isinstance(said, Mapping):
-        return None
-    gpus = [str(g.get("name", g)) if isinstance(g, Mapping) else str(g) for g in said.get("gpus") or []]
+    said = inside(run.info, "machine")
+    listed = said.get("gpus")
+    gpus = [str(inside(g).get("name", g)) for g in listed] if isinstance(listed, list) else []
     parts = [", ".join(f"{gpus.count(g)} \u00d7 {g}" for g in dict.fromkeys(gpus))] if gpus else []
     parts += [str(said["cpu"])] if said.get("cpu") else []
     parts += [f"{said['cores']} cores"] if said.get("cores") else []
-    parts += [f"{said['memory_gib']:.3g} GiB"] if isinstance(said.get("memory_gib"), int | float) else []
+    parts += [f"{said['memory_gib']:.3g} GiB"] if is_number(said.get("memory_gib")) else []
     return ", ".join(parts) or None
 
 
-def first_last(runs: Iterable[Run], column: str) -> tuple[tuple[int, list[float]], tuple[int, list[float]]] | None:
-    """(first step, the runs' values there), (last step, values): each run's own first and last."""
-    curves = [curve for run in runs if (curve := run.column(column))]
-    if not curves:
-        return None
-    first, last = min(min(c) for c in curves), max(max(c) for c in curves)
-    return (first, [c[min(c)] for c in curves]), (last, [c[max(c)] for c in curves])
+def ends(group: Group, column: str) -> list[tuple[int, list[float]]]:
+    """The first and the last step at which a run has a value, with the values there of the runs that have one."""
+    curves = [run.column(column) for run in group.runs]
+    steps = {step for curve in curves for step in curve}
+    return [(s, [c[s] for c in curves if s in c]) for s in sorted({min(steps), max(steps)})] if steps else []
 
 
-def with_interval(group: Group, column: str, step: int, values: list[float]) -> str:
-    """One run: its value and 95 % interval; several: the mean and the range over runs."""
-    mean = math.fsum(values) / len(values)
+def around(group: Group, column: str, step: int, values: list[float]) -> str:
+    """How far values lie apart: one run's 95 % interval, several runs' range; and how many of the runs they are of."""
+    some = f"{len(values)} of {len(group.runs)} runs" if len(values) < len(group.runs) else ""
     if len(values) > 1:
-        return f"{figure(mean)} ({spread(values)})"
+        return f"({spread(values)}{f'; {some}' if some else ''})"
     run = next(r for r in group.runs if step in r.column(column))
     low, high = (run.column(f"{column}/{end}").get(step) for end in ("low", "high"))
-    return figure(mean) if low is None or high is None else f"{figure(mean)} [{figure(low)}, {figure(high)}]"
+    known = f"[{figure(low)}, {figure(high)}]" if low is not None and high is not None else ""
+    return " ".join(part for part in (known, f"({some})" if some else "") if part)
 
 
-def facts(group: Group) -> dict[str, Any]:
-    """What the headline says of a group: totals are means over its runs."""
-    runs = group.runs
-
-    def mean(values: list[float]) -> float | None:
-        return math.fsum(values) / len(values) if values else None
-
-    return {
-        "steps": max(run.steps for run in runs),
-        "responses": mean([max(run.samples_seen.values()) for run in runs]),
-        "seconds": mean([max(run.seconds.values()) for run in runs]),
-        "accuracy": first_last(runs, group.accuracy) if group.accuracy else None,
-        "reward": first_last(runs, "reward/mean"),
-    }
+def totals(group: Group) -> tuple[int, float, float]:
+    """Steps, the most of its runs; responses and seconds, means over its runs."""
+    responses = [max(run.samples_seen.values()) for run in group.runs]
+    seconds = [max(run.seconds.values()) for run in group.runs]
+    return group.longest.steps, math.fsum(responses) / len(responses), math.fsum(seconds) / len(seconds)

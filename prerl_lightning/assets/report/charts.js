@@ -34,7 +34,15 @@ function xAt(run, step) {
   return x0;
 }
 
-// [{step, x, y, lo, hi}] of one column of one run; lo and hi are the file's 95 % interval where it has one.
+// The same of a setting: the mean over its runs with the most steps, so that a run that ends early bends no curve.
+function groupX(group, step) {
+  const runs = group.runs.map((r) => DATA.runs[r]);
+  const steps = maximum(runs.map((run) => run.steps));
+  return mean(runs.filter((run) => run.steps === steps).map((run) => xAt(run, step)));
+}
+
+// [{step, x, y, lo, hi, n, over}] of one column of one run; lo and hi are the file's 95 % interval where it has one;
+// n: runs, over: points, of which y is the mean.
 function curve(run, column, interval) {
   const table = tableOf(run, column);
   if (!table) return [];
@@ -43,7 +51,7 @@ function curve(run, column, interval) {
   const high = interval ? table.columns[`${column}/high`] : null;
   const points = [];
   table.columns[column].forEach((y, i) => {
-    if (y !== null && x[i] !== null) points.push({ step: table.step[i], x: x[i], y, lo: low?.[i] ?? null, hi: high?.[i] ?? null, n: 1 });
+    if (y !== null && x[i] !== null) points.push({ step: table.step[i], x: x[i], y, lo: low?.[i] ?? null, hi: high?.[i] ?? null, n: 1, over: 1 });
   });
   return smooth(points, column.startsWith("val/") ? 1 : state.smoothing);
 }
@@ -54,23 +62,25 @@ function smooth(points, width) {
   return points.map((point, i) => {
     const reach = Math.min(half, i, points.length - 1 - i); // symmetric, so that ends stay where they are
     const near = points.slice(i - reach, i + reach + 1);
-    return { ...point, y: near.reduce((sum, p) => sum + p.y, 0) / near.length };
+    return { ...point, y: mean(near.map((p) => p.y)), over: near.length };
   });
 }
 
-// Over runs, at each step, of those that have it.
-function band(curves) {
+// Over a setting's runs, at each step, of those that have it.
+function band(group, curves) {
   const at = new Map();
   for (const points of curves) for (const p of points) at.has(p.step) ? at.get(p.step).push(p) : at.set(p.step, [p]);
   return [...at.entries()].sort((a, b) => a[0] - b[0]).map(([step, found]) => {
-    const mean = (key) => found.reduce((sum, p) => sum + p[key], 0) / found.length;
-    const y = mean("y");
     const values = found.map((p) => p.y);
+    const y = mean(values);
     const sd = found.length > 1 ? Math.sqrt(values.reduce((sum, v) => sum + (v - y) ** 2, 0) / (found.length - 1)) : 0;
-    const [lo, hi] = state.seeds === "sd" ? [y - sd, y + sd] : [Math.min(...values), Math.max(...values)];
-    return { step, x: mean("x"), y, lo, hi, n: found.length };
+    const [lo, hi] = state.seeds === "sd" ? [y - sd, y + sd] : [minimum(values), maximum(values)];
+    return { step, x: groupX(group, step), y, lo, hi, n: found.length, over: maximum(found.map((p) => p.over)) };
   });
 }
+
+// Whether a curve has a band: decided once, so that a point without spread is one of no width, and not passed over.
+const banded = (one) => one.points.some((p) => p.hi !== null && p.hi > p.lo);
 
 // The curves of a figure: {group, name, label, dash, points}.
 function seriesOf(figure) {
@@ -80,7 +90,7 @@ function seriesOf(figure) {
     if (!state.shown[g]) return;
     chosen.forEach(([label, column], v) => {
       const curves = group.runs.map((r) => curve(DATA.runs[r], column, group.runs.length === 1)).filter((c) => c.length);
-      const drawn = curves.length > 1 && state.seeds !== "each" ? [band(curves)] : curves;
+      const drawn = curves.length > 1 && state.seeds !== "each" ? [band(group, curves)] : curves;
       const dash = chosen.length > 1 ? v % DASHES.length : Math.floor(g / COLOURS) % DASHES.length;
       drawn.forEach((points) => found.push({ group: g, name: group.name, label: chosen.length > 1 ? label : "", dash, points }));
     });
@@ -88,21 +98,22 @@ function seriesOf(figure) {
   return { series: found, variants: chosen.length > 1 ? chosen.map(([label]) => label) : [], columns: chosen.map(([, column]) => column) };
 }
 
-// Lives of the groups shown: shading where all that have several agree, and a line at each reincarnation.
-function livesOf() {
-  const several = DATA.groups
-    .map((group, g) => ({ g, run: DATA.runs[group.runs.find((r) => DATA.runs[r].lives.length > 1) ?? group.runs[0]] }))
-    .filter(({ g, run }) => state.shown[g] && run.lives.length > 1);
-  const key = ({ run }) => JSON.stringify(run.lives);
-  const alike = several.length > 0 && several.every((one) => key(one) === key(several[0]));
+// Lives of these settings: shading where all that have several agree, and a line at each reincarnation.
+function livesOf(groups) {
+  const run = (g) => DATA.runs[DATA.groups[g].runs.reduce((a, b) => (DATA.runs[b].steps > DATA.runs[a].steps ? b : a))];
+  const several = groups.filter((g) => run(g).lives.length > 1);
+  const key = (g) => JSON.stringify(run(g).lives);
+  const alike = several.length > 0 && several.every((g) => key(g) === key(several[0]));
   const agreed = alike && (state.axis === "step" || several.length === 1);
-  const shown = agreed ? several.slice(0, 1) : several;
-  return {
-    agreed,
-    lives: agreed ? several[0].run.lives.map(([name, first]) => ({ name, x: xAt(several[0].run, first) })) : [],
-    lines: merged(shown.flatMap(({ g, run }) => run.lives.slice(1).map(([name, first]) => ({ x: xAt(run, first), name, groups: [g] })))),
-  };
+  const at = (g) => run(g).lives.map(([name, first]) => ({ name, x: groupX(DATA.groups[g], first), groups: agreed ? several : [g] }));
+  const lives = agreed ? at(several[0]) : [];
+  // a setting without a reincarnation is no part of the shading: say whose it is
+  const who = agreed && several.length < groups.length ? `${settings(several)}: ` : "";
+  return { agreed, who, lives, lines: agreed ? lives.slice(1) : merged(several.flatMap((g) => at(g).slice(1))) };
 }
+const shownGroups = () => DATA.groups.map((_, g) => g).filter((g) => state.shown[g]);
+const brief = (name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name);
+const settings = (groups) => (groups.length > 1 ? `${groups.length} settings` : brief(DATA.groups[groups[0]].name));
 
 // Lines at one place under one name become one, of several settings.
 function merged(lines) {
@@ -112,13 +123,13 @@ function merged(lines) {
     if (found.has(key)) found.get(key).groups.push(...line.groups);
     else found.set(key, line);
   }
-  const who = (groups) => (groups.length > 1 ? `${groups.length} settings` : DATA.groups[groups[0]].name);
-  return [...found.values()].map((line) => ({ ...line, who: who(line.groups) }));
+  return [...found.values()];
 }
 
 const css = (name) => `var(${name})`; // resolved by the page, so that a theme, or paper, needs no new drawing
 const colour = (group) => css(`--g${group % COLOURS}`);
 const maximum = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
+const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
 const minimum = (values) => values.reduce((a, b) => Math.min(a, b), Infinity);
 
 function xDomain() {
@@ -145,29 +156,34 @@ function xEncoding(wide) {
   };
 }
 
-function lifeLayers(wide, width) {
-  const { agreed, lives, lines } = livesOf();
+const ROW = 12; // pixels between two rows of labels above a figure
+
+// The lives behind, or on top of, what a figure draws. Vega makes the room for the labels above it.
+function lifeLayers(wide, width, groups = shownGroups(), shaded = true) {
+  const { agreed, who, lives, lines } = livesOf(groups);
   const layers = [];
   const [, end] = xDomain();
-  const shades = lives.flatMap(({ x }, i) => (i % 2 ? [] : [{ x, x2: Math.min(end, lives[i + 1]?.x ?? end) }])).filter((s) => s.x2 > s.x);
   const plain = xEncoding(wide); // an axis of its own would hide the figure's
-  if (shades.length) {
+  const shades = lives.flatMap(({ x }, i) => (i % 2 ? [] : [{ x, x2: Math.min(end, lives[i + 1]?.x ?? end) }])).filter((s) => s.x2 > s.x);
+  if (shades.length && shaded) {
     layers.push({ data: { values: shades }, mark: { type: "rect", color: css("--life"), opacity: 1 }, encoding: { x: plain, x2: { field: "x2" } } });
   }
-  lines.slice(0, 12).forEach((one) => {
+  const late = (one) => one.x > end * 0.75; // its label stands to the left of it
+  const label = (one, text, color, row) => {
+    const mark = { type: "text", text, align: late(one) ? "right" : "left", baseline: "bottom", dx: late(one) ? -2 : 0, color, fontSize: 11 };
+    layers.push({ data: { values: [one] }, mark, encoding: { x: plain, y: { value: -4 - ROW * row } } });
+  };
+  const names = lives.map(({ name }, i) => (i ? (wide ? `reincarnation: ${name}` : name) : who + name));
+  const between = (i) => names[i].length * !late(lives[i]) + names[i + 1].length * late(lives[i + 1]); // characters
+  const room = lives.slice(1).every((one, i) => 6.2 * between(i) + 8 < ((one.x - lives[i].x) / end) * width);
+  lines.slice(0, 12).forEach((one, i) => {
     const shade = agreed || one.groups.length > 1 ? css("--soft") : colour(one.groups[0]);
-    const at = { data: { values: [one] }, encoding: { x: plain } };
-    layers.push({ ...at, mark: { type: "rule", color: shade, strokeDash: [3, 3], strokeWidth: 1.2 } });
-    const last = one.x > end * 0.75;
-    const words = wide ? `reincarnation: ${one.name}` : one.name;
-    if (agreed || (wide && lines.length <= 4)) {
-      const name = agreed ? words : `reincarnation of ${one.who}: ${one.name}`;
-      layers.push({ ...at, mark: { type: "text", text: name, align: last ? "right" : "left", baseline: "bottom", dx: last ? -2 : 0, color: shade, fontSize: 11 }, encoding: { ...at.encoding, y: { value: agreed ? -4 : -4 - 12 * ((lines.length - 1 - lines.indexOf(one)) % 4) } } });
-    }
+    layers.push({ data: { values: [one] }, mark: { type: "rule", color: shade, strokeDash: [3, 3], strokeWidth: 1.2 }, encoding: { x: plain } });
+    if (agreed && room) label(one, names[i + 1], shade, 0);
+    if (!agreed && wide && lines.length <= 4) label(one, `reincarnation of ${settings(one.groups)}: ${one.name}`, shade, lines.length - 1 - i);
   });
-  if (agreed && lives[0] && (lives[1]?.x ?? end) / end * width > (wide ? 75 : 70)) {
-    layers.push({ data: { values: [lives[0]] }, mark: { type: "text", text: lives[0].name, align: "left", baseline: "bottom", color: css("--soft"), fontSize: 11 }, encoding: { x: plain, y: { value: -4 } } });
-  }
+  // names that would run into each other become one
+  if (agreed) label(lives[0], room ? names[0] : who + lives.map(({ name }) => name).join(" → "), css("--soft"), 0);
   return layers;
 }
 
@@ -175,8 +191,8 @@ function lineSpec(figure, series, width, wide) {
   const height = wide ? 320 : 170;
   const bands = series.length <= BANDED;
   const rows = series.flatMap((one, s) => one.points.map((p) => ({ ...p, s, g: String(one.group), d: String(one.dash), few: one.points.length <= SPARSE })));
-  const banded = bands ? rows.filter((row) => row.lo !== null && row.hi !== null && row.hi > row.lo) : [];
-  const values = [...rows.map((r) => r.y), ...banded.flatMap((r) => [r.lo, r.hi]), ...(figure.rule !== null ? [figure.rule] : []), ...(figure.zero ? [0] : [])];
+  const spreads = bands ? rows.filter((row) => row.lo !== null && row.hi !== null && banded(series[row.s])) : [];
+  const values = [...rows.map((r) => r.y), ...spreads.flatMap((r) => [r.lo, r.hi]), ...(figure.rule !== null ? [figure.rule] : []), ...(figure.zero ? [0] : [])];
   let [low, high] = [minimum(values), maximum(values)];
   if (low === high) [low, high] = figure.zero ? [Math.min(0, low), Math.max(high, 0) || 1] : [low - (Math.abs(low) * 0.05 || 0.5), high + (Math.abs(high) * 0.05 || 0.5)];
   const groups = [...new Set(rows.map((r) => r.g))];
@@ -189,18 +205,14 @@ function lineSpec(figure, series, width, wide) {
   const thin = series.length > MANY;
   const layers = lifeLayers(wide, width);
   if (figure.rule !== null) layers.push({ data: { values: [{ y: figure.rule }] }, mark: { type: "rule", color: css("--soft"), strokeWidth: 1 }, encoding: { y } });
-  if (banded.length) layers.push({ data: { values: banded }, mark: { type: "area", opacity: 0.16, clip: true }, encoding: { x, y: { ...y, field: "lo" }, y2: { field: "hi" }, color, detail: { field: "s" } } });
+  if (spreads.length) layers.push({ data: { values: spreads }, mark: { type: "area", opacity: 0.16, clip: true }, encoding: { x, y: { ...y, field: "lo" }, y2: { field: "hi" }, color, detail: { field: "s" } } });
   layers.push({ data: { values: rows }, mark: { type: "line", strokeWidth: thin ? 1 : wide ? 2.2 : 1.7, opacity: thin ? 0.75 : 1, strokeJoin: "round" }, encoding: { x, y, color, strokeDash: dash, detail: { field: "s" } } });
   const dots = rows.filter((row) => row.few);
   if (dots.length && !thin) layers.push({ data: { values: dots }, mark: { type: "point", filled: true, size: wide ? 34 : 20, opacity: 1 }, encoding: { x, y, color } });
-  let right = 8;
   if (wide && DATA.groups.length > 1 && series.length <= LABELLED && width > 560) {
-    right = 8 + Math.min(170, 7 * maximum(series.map((s) => Math.min(24, s.name.length))));
     layers.push(...endLabels(series, low, high, height, x, y));
   }
-  const { agreed, lines } = livesOf();
-  const top = lines.length ? (wide && !agreed ? 6 + 12 * Math.min(4, lines.length) : 16) : 6;
-  return { ...shared(figure, width, height), padding: { left: 2, right, top, bottom: 4 }, layer: layers };
+  return { ...shared(figure, width, height), padding: { left: 2, right: 8, top: 4, bottom: 4 }, layer: layers };
 }
 
 // Names at the ends of curves, moved apart where they would lie on each other.
@@ -211,8 +223,7 @@ function endLabels(series, low, high, height, x, y) {
     const at = (height - 50) * (1 - (end.y - low) / (high - low || 1));
     const moved = Math.max(at, lowest + 14);
     lowest = moved;
-    const text = name.length > 24 ? `${name.slice(0, 23)}…` : name;
-    return { data: { values: [end] }, mark: { type: "text", text, align: "left", dx: 7, dy: moved - at, color: colour(group), fontSize: 12, fontWeight: 600 }, encoding: { x, y } };
+    return { data: { values: [end] }, mark: { type: "text", text: brief(name), align: "left", dx: 7, dy: moved - at, color: colour(group), fontSize: 12, fontWeight: 600 }, encoding: { x, y } };
   });
 }
 
@@ -223,22 +234,21 @@ function pointSpec(figure, width, wide) {
   const color = { field: "g", type: "nominal", legend: null, scale: { domain: groups, range: groups.map((g) => colour(Number(g))) } };
   const encoding = { x: xEncoding(wide), y: { field: "y", type: "quantitative", scale: { zero: false }, axis: { title: null, tickCount: 4 } }, color };
   const mark = (right) => ({ data: { values: rows.filter((r) => r.right === right) }, mark: { type: "point", filled: right === 1, size: 14, opacity: 0.55, strokeWidth: 1 }, encoding });
-  return { ...shared(figure, width, 170), padding: { left: 2, right: 8, top: livesOf().lines.length ? 18 : 6, bottom: 4 }, layer: [...lifeLayers(wide, width), ...[0, 1].filter((right) => rows.some((r) => r.right === right)).map(mark)] };
+  return { ...shared(figure, width, 170), padding: { left: 2, right: 8, top: 4, bottom: 4 }, layer: [...lifeLayers(wide, width), ...[0, 1].filter((right) => rows.some((r) => r.right === right)).map(mark)] };
 }
-
 
 // Seconds a step by part, in bins of steps. What runs every n steps only is spread over the steps between.
 function stackSpec(figure, group, width) {
   const runs = DATA.groups[group].runs.map((r) => DATA.runs[r]);
-  const last = maximum(runs.flatMap((run) => run.tables.flatMap((t) => t.step)));
+  const last = maximum(runs.map((run) => run.steps));
   const size = Math.max(1, Math.ceil(last / BINS));
   const rows = [];
   for (let from = 0; from < last; from += size) {
-    const [x, x2] = [xAt(runs[0], from), xAt(runs[0], Math.min(last, from + size))];
+    const [x, x2] = [from, Math.min(last, from + size)].map((step) => groupX(DATA.groups[group], step));
     let y = 0;
     figure.series.forEach(([label, column], p) => {
       const found = runs.map((run) => meanBetween(run, column, from, from + size)).filter((v) => v !== null);
-      const value = found.length ? found.reduce((a, b) => a + b, 0) / found.length : 0;
+      const value = found.length ? mean(found) : 0;
       if (value > 0) rows.push({ x, x2, y, y2: (y += value), p, label, value, step: Math.min(last, from + size) });
     });
   }
@@ -246,10 +256,12 @@ function stackSpec(figure, group, width) {
   const color = { field: "p", type: "ordinal", legend: null, scale: { domain: parts, range: figure.series.map(([, c]) => css(`--t${ALL_PARTS.indexOf(c)}`)) } };
   const y = { field: "y", type: "quantitative", axis: { title: "seconds", tickCount: 6 } };
   const mark = { type: "rect", strokeWidth: 0.7 };
-  const spec = { ...shared(figure, width, 320), padding: { left: 2, right: 8, top: 6, bottom: 4 }, layer: [{ data: { values: rows }, mark, encoding: { x: xEncoding(true), x2: { field: "x2" }, y, y2: { field: "y2" }, color, stroke: { ...color } } }] };
+  const bars = { data: { values: rows }, mark, encoding: { x: xEncoding(true), x2: { field: "x2" }, y, y2: { field: "y2" }, color, stroke: { ...color } } };
+  const layers = lifeLayers(true, width, [group], false); // on top: bars would hide them
+  const spec = { ...shared(figure, width, 320), padding: { left: 2, right: 8, top: 4, bottom: 4 }, layer: [bars, ...layers] };
   const series = figure.series.map(([label, column], p) => ({
     name: "", label, part: ALL_PARTS.indexOf(column),
-    points: rows.filter((r) => r.p === p).map((r) => ({ step: r.step, x: (r.x + r.x2) / 2, y: r.value, lo: null, hi: null, n: 1 })),
+    points: rows.filter((r) => r.p === p).map((r) => ({ step: r.step, x: (r.x + r.x2) / 2, y: r.value, lo: null, hi: null, n: 1, over: 1 })),
   }));
   return { spec, series: series.filter((one) => one.points.length) };
 }
@@ -264,5 +276,5 @@ function meanBetween(run, column, from, to) {
     return next ? next[1] * table.share : null;
   }
   const inside = values.filter(([step]) => step > from && step <= to).map(([, v]) => v);
-  return inside.length ? inside.reduce((a, b) => a + b, 0) / inside.length : null;
+  return inside.length ? mean(inside) : null;
 }

@@ -24,7 +24,7 @@ async function draw(place) {
     const found = seriesOf(figure);
     series = found.series.filter((one) => one.points.length);
     variantKey(place, found.variants);
-    place.querySelector(".source").textContent = `metrics.csv: ${found.columns.join(", ") || "no such column"}${bandWords(series)}`;
+    place.querySelector(".source").textContent = `metrics.csv: ${found.columns.join(", ") || "no such column"}${bandWords(series)}${smoothed(series)}`;
     if (series.length) spec = lineSpec(figure, series, width, wide);
   }
   drawing.get(place)?.view?.finalize();
@@ -42,12 +42,14 @@ async function draw(place) {
 
 // What the band around a curve is.
 function bandWords(series) {
-  const banded = series.length > BANDED ? [] : series.filter((one) => one.points.some((p) => p.hi !== null && p.hi > p.lo));
-  const runs = banded.some((one) => one.points.some((p) => p.n > 1));
-  const interval = banded.some((one) => one.points.every((p) => p.n === 1));
+  const found = series.length > BANDED ? [] : series.filter(banded);
+  const runs = found.some((one) => one.points.some((p) => p.n > 1));
+  const interval = found.some((one) => one.points.every((p) => p.n === 1));
   const said = [runs && (state.seeds === "sd" ? "± standard deviation over runs" : "min to max over runs"), interval && "95 % interval over problems"];
-  return banded.length ? `; band: ${said.filter(Boolean).join(", of a single run ")}` : "";
+  return found.length ? `; band: ${said.filter(Boolean).join(", of a single run ")}` : "";
 }
+
+const smoothed = (series) => (series.some((one) => one.points.some((p) => p.over > 1)) ? `; mean of ${state.smoothing} points` : "");
 
 function absent(place) {
   const ratio = place.closest("#thoughts") && state.measure === "ratio";
@@ -128,26 +130,35 @@ addEventListener("resize", () => {
 });
 addEventListener("beforeprint", () => places.forEach((place) => inView.add(place)) || refresh());
 
-// ---- values under the pointer
+// ---- values under the pointer, or, with the left and right keys, at one step after the other
 
-const tip = element("div", { class: "tip", hidden: "" });
+const tip = element("div", { class: "tip", role: "status", hidden: "" });
 document.body.append(tip);
 const cross = element("div", { class: "cross", hidden: "" });
+let shownX = null; // where the values are of, on the figure's x axis
+
+// The parts of a figure's drawing that have values: {plot, series, scale, left, top}.
+function readable(target) {
+  const plot = target.closest?.(".plot");
+  const drawn = plot && drawing.get(plot.closest("[data-figure]"));
+  if (!drawn || !drawn.series.length) return null;
+  const [origin, padding] = [drawn.view.origin(), drawn.view.padding()];
+  return { plot, series: drawn.series, scale: drawn.view.scale("x"), y: drawn.view.scale("y"), left: origin[0] + padding.left, top: origin[1] + padding.top };
+}
 
 function hover(event) {
-  const place = event.target.closest?.("[data-figure]");
-  const drawn = place && drawing.get(place);
-  if (!drawn || !drawn.series.length || !event.target.closest(".plot")) return leave();
-  const plot = place.querySelector(".plot");
-  const box = plot.getBoundingClientRect();
-  const [left, top] = [drawn.view.origin()[0] + drawn.view.padding().left, drawn.view.origin()[1] + drawn.view.padding().top];
-  const scale = drawn.view.scale("x");
-  const pixel = event.clientX - box.left - left;
-  const [from, to] = scale.range();
+  const found = readable(event.target);
+  if (!found) return leave();
+  const pixel = event.clientX - found.plot.getBoundingClientRect().left - found.left;
+  const [from, to] = found.scale.range();
   if (pixel < from - 6 || pixel > to + 6) return leave();
+  values(found, pixel, event.clientX, event.clientY);
+}
+
+function values({ plot, series, scale, y, left, top }, pixel, clientX, clientY) {
   const near = (points) => points.reduce((a, b) => (Math.abs(scale(b.x) - pixel) < Math.abs(scale(a.x) - pixel) ? b : a));
   const covers = (points) => scale(points[0].x) - 40 < pixel && pixel < scale(points[points.length - 1].x) + 40;
-  const found = drawn.series.filter((one) => covers(one.points)).map((one) => ({ ...one, at: near(one.points) }));
+  const found = series.filter((one) => covers(one.points)).map((one) => ({ ...one, at: near(one.points) }));
   if (!found.length) return leave();
   const first = found.reduce((a, b) => (Math.abs(scale(b.at.x) - pixel) < Math.abs(scale(a.at.x) - pixel) ? b : a)).at;
   const rows = found.sort((a, b) => b.at.y - a.at.y).slice(0, 10).map(({ group, name, label, part, at }) => {
@@ -156,16 +167,36 @@ function hover(event) {
     return element("p", {}, part === undefined ? swatch(group) : element("i", { class: `key p${part}` }), who, element("span", {}, digits(at.y) + range + (at.n > 1 ? `, ${at.n} runs` : "")));
   });
   const more = found.length > 10 ? [element("p", {}, `and ${found.length - 10} more`)] : [];
-  tip.replaceChildren(element("b", {}, `step ${first.step.toLocaleString("en")}`), ...rows, ...more);
+  const over = first.over > 1 ? `, mean of ${first.over} points` : "";
+  tip.replaceChildren(element("b", {}, `step ${first.step.toLocaleString("en")}${over}`), ...rows, ...more);
   tip.hidden = cross.hidden = false;
   if (cross.parentElement !== plot) plot.append(cross);
+  shownX = first.x;
   cross.style.left = `${left + scale(first.x)}px`;
   cross.style.top = `${top}px`;
-  cross.style.height = `${Math.abs(drawn.view.scale("y").range()[0] - drawn.view.scale("y").range()[1])}px`;
-  const beside = event.clientX + 18 + tip.offsetWidth > innerWidth ? event.clientX - 18 - tip.offsetWidth : event.clientX + 18;
+  cross.style.height = `${Math.abs(y.range()[0] - y.range()[1])}px`;
+  const beside = clientX + 18 + tip.offsetWidth > innerWidth ? clientX - 18 - tip.offsetWidth : clientX + 18;
   tip.style.left = `${Math.max(4, beside)}px`;
-  tip.style.top = `${Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 8)}px`;
+  tip.style.top = `${Math.min(clientY + 14, innerHeight - tip.offsetHeight - 8)}px`;
 }
+
+function walk(event) {
+  const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (event.key === "Escape") return leave();
+  const found = by && event.target.matches(".plot") ? readable(event.target) : null;
+  if (!found) return;
+  event.preventDefault();
+  const all = [...new Set(found.series.flatMap((one) => one.points.map((p) => p.x)))].sort((a, b) => a - b);
+  const here = cross.parentElement === found.plot && !cross.hidden ? shownX : null;
+  const further = by > 0 ? all.filter((x) => x > here) : all.filter((x) => x < here).reverse();
+  const x = here === null ? all[by > 0 ? 0 : all.length - 1] : further[0] ?? here;
+  const box = found.plot.getBoundingClientRect();
+  values(found, found.scale(x), box.left + found.left + found.scale(x), box.top + found.top);
+}
+
 function leave() { tip.hidden = cross.hidden = true; }
 document.addEventListener("pointermove", hover);
+document.addEventListener("pointerdown", hover); // a finger does not hover
+document.addEventListener("keydown", walk);
+document.addEventListener("focusout", (event) => event.target === cross.parentElement && leave());
 document.addEventListener("scroll", leave, { passive: true });

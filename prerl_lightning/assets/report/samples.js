@@ -11,9 +11,9 @@
     text: document.getElementById("f-text"),
   };
   const LISTED = 200; // list entries at a time
-  const DIFFED = 1500; // words of either side that are compared
+  const DIFFED = 4000; // words of either side that are compared
   const families = [...new Set([...DATA.families, ...DATA.samples.flatMap((s) => s.thoughts.map((t) => t[2]))])];
-  const isRight = (sample) => sample.reward > 0.5;
+  const isRight = (sample) => sample.reward > 1 - 1e-6;
   const distinct = (value) => [...new Set(DATA.samples.map(value).filter((v) => v !== null && v !== undefined))];
   const tint = (family) => `t${families.indexOf(family) % COLOURS}`;
   let found = [];
@@ -79,6 +79,11 @@
     return steps.filter(([, text]) => text).map(([kind, text]) => (kind ? element(kind, {}, text) : text));
   }
 
+  // of a cut response: how many are in what is shown
+  const times = (sample, family) => {
+    const here = sample.thoughts.filter((t) => t[2] === family).length;
+    return sample.counts ? `${here} of ${sample.counts[family]}` : here;
+  };
   const block = (...children) => element("p", { class: "text-block", dir: "auto" }, ...children);
   const verdict = (sample) => element("span", { class: isRight(sample) ? "mark-right" : "mark-wrong" }, isRight(sample) ? "✓ right" : "✗ wrong");
 
@@ -96,7 +101,7 @@
       DATA.runs.length > 1 && DATA.runs[sample.run].name,
     ].filter(Boolean).join(" · ");
     const used = families.filter((family) => sample.thoughts.some((t) => t[2] === family));
-    const keys = used.map((f) => element("span", {}, element("mark", { class: tint(f) }, f), ` ${sample.thoughts.filter((t) => t[2] === f).length}`));
+    const keys = used.map((f) => element("span", {}, element("mark", { class: tint(f) }, f), ` ${times(sample, f)}`));
     const parts = [
       element("div", { class: "walk" }, button("previous", -1), button("next", 1)),
       element("h3", {}, verdict(sample), ` row ${sample.row ?? "?"}`),
@@ -119,6 +124,7 @@
     const entries = found.slice(first, first + LISTED).map((sample, i) => {
       const entry = element("li", { role: "option", id: `sample-${first + i}`, "aria-selected": String(first + i === at) },
         verdict(sample), ` step ${sample.step} ${sample.kind?.replace("_", " ") ?? ""}`,
+        DATA.runs.length > 1 ? element("span", { class: "of" }, DATA.runs[sample.run].name) : null,
         element("span", { class: "text", dir: "auto" }, Array.from(sample.response ?? "").slice(0, 80).join("")));
       entry.addEventListener("click", () => { at = first + i; update(); });
       return entry;
