@@ -86,9 +86,17 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
 
 
+class _Stdout(logging.StreamHandler):
+    """To what sys.stdout is at the moment: a rich bar takes its place and keeps other lines off its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stdout
+        super().emit(record)
+
+
 def _log_to_stdout() -> None:
     """Our own log lines, of rank 0; of all ranks from warnings on."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Stdout()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("prerl_lightning")
     log.addHandler(handler)
