@@ -90,6 +90,11 @@ class PrerlCLI(LightningCLI):
                 f"trainer.strategy: {strategy} is Lightning's FSDP1, which this library does not use. Write fsdp2."
             )
 
+        if str(trainer.precision) in ("bf16-true", "16-true"):
+            raise InputError(
+                f"trainer.precision: {trainer.precision} keeps the weights in 16 bits, where Adam's small steps are "
+                "lost to rounding. Write bf16-mixed: fp32 weights, bf16 arithmetic."
+            )
         if trainer.precision is None:
             trainer.precision = default_precision(trainer.accelerator, self._get(self.config, "model"))
 

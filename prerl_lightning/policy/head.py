@@ -73,7 +73,7 @@ class _HeadLogProbs(torch.autograd.Function):
         into_grad: str,
     ) -> tuple[Tensor, Tensor]:
         ctx.scale, ctx.softcap, ctx.into_grad = scale, softcap, into_grad
-        maximum = torch.full((len(hidden),), torch.finfo(torch.float32).min, device=hidden.device)
+        maximum = torch.full((len(hidden),), torch.finfo(torch.float32).min, dtype=torch.float32, device=hidden.device)
         # sums over the vocabulary of exp(logit - maximum), and of the same times (logit - maximum)
         total, moment = torch.zeros_like(maximum), torch.zeros_like(maximum)
         target_logits = torch.zeros_like(maximum)
