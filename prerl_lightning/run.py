@@ -119,6 +119,9 @@ class PrerlCLI(LightningCLI):
         if subconfig.get("ckpt_path") == "last":
             subconfig["ckpt_path"] = str(self._newest_checkpoint())
             log.info("Resuming from %s", subconfig["ckpt_path"])
+        path = str(subconfig.get("ckpt_path") or "last")
+        if path not in ("last", "best", "hpc") and "://" not in path and not Path(path).exists():
+            raise InputError(f"--ckpt_path: there is no {path}. Give a checkpoint, or last for the newest one.")
 
     def _newest_checkpoint(self) -> Path:
         """Of all runs of this name: a resumed run gets a folder of its own, so that no log is overwritten."""

@@ -130,6 +130,7 @@ def test_overrides(parse):
         (["fit", "--config", CONFIGS / "dsrl.yaml", "--data.sampling.temperature=0"], "data.sampling.temperature"),
         (["fit", "--config", CONFIGS / "dsrl.yaml", "--trainer.strategy=fsdp"], "Write fsdp2"),
         (["fit", "--config", CONFIGS / "dsrl.yaml", "--trainer.precision=bf16-true"], "Write bf16-mixed"),
+        (["fit", "--config", CONFIGS / "dsrl.yaml", "--ckpt_path=nope.ckpt"], "there is no nope.ckpt"),
         (
             ["fit", "--config", CONFIGS / "dsrl.yaml", "--model.init_args.model=./nowhere"],
             "no folder with a config.json",

@@ -879,3 +879,24 @@ def test_fifty_runs_are_below_five_megabytes(tmp_path, opened):
     assert tab.locator("#legend button").count() == 25 + 2
     assert draw(tab, "accuracy").locator("path[aria-roledescription='line mark']").count() == 25
     assert "point is drawn" in tab.locator("header").inner_text()
+
+
+def test_a_predecessor_is_looked_for_beside_the_run_first(tmp_path, monkeypatch):
+    """Not below the folder that one happens to be in; and where the runs were moved to."""
+    from prerl_lightning.report.reading import _predecessor
+
+    for base in (tmp_path, tmp_path / "there"):
+        for version in ("version_0", "version_1"):
+            folder = base / "runs" / "dsrl" / version
+            folder.mkdir(parents=True)
+            (folder / "metrics.csv").write_text("step\n")
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "there" / "runs" / "dsrl" / "version_1"
+    for source, expected in (
+        ("runs/dsrl/version_0/checkpoints/last.ckpt", run.with_name("version_0")),
+        (str(tmp_path / "runs/dsrl/version_0/checkpoints/last.ckpt"), tmp_path / "runs/dsrl/version_0"),
+        ("/gone/runs/dsrl/version_0/checkpoints/last.ckpt", run.with_name("version_0")),
+        ("/gone/runs/other/version_0/checkpoints/last.ckpt", None),
+    ):
+        (run / "run.json").write_text(json.dumps({"resumed_from": source}))
+        assert _predecessor(run) == expected, source

@@ -51,8 +51,8 @@ class GradientAlignment(Watcher):
     def __init__(
         self, every_n_steps: int = 50, responses: int = 4, likelihoods: int = 16, sketch: int | None = None
     ) -> None:
-        if responses < 1 or likelihoods < 0:
-            raise InputError("alignment: responses must be 1 or more, likelihoods 0 or more.")
+        if responses < 1 or likelihoods < 0 or every_n_steps < 0:
+            raise InputError("alignment: responses must be 1 or more, likelihoods and every_n_steps 0 or more.")
         if sketch and sketch != (size := usable_size(sketch)):
             raise InputError(f"alignment.sketch: {sketch}: give 0, or a prime from 2 to 500,000, e.g. {size}.")
         self.every_n_steps, self.n_responses, self.likelihoods = every_n_steps, responses, likelihoods

@@ -42,7 +42,7 @@ class RunRecord(L.Callback):
             "ended": None,
             "status": "running",
             "error": None,
-            "resumed_from": str(trainer.ckpt_path) if trainer.ckpt_path else None,
+            "resumed_from": str(Path(trainer.ckpt_path).resolve()) if trainer.ckpt_path else None,
             "lives": [list(life) for life in pl_module.lives],
             "model": pl_module.model_name,
             "parameters": sum(p.numel() for p in pl_module.live_policy.parameters()),

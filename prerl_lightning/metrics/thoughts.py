@@ -47,7 +47,10 @@ def load_families(path: str | Path | None = None) -> dict[str, list[str]]:
     seen: dict[str, str] = {}
     for family, phrases in found.items():
         if not re.fullmatch(r"\w+", str(family)) or not isinstance(phrases, list) or not phrases:
-            raise InputError(f"thoughts.families: {path}: {family!r} must be one word with a list of phrases.")
+            raise InputError(
+                f"thoughts.families: {path}: {family!r}: a family is one word and a list of phrases, as in "
+                "family: [wait, but]."
+            )
         for phrase in phrases:
             if not isinstance(phrase, str) or not phrase.strip(" *"):
                 raise InputError(f"thoughts.families: {path}: {family}: {phrase!r} is no phrase; put it in quotes.")

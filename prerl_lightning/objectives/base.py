@@ -10,6 +10,7 @@ logger's axis, the checkpoints, DDP's wrapper and FSDP2's shards belong to the h
 of a successor only `training_step` and what that calls is used, not its other Lightning hooks.
 """
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -32,6 +33,8 @@ from prerl_lightning.policy.model import Policy, load_tokenizer, prefix_token
 from prerl_lightning.policy.reference import Reference
 from prerl_lightning.rollout.sampler import Group
 from prerl_lightning.types import Prompt, Rollout
+
+log = logging.getLogger(__name__)
 
 
 class PolicyModule(L.LightningModule):
@@ -193,6 +196,11 @@ class PolicyModule(L.LightningModule):
             )
         if found["alive"] == 1:
             self.restore_reference(found["reference"])
+        if 0 < self.trainer.max_steps <= checkpoint["global_step"]:
+            log.warning(
+                "The checkpoint is at step %d and trainer.max_steps is %d: nothing is left to train.",
+                *(checkpoint["global_step"], self.trainer.max_steps),
+            )
 
     def restore_reference(self, state: dict[str, Tensor] | None) -> None:
         if state is not None:

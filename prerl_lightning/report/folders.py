@@ -42,9 +42,13 @@ def find(given: str | None) -> Path:
         InputError: there is none.
     """
     if given is None:
-        found = newest(p for p in Path("runs").glob("*/version_*") if _has(p, FILES))
+        folders = [p for p in Path("runs").glob("*/version_*") if _has(p, FILES)]
+        # one with a configuration alone is starting, or never started: it is taken where there is nothing else
+        found = newest([p for p in folders if _has(p, FILES[:2])] or folders)
         if found is None:
-            raise InputError("prerl watch: no run below runs/ here. Give a run's folder.")
+            raise InputError(
+                "prerl watch: no run below runs/ here. Give its folder; it appears some 15 s after the start."
+            )
         return found
     path = _folder(given)
     if _has(path, FILES):

@@ -94,16 +94,18 @@ def _with_predecessor(run: Run, earlier: Run) -> Run:
 
 
 def _predecessor(folder: Path) -> Path | None:
-    """Of .../version_0/checkpoints/last.ckpt, which run.json names; a relative path is tried from here and from above
-    the run's folder."""
+    """Of .../version_0/checkpoints/last.ckpt, which run.json names. A relative path is tried from above the run's
+    folder, the nearest first; of an absolute one that is gone, because runs were moved, the folder beside this one."""
     source = read_info(folder)[0].get("resumed_from")
     if not source:
         return None
-    path = Path(source)
-    for base in (Path(), *folder.resolve().parents):
-        found = (base / path).parent.parent
-        if found.name and (found / "metrics.csv").is_file() and found.resolve() != folder.resolve():
+    before, here = Path(source).parent.parent, folder.resolve()
+    if not before.is_absolute():
+        candidates = [base / before for base in here.parents]
+    else:
+        moved = [here.parent / before.name] if before.parent.name == here.parent.name else []
+        candidates = [before, *moved]
+    for found in candidates:
+        if found.name and (found / "metrics.csv").is_file() and found.resolve() != here:
             return found.resolve()
-        if path.is_absolute():
-            break
     return None
