@@ -55,7 +55,7 @@ class StepLines(L.Callback):
         metrics = trainer.callback_metrics
         shown = []
         for key, value in metrics.items():
-            if key.startswith("val/") and key != "val/step" and key.count("/") == 1:
+            if key.startswith("val/") and not key.endswith(BOUNDS):
                 bounds = f" [{metrics[f'{key}/low']:.3f}, {metrics[f'{key}/high']:.3f}]" if "avg@" in key else ""
                 shown.append(f"{key.removeprefix('val/')} {value:.3f}{bounds}")
         log.info("held out at step %d: %s", trainer.global_step, ", ".join(shown))

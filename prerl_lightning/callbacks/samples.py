@@ -14,9 +14,10 @@ from rich.text import Text
 
 from prerl_lightning.callbacks.progress import StepBar
 from prerl_lightning.callbacks.thoughts import Thoughts
-from prerl_lightning.callbacks.watcher import Watcher, append_lines, of_all_ranks, run_folder
+from prerl_lightning.callbacks.watcher import Watcher, append_lines, callbacks_of, run_folder
 from prerl_lightning.metrics.thoughts import ThoughtFinder, load_families
 from prerl_lightning.objectives.base import PolicyModule
+from prerl_lightning.objectives.update import of_all_ranks
 from prerl_lightning.rollout.sampler import Group
 from prerl_lightning.types import Prompt, Response, Rollout
 
@@ -54,8 +55,8 @@ class Samples(Watcher):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.folder = run_folder(trainer)
-        watching = [c.finder for c in trainer.callbacks if isinstance(c, Thoughts)]  # type: ignore[attr-defined]
-        self.finder = watching[0] if watching else ThoughtFinder(load_families())
+        watching = callbacks_of(trainer, Thoughts)
+        self.finder = watching[0].finder if watching else ThoughtFinder(load_families())
 
     def watch(self, trainer: L.Trainer, module: PolicyModule) -> dict[str, float]:
         rollout = module.rollout
@@ -116,7 +117,7 @@ class Samples(Watcher):
             return
         if self.folder is not None:
             append_lines(self.folder, "samples.jsonl", rows)
-        bars = [c for c in trainer.callbacks if isinstance(c, StepBar)]  # type: ignore[attr-defined]
+        bars = callbacks_of(trainer, StepBar)
         for row in rows:
             line = terminal_line(row, self.max_characters)
             if bars and bars[0].progress is not None:

@@ -4,13 +4,14 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import lightning as L
-import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from prerl_lightning.objectives.base import PolicyModule
+
+Kind = TypeVar("Kind", bound=L.Callback)
 
 
 class Watcher(L.Callback):
@@ -31,6 +32,10 @@ class Watcher(L.Callback):
         pl_module.watched_seconds += time.perf_counter() - start
 
 
+def callbacks_of(trainer: L.Trainer, kind: type[Kind]) -> list[Kind]:
+    return [c for c in cast(Any, trainer).callbacks if isinstance(c, kind)]
+
+
 def run_folder(trainer: L.Trainer) -> Path | None:
     """Where metrics.csv is; without a CSVLogger, where the first logger's checkpoints go; None without a logger.
     Collective: all ranks have to call it."""
@@ -42,15 +47,6 @@ def run_folder(trainer: L.Trainer) -> Path | None:
             found = Path(logger.save_dir) / str(logger.name) / str(logger.version)
         break
     return trainer.strategy.broadcast(found)
-
-
-def of_all_ranks(rows: list[Any]) -> list[Any]:
-    """Those of each rank, one behind the other. Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return rows
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
 
 
 def append_lines(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,9 +1,9 @@
 """Random projections of vectors as large as a model: inner products and norms from a few numbers.
 
 A sketch has one sum a bucket, of coordinates with random signs (a count sketch); coordinate i is in bucket i modulo the
-size, a prime. Of two vectors a and b the inner
-product of their sketches is right on average, with a standard deviation of at most sqrt(2 / size) |a| |b|, 0.55 % at
-the default size; a norm's is sqrt(1 / 2 size), 0.28 %. Sketches add up, so that each rank may sketch its shard.
+size, a prime. Of two vectors a and b the inner product of their sketches is right on average, with a standard deviation
+of at most sqrt(2 / size) |a| |b|, 0.55 % at the default size; a norm's is sqrt(1 / 2 size), 0.28 %. Sketches add up, so
+that each rank may sketch its shard.
 """
 
 from functools import lru_cache

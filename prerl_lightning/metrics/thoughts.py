@@ -78,7 +78,7 @@ def _marks() -> str:
 
 
 class ThoughtFinder:
-    """Finds the phrases of families in text, 10 MB a second and more (benchmarks/watchers.py)."""
+    """Finds the phrases of families in text, 6 MB a second and more (benchmarks/watchers.py)."""
 
     def __init__(self, families: Families) -> None:
         self.families = tuple(families)
@@ -86,9 +86,9 @@ class ThoughtFinder:
         self._of_group: list[str] = []  # family by number of the pattern's group
         # vowel signs and accents that stand for themselves are no \w; a class with them is long, and English has none
         self._letter = r"\w" if all(phrase.isascii() for phrase in phrases) else rf"[\w{_marks()}]"
-        bounded = {p: f for p, f in phrases.items() if not _bounded(p[0])}
-        alternatives = [self._alternatives(bounded)] if bounded else []
-        if rest := {p: f for p, f in phrases.items() if p not in bounded}:
+        anywhere = {p: f for p, f in phrases.items() if not _bounded(p[0])}
+        alternatives = [self._alternatives(anywhere)] if anywhere else []
+        if rest := {p: f for p, f in phrases.items() if p not in anywhere}:
             alternatives.append(f"(?<!{self._letter})" + self._alternatives(rest))
         self._pattern = re.compile("|".join(alternatives), re.IGNORECASE)
 

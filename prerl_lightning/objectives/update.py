@@ -42,6 +42,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def of_all_ranks(rows: list[Any]) -> list[Any]:
+    """Those of each rank, one behind the other. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
 def gathered(rollout: Rollout) -> Rollout:
     """The rollouts of all ranks as one, rank after rank; texts stay behind. The same on all ranks."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -56,12 +65,10 @@ def gathered(rollout: Rollout) -> Rollout:
         [r.truncated for r in rollout.responses],
         (rollout.timeouts, rollout.errors),
     )
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
     prompts: list[Prompt] = []
     group_ids, rewards, responses = [], [], []
     timeouts = errors = 0
-    for contexts, groups, values, lengths, ids, log_probs, truncated, failed in parts:
+    for contexts, groups, values, lengths, ids, log_probs, truncated, failed in of_all_ranks([own]):
         timeouts, errors = timeouts + failed[0], errors + failed[1]
         group_ids.append(groups + len(prompts))
         rewards.append(values)
