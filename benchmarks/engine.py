@@ -26,12 +26,12 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from prerl_lightning.policy.model import Policy, load_tokenizer
-    from prerl_lightning.rollout.engine import Sampling
+    from prerl_lightning.rollout.engine import Place, Sampling
     from prerl_lightning.rollout.vllm_engine import VLLMEngine
 
     policy, tokenizer = Policy.from_pretrained(args.model), load_tokenizer(args.model)
     engine = VLLMEngine(dtype="bfloat16", max_model_len=256, kv_cache_mib=512)
-    engine.start(args.model, seed=0, world_size=1)
+    engine.start(args.model, 0, Place())
     from vllm import SamplingParams, TokensPrompt
 
     questions = [[{"role": "user", "content": f"Tell a long story about the number {i}."}] for i in range(16)]

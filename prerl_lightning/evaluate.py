@@ -29,6 +29,7 @@ from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.evaluation import answer_number, bootstrap, per_problem, percentiles, summary
 from prerl_lightning.policy.model import model_path
 from prerl_lightning.rewards.pool import RewardPool
+from prerl_lightning.rollout.engine import Place
 from prerl_lightning.rollout.sampler import Group, sample_for_evaluation
 from prerl_lightning.run import PrerlCLI
 from prerl_lightning.types import Prompt
@@ -121,7 +122,7 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
         files[key] = _ResultFile(folder / f"{key}.jsonl", settings)
     todo = {key: [p for p in prompts[key] if p.row not in file.records] for key, file in files.items()}
     if any(todo.values()):
-        data.engine.start(model_path(model), seed, 1)
+        data.engine.start(model_path(model), seed, Place())
         if weights is not None:
             data.engine.update_weights(weights, 1)
     for key, left in todo.items():

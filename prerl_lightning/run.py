@@ -90,10 +90,15 @@ class PrerlCLI(LightningCLI):
                 f"trainer.strategy: {strategy} is Lightning's FSDP1, which this library does not use. Write fsdp2."
             )
 
-        if str(trainer.precision) in ("bf16-true", "16-true"):
+        if str(trainer.precision) in ("bf16-true", "16-true", "half"):
             raise InputError(
                 f"trainer.precision: {trainer.precision} keeps the weights in 16 bits, where Adam's small steps are "
                 "lost to rounding. Write bf16-mixed: fp32 weights, bf16 arithmetic."
+            )
+        if str(trainer.precision) in ("16-mixed", "16"):
+            raise InputError(
+                f"trainer.precision: {trainer.precision} scales the loss, so that gradients would be clipped and "
+                "measured at a scale that changes. Write bf16-mixed, which needs none, or 32-true."
             )
         if trainer.precision is None:
             trainer.precision = default_precision(trainer.accelerator, self._get(self.config, "model"))

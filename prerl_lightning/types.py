@@ -7,8 +7,10 @@ All are frozen. P prompts, G responses a prompt, N = P * G sequences, T tokens.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 Message = Mapping[str, str]
@@ -42,31 +44,68 @@ class Prompt:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Response:
     """One sampled response.
 
     Args:
-        token_ids: (T,), the end-of-text token included where the response ended by itself.
-        log_probs: (T,), of each token under the distribution that it was drawn from (temperature applied).
+        token_ids: (T,) int32, the end-of-text token included where the response ended by itself.
+        log_probs: (T,) float32, of each token under the distribution that it was drawn from (temperature applied).
         text: decoded, without special tokens; a stop string is cut off.
         truncated: the length limit ended it.
     """
 
-    token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
+    token_ids: np.ndarray
+    log_probs: np.ndarray
     text: str
     truncated: bool
 
+    def __post_init__(self) -> None:
+        """Any sequence of numbers will do; an array of its type is kept as it is, and not copied."""
+        object.__setattr__(self, "token_ids", np.asarray(self.token_ids, dtype=np.int32))
+        object.__setattr__(self, "log_probs", np.asarray(self.log_probs, dtype=np.float32))
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """N token sequences, one behind the other: a rollout of the paper has 2.4 million tokens, far too many for Python
+    numbers.
+
+    Args:
+        tokens: (T,) int32.
+        offsets: (N + 1,) int64, where each begins, and T.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int] | np.ndarray]) -> "Sequences":
+        arrays = [np.asarray(s, dtype=np.int32) for s in sequences]
+        offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
+        np.cumsum([len(a) for a in arrays], out=offsets[1:])
+        return cls(np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int32), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """A view."""
+        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+
+
+@dataclass(frozen=True, eq=False)
 class Rollout:
-    """What one rank sampled for its P prompts: N = P * G responses, group after group.
+    """What one rank sampled for its P prompts: N = P * G responses, group after group, T tokens in all.
 
     Args:
         prompts: (P,)
         group_ids: (N,) int, the position in ``prompts`` of each response's prompt.
-        responses: (N,)
+        tokens: (T,) int32, of all responses, one behind the other.
+        log_probs: (T,) float32, the engine's, of each token.
+        lengths: (N,) int64, tokens of each response.
+        truncated: (N,) bool.
+        texts: (N,); none in the rollout of several ranks.
         rewards: (N,) float64.
         policy_version: optimizer steps behind the weights that sampled it.
         temperature: of sampling; the trainer's logits are divided by it too.
@@ -77,7 +116,11 @@ class Rollout:
 
     prompts: tuple[Prompt, ...]
     group_ids: torch.Tensor
-    responses: tuple[Response, ...]
+    tokens: torch.Tensor
+    log_probs: torch.Tensor
+    lengths: torch.Tensor
+    truncated: torch.Tensor
+    texts: tuple[str, ...]
     rewards: torch.Tensor
     policy_version: int
     temperature: float
@@ -85,7 +128,43 @@ class Rollout:
     errors: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def lengths(self) -> torch.Tensor:
-        """(N,) response tokens."""
-        return torch.tensor([len(r.token_ids) for r in self.responses], dtype=torch.long)
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt], responses: Sequence[Response], **rest: Any) -> "Rollout":
+        """From the records of single responses; ``rest``: the other fields."""
+        sequences = Sequences.of([r.token_ids for r in responses])
+        log_probs = [r.log_probs for r in responses]
+        return cls(
+            prompts=tuple(prompts),
+            tokens=torch.from_numpy(sequences.tokens),
+            log_probs=torch.from_numpy(np.concatenate(log_probs) if log_probs else np.empty(0, dtype=np.float32)),
+            lengths=torch.from_numpy(np.diff(sequences.offsets)),
+            truncated=torch.tensor([r.truncated for r in responses], dtype=torch.bool),
+            texts=tuple(r.text for r in responses),
+            **rest,
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The responses' tokens, sharing memory with ``tokens``."""
+        offsets = np.zeros(len(self) + 1, dtype=np.int64)
+        np.cumsum(self.lengths.numpy(), out=offsets[1:])
+        return Sequences(self.tokens.numpy(), offsets)
+
+    @cached_property
+    def contexts(self) -> Sequences:
+        """The prompts' tokens."""
+        return Sequences.of([p.token_ids for p in self.prompts])
+
+    @cached_property
+    def responses(self) -> tuple[Response, ...]:
+        """One by one, as views."""
+        ids, bounds, log_probs = self.sequences, self.sequences.offsets.tolist(), self.log_probs.numpy()
+        texts = self.texts or ("",) * len(self)
+        cut = self.truncated.tolist()
+        return tuple(
+            Response(ids.tokens[a:b], log_probs[a:b], text, t)
+            for a, b, text, t in zip(bounds, bounds[1:], texts, cut, strict=False)
+        )

@@ -73,10 +73,10 @@ def make_rollout():
         n = n_prompts * group_size
         responses = [ids(1, 20) for _ in range(n)]
         drawn = torch.randint(0, 2, (n,), generator=generator).double()
-        return Rollout(
-            prompts=tuple(Prompt(i, (1, *ids(2, 12)), "", "") for i in range(n_prompts)),
+        return Rollout.of(
+            [Prompt(i, (1, *ids(2, 12)), "", "") for i in range(n_prompts)],
+            [Response(r, [-2.0] * len(r), "", False) for r in responses],
             group_ids=torch.arange(n_prompts).repeat_interleave(group_size),
-            responses=tuple(Response(r, tuple(-2.0 for _ in r), "", False) for r in responses),
             rewards=drawn if rewards is None else torch.tensor(rewards, dtype=torch.float64),
             policy_version=0,
             temperature=0.7,

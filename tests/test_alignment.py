@@ -21,7 +21,7 @@ def plain_gradients(model, context, ids, temperature):
     model.zero_grad()
     inputs = torch.tensor([[*context, *ids]])
     logits = model(inputs).logits[0, len(context) - 1 : -1] / temperature
-    log_prob = torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(ids)[:, None]).sum()
+    log_prob = torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(ids).long()[:, None]).sum()
     log_prob.backward()
     return float(log_prob.detach()), {n: p.grad.clone().double() for n, p in model.named_parameters()}
 

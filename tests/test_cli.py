@@ -92,7 +92,7 @@ def test_bf16_is_the_default_where_it_is_faster(parse, monkeypatch, hidden, amx,
     monkeypatch.setattr("prerl_lightning.run.load_config", lambda model: SimpleNamespace(hidden_size=hidden))
     args = ("fit", "--config", CONFIGS / "dsrl.yaml", f"--trainer.accelerator={accelerator}")
     assert parse(*args).trainer.precision == expected
-    assert parse(*args, "--trainer.precision=16-mixed").trainer.precision == "16-mixed"
+    assert parse(*args, "--trainer.precision=32-true").trainer.precision == "32-true"
 
 
 def test_a_logger_s_missing_package_is_named(parse, monkeypatch):
@@ -130,6 +130,7 @@ def test_overrides(parse):
         (["fit", "--config", CONFIGS / "dsrl.yaml", "--data.sampling.temperature=0"], "data.sampling.temperature"),
         (["fit", "--config", CONFIGS / "dsrl.yaml", "--trainer.strategy=fsdp"], "Write fsdp2"),
         (["fit", "--config", CONFIGS / "dsrl.yaml", "--trainer.precision=bf16-true"], "Write bf16-mixed"),
+        (["fit", "--config", CONFIGS / "dsrl.yaml", "--trainer.precision=16-mixed"], "scales the loss"),
         (["fit", "--config", CONFIGS / "dsrl.yaml", "--ckpt_path=nope.ckpt"], "there is no nope.ckpt"),
         (
             ["fit", "--config", CONFIGS / "dsrl.yaml", "--model.init_args.model=./nowhere"],

@@ -10,6 +10,7 @@ from prerl_lightning.objectives.update import Update
 from prerl_lightning.policy import packing
 from prerl_lightning.policy.attention import Segment, plan_attention
 from prerl_lightning.policy.packing import families, micro_batches
+from prerl_lightning.types import Sequences
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +22,12 @@ def _share_short_prompts_too(monkeypatch):
 @pytest.mark.parametrize("space", ["post-train", "pre-train"])
 def test_packed_equals_alone(model_folder, make_rollout, shape, space):
     rollout = make_rollout(6, 4)
-    everything = torch.ones(len(rollout.responses), dtype=torch.bool)
+    everything = torch.ones(len(rollout), dtype=torch.bool)
     module = attached(GRPO, model_folder(shape))
     assert module.policy.can_pack
     packed = Update(module, rollout).log_probs(space, everything)
     alone = Update(attached(GRPO, model_folder(shape), packing=False, micro_batch_size=1), rollout)
-    for i, expected in alone.log_probs(space, everything).items():
-        torch.testing.assert_close(packed[i], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed, alone.log_probs(space, everything), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", [GRPO, NSRPreRL, MixedRL])
@@ -46,9 +46,9 @@ def test_a_pack_does_not_see_its_neighbours(model_folder):
     prompt, found = (5, 6, 7, 8), {}
     for share in (True, False):
         for other in (9, 20):
-            responses = [(3, 4, 5, 6), (other,) * 7, (other, other)]
-            made = families([prompt] * 3, responses, [0, 1, 2], share, 100)
-            (batch,) = micro_batches(made, 100)
+            responses = Sequences.of([(3, 4, 5, 6), (other,) * 7, (other, other)])
+            made = families(Sequences.of([prompt]), [0, 0, 0], responses, [0, 1, 2], share, 100)
+            (batch,) = micro_batches(made, responses, 100)
             assert batch.input_ids.shape == (1, (4 + 3 + 6 + 1) if share else (4 * 3 + 3 + 6 + 1))
             log_probs = module.policy(batch)[0].detach()
             found[share, other] = log_probs[batch.sequence == 0]
@@ -69,14 +69,13 @@ def test_under_autocast_a_pack_gives_what_its_sequences_give(model_folder, make_
 def test_a_pack_cut_by_its_positions_alone(model_folder, make_rollout):
     """What flash attention gets, here through the block-diagonal mask that transformers makes of the same positions."""
     rollout = make_rollout(4, 3)
-    everything = torch.ones(len(rollout.responses), dtype=torch.bool)
+    everything = torch.ones(len(rollout), dtype=torch.bool)
     module = attached(GRPO, model_folder("qwen3-untied"))
     expected = Update(module, rollout).log_probs("post-train", everything)
     module.policy.can_share = False
     module.policy.model.set_attn_implementation("sdpa")
     found = Update(module, rollout).log_probs("post-train", everything)
-    for i, log_probs in expected.items():
-        torch.testing.assert_close(found[i], log_probs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_sharing_follows_its_rule_and_the_budget(monkeypatch):
@@ -84,35 +83,39 @@ def test_sharing_follows_its_rule_and_the_budget(monkeypatch):
     long, short = tuple(range(100)), (1, 2)
 
     def shared(context, n, max_tokens=10_000):
-        made = families([context] * n, [(3,) * 20] * n, range(n), True, max_tokens)
-        return [(f.shared, len(f.responses)) for f in made]
+        responses = Sequences.of([(3,) * 20] * n)
+        made = families(Sequences.of([context]), [0] * n, responses, range(n), True, max_tokens)
+        return [(f.shared, len(f.numbers)) for f in made]
 
     assert shared(long, 8) == [(True, 8)]
     assert shared(short, 8) == [(False, 1)] * 8
     assert shared(long, 1) == [(False, 1)]
     assert shared(long, 8, 200) == [(True, 5), (True, 3)]
-    assert families([long] * 2, [(), ()], [0, 1], True, 100) == []
+    assert families(Sequences.of([long]), [0, 0], Sequences.of([(), ()]), [0, 1], True, 100) == []
 
 
 def test_packs_keep_to_the_budget_and_lose_nothing():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 60, (50,), generator=generator).tolist()
-    contexts = [(1,) * 30 if i < 25 else (2,) * 3 for i in range(50)]
+    contexts, context_of = Sequences.of([(1,) * 30, (2,) * 3]), [int(i >= 25) for i in range(50)]
+    responses = Sequences.of([(7,) * n for n in lengths])
     for packed in (True, False):
-        made = families(contexts, [(7,) * n for n in lengths], range(50), packed, 200)
-        batches = micro_batches(made, 200, packed=packed)
+        made = families(contexts, context_of, responses, range(50), packed, 200)
+        batches = micro_batches(made, responses, 200, packed=packed)
         assert all(b.input_ids.numel() <= 200 for b in batches)
         counts = torch.cat([b.sequence for b in batches]).bincount().tolist()
         assert counts == lengths
-    assert len(micro_batches(made, 200, max_responses=1)) == 50
+        assert sorted(torch.cat([b.source for b in batches]).tolist()) == list(range(sum(lengths)))
+    assert len(micro_batches(made, responses, 200, max_responses=1)) == 50
 
 
 def test_ranks_get_equal_tokens():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 60, (50,), generator=generator).tolist()
-    made = families([(1,)] * 50, [(7,) * n for n in lengths], range(50), False, 200)
+    responses = Sequences.of([(7,) * n for n in lengths])
+    made = families(Sequences.of([(1,)]), [0] * 50, responses, range(50), False, 200)
     shares = packing.balanced(made, 4)
-    assert sorted(f.responses[0][0] for share in shares for f in share) == list(range(50))
+    assert sorted(f.numbers[0] for share in shares for f in share) == list(range(50))
     tokens = [sum(f.n_tokens for f in share) for share in shares]
     assert max(tokens) - min(tokens) < 0.02 * sum(tokens)
     assert packing.balanced([], 2) == [[], []]
@@ -140,8 +143,8 @@ def test_a_model_whose_attention_packs_cannot_express_is_padded(tmp_path, caplog
     )
     MistralForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("WARNING"):
         module = attached(GRPO, str(tmp_path))
     assert not module.policy.can_pack
-    assert "padded, not packed" in caplog.text
+    assert "instead of packed" in caplog.text
     assert gradient(module, make_rollout()).isfinite().all()

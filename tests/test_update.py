@@ -23,17 +23,22 @@ def gradient(module, rollout, n_expected=None):
     """The gradient of one minibatch over the whole rollout, as one vector in fp64."""
     update = Update(module, rollout)
     works = [update._work(term) for term in module.terms]
-    passes = update.backward(works, torch.ones(len(rollout.responses), dtype=torch.bool), on_policy=True)
+    passes = update.backward(works, torch.ones(len(rollout), dtype=torch.bool), on_policy=True)
     if n_expected is not None:
         assert passes == n_expected
     return torch.cat([p.grad.flatten() for p in module.policy.parameters() if p.grad is not None]).double()
+
+
+def by_response(values, rollout):
+    """(T,) values of all response tokens, cut into (T_i,)."""
+    return values.split(rollout.lengths.tolist())
 
 
 def plain_log_probs(folder, context, response, temperature, dtype=torch.float32):
     """Token log-probs by one plain Hugging Face forward over context + response."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     logits = model(torch.tensor([[*context, *response]])).logits[0, len(context) - 1 : -1]
-    return F.log_softmax(logits / temperature, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
+    return F.log_softmax(logits / temperature, -1).gather(1, torch.tensor([*response])[:, None])[:, 0]
 
 
 def close(a, b, tolerance=1e-5):
@@ -44,9 +49,9 @@ def close(a, b, tolerance=1e-5):
 def test_log_probs_equal_a_plain_forward(model_folder, make_rollout, shape):
     module, rollout = attached(GRPO, model_folder(shape)), make_rollout()
     update = Update(module, rollout)
-    everything = torch.ones(len(rollout.responses), dtype=torch.bool)
+    everything = torch.ones(len(rollout), dtype=torch.bool)
     for space, context in (("post-train", None), ("pre-train", (module.prefix_id,))):
-        found = update.log_probs(space, everything)
+        found = by_response(update.log_probs(space, everything), rollout)
         for i, response in enumerate(rollout.responses):
             prompt = rollout.prompts[int(rollout.group_ids[i])].token_ids
             expected = plain_log_probs(model_folder(shape), context or prompt, response.token_ids, 0.7)
@@ -59,7 +64,7 @@ def test_entropy_is_that_of_plain_forwards(model_folder, make_rollout, objective
     module, rollout = attached(objective, model_folder("llama-tied"), entropy=True, mismatch_samples=2), make_rollout()
     update = Update(module, rollout)
     works = [update._work(term) for term in module.terms]
-    update.backward(works, torch.ones(len(rollout.responses), dtype=torch.bool), on_policy=True)
+    update.backward(works, torch.ones(len(rollout), dtype=torch.bool), on_policy=True)
     if objective is NSRPreRL:
         update._measure_mismatch()
     numbers = works[0].selected.nonzero().flatten().tolist() if objective is GRPO else [0, 1]
@@ -68,7 +73,7 @@ def test_entropy_is_that_of_plain_forwards(model_folder, make_rollout, objective
         prompt = rollout.prompts[int(rollout.group_ids[i])].token_ids
         logits = lm(torch.tensor([[*prompt, *rollout.responses[i].token_ids]])).logits[0, len(prompt) - 1 : -1]
         entropies.append(torch.distributions.Categorical(logits=logits / rollout.temperature).entropy())
-    found = update.sums.reduced(update.all_reduce)["optim/entropy"]
+    found = update.sums.reduced()["optim/entropy"]
     assert found == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-5)
 
 
@@ -77,13 +82,13 @@ def test_log_p_y_does_not_see_the_prompt(model_folder, make_rollout):
 
     module, rollout = attached(PreRL, model_folder("llama-tied")), make_rollout()
     other = tuple(replace(p, token_ids=(1, 9, 9, 9, 9)) for p in rollout.prompts)
-    everything = torch.ones(len(rollout.responses), dtype=torch.bool)
+    everything = torch.ones(len(rollout), dtype=torch.bool)
     a = Update(module, rollout).log_probs("pre-train", everything)
     b = Update(module, replace(rollout, prompts=other)).log_probs("pre-train", everything)
-    assert all(torch.equal(a[i], b[i]) for i in a)
+    assert torch.equal(a, b)
     c = Update(module, replace(rollout, prompts=other)).log_probs("post-train", everything)
     d = Update(module, rollout).log_probs("post-train", everything)
-    assert not torch.allclose(c[0], d[0])
+    assert not torch.allclose(c[: rollout.lengths[0]], d[: rollout.lengths[0]])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -142,7 +147,8 @@ def test_zero_advantages_count_in_grpo_s_denominator(model_folder, make_rollout)
     one, two = make_rollout(1, 4, rewards=[1, 0, 0, 1]), make_rollout(2, 4, rewards=[1, 0, 0, 1, 1, 1, 1, 1])
     from dataclasses import replace
 
-    two = replace(two, prompts=one.prompts * 2, responses=one.responses * 2)
+    twice = {name: getattr(one, name).repeat(2) for name in ("tokens", "log_probs", "lengths")}
+    two = replace(two, prompts=one.prompts * 2, **twice)
     close(2 * gradient(attached(GRPO, folder), two), gradient(attached(GRPO, folder), one))
     close(gradient(attached(NSRPreRL, folder), two), gradient(attached(NSRPreRL, folder), one))
 
@@ -151,10 +157,12 @@ def test_importance_weights():
     from prerl_lightning.objectives.losses import importance_weights
 
     trainer, engine = torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -1.0])
-    token = importance_weights(trainer, engine, "token", 2.0)
+    one, other = torch.tensor([0, 0]), torch.tensor([0, 1])
+    token = importance_weights(trainer, engine, one, 1, "token", 2.0)
     torch.testing.assert_close(token, torch.tensor([2.0, 0.36788]))
-    assert importance_weights(trainer, engine, "sequence-mask", 2.0).tolist() == [1.0, 1.0]
-    assert importance_weights(trainer, engine - 1, "sequence-mask", 2.0).tolist() == [0.0, 0.0]
+    for sequence, shift, expected in ((one, 0, [1, 1]), (one, 1, [0, 0]), (other, 0, [0, 0]), (other, 1, [0, 1])):
+        found = importance_weights(trainer, engine - shift, sequence, 2, "sequence-mask", 2.0)
+        assert found.tolist() == expected
 
 
 @pytest.mark.parametrize("objective", [GRPO, NSRPreRL])
@@ -164,12 +172,11 @@ def test_importance_sampling_reaches_the_gradient(model_folder, make_rollout, ob
 
     folder, rollout = model_folder("llama-tied"), make_rollout()
     update = Update(attached(objective, folder), rollout)
-    true = update.log_probs("post-train", torch.ones(len(rollout.responses), dtype=torch.bool))
+    true = update.log_probs("post-train", torch.ones(len(rollout), dtype=torch.bool))
     shift = torch.tensor(2.0).log()
-    off = tuple(replace(r, log_probs=tuple((true[i] - shift).tolist())) for i, r in enumerate(rollout.responses))
     corrected = attached(objective, folder, importance_sampling="token", importance_cap=3.0)
     plain = gradient(attached(objective, folder), rollout)
-    close(gradient(corrected, replace(rollout, responses=off)), 2 * plain, 1e-4)
+    close(gradient(corrected, replace(rollout, log_probs=true - shift)), 2 * plain, 1e-4)
 
 
 def test_kl_to_the_reference(model_folder, make_rollout):
@@ -194,7 +201,7 @@ def test_kl_to_the_reference(model_folder, make_rollout):
         prompt = rollout.prompts[int(rollout.group_ids[i])].token_ids
         ids = torch.tensor([[*prompt, *response.token_ids]])
         of = [F.log_softmax(m(ids).logits[0, len(prompt) - 1 : -1] / 0.7, -1) for m in (module.policy.model, reference)]
-        p, q = (t.gather(1, torch.tensor(response.token_ids)[:, None]) for t in of)
+        p, q = (t.gather(1, torch.tensor(response.token_ids).long()[:, None]) for t in of)
         total = total + ((q.detach() - p).exp() - 1 - (q.detach() - p)).sum()
     module.policy.zero_grad()
     (0.5 * total / rollout.lengths.sum()).backward()

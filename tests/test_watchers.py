@@ -26,20 +26,20 @@ from prerl_lightning.types import Prompt, Response, Rollout
 
 
 def response(ids, log_probs=None, truncated=False):
-    return Response(tuple(ids), tuple(log_probs or [-1.0] * len(ids)), "", truncated)
+    return Response(ids, log_probs or [-1.0] * len(ids), "", truncated)
 
 
 def test_statistics_by_hand():
-    rollout = Rollout(
-        prompts=(Prompt(0, (1,), "", ""), Prompt(1, (1,), "", ""), Prompt(2, (1,), "", "")),
-        group_ids=torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2]),
-        responses=(
+    rollout = Rollout.of(
+        [Prompt(0, (1,), "", ""), Prompt(1, (1,), "", ""), Prompt(2, (1,), "", "")],
+        [
             response([5, 6], [-1.0, -3.0]),
             response([5], [-2.0]),
             response([5, 6, 7], truncated=True),
             *(response([4]) for _ in range(3)),
             *(response([]) for _ in range(3)),
-        ),
+        ],
+        group_ids=torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2]),
         rewards=torch.tensor([1.0, 0.0, 0.5, 1, 1, 1, 0, 0, 0], dtype=torch.float64),
         policy_version=0,
         temperature=1.0,
@@ -81,7 +81,8 @@ def test_right_is_one_thing(make_rollout):
 
 
 def test_what_there_is_nothing_of_is_left_out():
-    rollout = Rollout((Prompt(0, (1,), "", ""),), torch.tensor([0]), (response([]),), torch.zeros(1).double(), 0, 1.0)
+    rest = {"group_ids": torch.tensor([0]), "rewards": torch.zeros(1).double(), "policy_version": 0, "temperature": 1.0}
+    rollout = Rollout.of([Prompt(0, (1,), "", "")], [response([])], **rest)
     found = rollout_statistics(rollout)
     assert "rollout/entropy" not in found
     assert "rollout/log_prob/wrong" not in found
@@ -196,10 +197,10 @@ def measured(model_folder, make_rollout, tmp_path):
     module = NSRPreRL(model=model_folder("llama-tied"))
     module.configure_model()
     rollout = make_rollout(n_prompts=4, group_size=4)
-    texts = ["wait, check", "wait", "", "so be it"] * 4
-    responses = tuple(replace(r, text=t) for r, t in zip(rollout.responses, texts, strict=True))
-    module.rollout = module.whole_rollout = replace(rollout, responses=responses)
+    texts = ("wait, check", "wait", "", "so be it") * 4
+    module.rollout = module.whole_rollout = replace(rollout, texts=texts)
     trainer = SimpleNamespace(global_step=1, max_steps=9, is_global_zero=True, log_every_n_steps=1)
+    trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"))
     trainer.precision_plugin = SimpleNamespace(forward_context=nullcontext)
     module._trainer = trainer
     return module, trainer, tmp_path
@@ -239,7 +240,7 @@ def test_what_alignment_logs(measured):
     model = AutoModelForCausalLM.from_pretrained(module.model_name)
     sums = {"right": [0.0, 0], "wrong": [0.0, 0]}
     for n in chosen(rollout, (rollout.rewards >= 1).long() * 2 - 1, 6):
-        ids = torch.tensor(rollout.responses[n].token_ids)
+        ids = torch.tensor(rollout.responses[n].token_ids).long()
         logits = model(torch.cat([torch.tensor([module.prefix_id]), ids])[None]).logits[0, :-1] / rollout.temperature
         log_prob = float(logits.log_softmax(-1).gather(1, ids[:, None]).sum().detach())
         name = "right" if rollout.rewards[n] >= 1 else "wrong"
@@ -258,8 +259,7 @@ def test_what_thoughts_log(measured):
     assert "thoughts/subgoal_ratio" not in found
     tokens = float(module.rollout.lengths.sum())
     assert found["thoughts/transition_per_1k"] == pytest.approx(8000 / tokens)
-    responses = tuple(replace(r, text="wait wait") for r in module.rollout.responses)
-    module.rollout, trainer.global_step = replace(module.rollout, responses=responses, policy_version=1), 2
+    module.rollout, trainer.global_step = replace(module.rollout, texts=("wait wait",) * 16, policy_version=1), 2
     again = Thoughts()
     again.load_state_dict(thoughts.state_dict())
     for one in (thoughts, again):

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from prerl_lightning import ranks
 from prerl_lightning.callbacks.watcher import Watcher, append_lines, run_folder
 from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.alignment import GROUPS, GradientComparison, ResponseAlignment
@@ -80,7 +81,7 @@ class GradientAlignment(Watcher):
         advantages = group_advantages(rollout.rewards, rollout.group_ids, "mean")
         numbers = chosen(rollout, advantages.sign(), self.n_responses)
         weights = dict(enumerate(advantages.tolist()))
-        comparison = GradientComparison(module.live_policy, self.sketch)
+        comparison = GradientComparison(module.live_policy, self.sketch, module.compute_device)
         each, policy_gradient = comparison.responses(rollout, numbers, weights, module.acting.prefix_id)
         if trainer.is_global_zero and self.folder is not None:
             rows = [self._row(trainer, module, rollout, a, weights[a.number], comparison.sketch) for a in each]
@@ -121,7 +122,7 @@ class GradientAlignment(Watcher):
             "row": rollout.prompts[int(rollout.group_ids[found.number])].row,
             "reward": float(rollout.rewards[found.number]),
             "advantage": advantage,
-            "tokens": len(rollout.responses[found.number].token_ids),
+            "tokens": int(rollout.lengths[found.number]),
             "cosine": products.cosine,
             "inner_product": products.inner_product,
             "norm_conditional": float(products.aa.sum().sqrt()),
@@ -138,15 +139,15 @@ class GradientAlignment(Watcher):
         if not self.likelihoods:
             return {}
         right = is_right(rollout.rewards)
-        some = torch.zeros(len(rollout.responses), dtype=torch.bool)
+        some = torch.zeros(len(rollout), dtype=torch.bool)
         some[chosen(rollout, right.long() * 2 - 1, self.likelihoods)] = True
         update = Update(module.acting, rollout)
         sums = torch.zeros(2, 2, dtype=torch.float64)  # wrong and right: log-probs, tokens
-        for number, log_probs in update.log_probs("pre-train", update.share("pre-train", some)).items():
-            sums[int(right[number])] += torch.tensor(
-                [float(log_probs.double().sum()), len(log_probs)], dtype=torch.float64
-            )
-        sums = update.all_reduce(sums)
+        own = update.share("pre-train", some)
+        kind, of_own = (x.repeat_interleave(rollout.lengths) for x in (right.long(), own))
+        log_probs = update.log_probs("pre-train", own).cpu().double()[of_own]
+        sums.index_add_(0, kind[of_own], torch.stack([log_probs, torch.ones_like(log_probs)], 1))
+        sums = ranks.all_reduce(sums)
         names = ("wrong", "right")
         return {f"rollout/marginal_log_prob/{k}": float(s / n) for k, (s, n) in zip(names, sums, strict=True) if n}
 

@@ -12,12 +12,12 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.text import Text
 
+from prerl_lightning import ranks
 from prerl_lightning.callbacks.progress import StepBar
 from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.callbacks.watcher import Watcher, append_lines, callbacks_of, run_folder
 from prerl_lightning.metrics.thoughts import ThoughtFinder, load_families
 from prerl_lightning.objectives.base import PolicyModule
-from prerl_lightning.objectives.update import of_all_ranks
 from prerl_lightning.rollout.sampler import Group
 from prerl_lightning.types import Prompt, Response, Rollout
 
@@ -66,7 +66,7 @@ class Samples(Watcher):
         for i, kind in best_and_worst(rollout, self.number):
             prompt = rollout.prompts[int(rollout.group_ids[i])]
             rows.append(self._row(trainer, module, kind, prompt, rollout.responses[i], float(rollout.rewards[i])))
-        rows = of_all_ranks(rows)
+        rows = ranks.gather(rows)
         best = sorted((r for r in rows if r["kind"] == "best"), key=lambda r: -r["reward"])
         worst = sorted((r for r in rows if r["kind"] == "worst"), key=lambda r: r["reward"])
         turns = [row for pair in zip_longest(best, worst) for row in pair if row is not None]
@@ -86,7 +86,7 @@ class Samples(Watcher):
         rows = [
             self._row(trainer, pl_module, "held_out", g.prompt, g.responses[0], g.verdicts[0].score) for g in groups
         ]
-        rows = sorted(of_all_ranks(rows), key=lambda row: row["row"])[: self.held_out]
+        rows = sorted(ranks.gather(rows), key=lambda row: row["row"])[: self.held_out]
         for row in rows:
             row["previous"] = self.earlier.get(row["row"])
             self.earlier[row["row"]] = {key: row[key] for key in ("step", "response", "reward")}

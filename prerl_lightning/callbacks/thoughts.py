@@ -1,16 +1,17 @@
 """Reasoning behaviours by keywords: of each step's responses and of the held-out ones, and their ratio to step 0."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from prerl_lightning.callbacks.watcher import Watcher
 from prerl_lightning.metrics.thoughts import ThoughtCounts, ThoughtFinder, load_families
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.rollout.sampler import Group
-from prerl_lightning.types import Response
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Thoughts(Watcher):
         rollout = module.rollout
         if not self.enabled or rollout is None or not module.due(trainer.log_every_n_steps):  # type: ignore[attr-defined]
             return {}
-        self._add(self.training, rollout.responses, rollout.rewards, module)
+        self._add(self.training, rollout.texts, rollout.lengths, rollout.rewards)
         return self._found(self.training, "thoughts/", untrained=rollout.policy_version == 0)
 
     def on_validation_batch_end(  # type: ignore[override]
@@ -50,8 +51,9 @@ class Thoughts(Watcher):
     ) -> None:
         if self.enabled and not trainer.sanity_checking:
             responses = [r for group in outputs["samples"] for r in group.responses]
+            lengths = torch.tensor([len(r.token_ids) for r in responses], dtype=torch.long)
             scores = [v.score for group in outputs["samples"] for v in group.verdicts]
-            self._add(self.held_out, responses, torch.tensor(scores, dtype=torch.float64), pl_module)
+            self._add(self.held_out, [r.text for r in responses], lengths, torch.tensor(scores, dtype=torch.float64))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         if self.enabled and not trainer.sanity_checking:
@@ -67,16 +69,8 @@ class Thoughts(Watcher):
             if shown and trainer.state.fn == "fit":
                 log.info("thoughts a held-out response, and to step 0: %s", ", ".join(shown))
 
-    def _add(
-        self,
-        counts: ThoughtCounts,
-        responses: list[Response] | tuple[Response, ...],
-        rewards: Any,
-        module: PolicyModule,
-    ) -> None:
-        counts.to(module.device)  # where collectives run
-        found = [self.finder.counts(r.text) for r in responses]
-        lengths = torch.tensor([len(r.token_ids) for r in responses], dtype=torch.long)
+    def _add(self, counts: ThoughtCounts, texts: Sequence[str], lengths: Tensor, rewards: Tensor) -> None:
+        found = [self.finder.counts(text) for text in texts]
         counts.update(torch.tensor(found, dtype=torch.long).view(-1, len(self.finder.families)), lengths, rewards)
 
     def _found(self, counts: ThoughtCounts, prefix: str, untrained: bool) -> dict[str, float]:

@@ -4,10 +4,10 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from prerl_lightning import ranks
 from prerl_lightning.callbacks.watcher import Watcher
 from prerl_lightning.metrics.sketch import Sketch, local_piece
 from prerl_lightning.objectives.base import PolicyModule
@@ -66,6 +66,5 @@ def weight_sketch(policy: Policy) -> Tensor:
         piece, offset = local_piece(parameter)
         sketch.add(piece, start + offset)
         start += parameter.numel()
-    if isinstance(parameters[0], DTensor):
-        dist.all_reduce(sketch.sums)
-    return sketch.sums.cpu()
+    sums = sketch.sums.cpu()
+    return ranks.all_reduce(sums) if isinstance(parameters[0], DTensor) else sums

@@ -15,7 +15,7 @@ from prerl_lightning.errors import InputError
 from prerl_lightning.policy.model import load_config, load_tokenizer, model_path
 from prerl_lightning.rewards.pool import RewardPool, Verification
 from prerl_lightning.rewards.score import Reward
-from prerl_lightning.rollout.engine import Engine, Sampling
+from prerl_lightning.rollout.engine import Engine, Place, Sampling
 from prerl_lightning.rollout.sampler import Group, mixed_seed, sample, sample_for_evaluation
 from prerl_lightning.rollout.vllm_engine import VLLMEngine
 from prerl_lightning.types import Prompt, Rollout
@@ -86,7 +86,9 @@ class RolloutDataModule(L.LightningDataModule):
             self._load()
         if not self._pools:
             self._start_pools()
-        self.engine.start(model_path(self._model), self.seed or 0, self.trainer.world_size)
+        strategy: Any = self.trainer.strategy
+        place = Place(strategy.global_rank, self.trainer.world_size, strategy.local_rank, strategy.root_device)
+        self.engine.start(model_path(self._model), self.seed or 0, place)
 
     def teardown(self, stage: str) -> None:
         for pool in set(self._pools.values()):
@@ -171,7 +173,7 @@ class RolloutDataModule(L.LightningDataModule):
         """
         start = time.perf_counter()
         if self.engine.policy_version != policy_version:
-            self.engine.update_weights(policy.named_weights(), policy_version)
+            self.engine.update_weights(policy.named_weights(self.engine.weights_dtype), policy_version)
         return time.perf_counter() - start
 
     def rollout(self, prompts: Sequence[Prompt], policy_version: int) -> Rollout:
@@ -190,10 +192,10 @@ class RolloutDataModule(L.LightningDataModule):
         groups = sample(self.engine, self._pools["train"], prompts, self.sampling, seeds, seconds=seconds)
         verdicts = [v for group in groups for v in group.verdicts]
         failures = [v.failure for v in verdicts]
-        return Rollout(
-            prompts=tuple(prompts),
+        return Rollout.of(
+            prompts,
+            [r for group in groups for r in group.responses],
             group_ids=torch.arange(len(prompts)).repeat_interleave(self.sampling.group_size),
-            responses=tuple(r for group in groups for r in group.responses),
             rewards=torch.tensor([v.score for v in verdicts], dtype=torch.float64),
             policy_version=policy_version,
             temperature=self.sampling.temperature,

@@ -10,15 +10,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from prerl_lightning import ranks
 from prerl_lightning.metrics.sketch import SIZE, Sketch, local_piece
 from prerl_lightning.policy.model import Policy
 from prerl_lightning.policy.packing import Family, micro_batches
-from prerl_lightning.types import Rollout
+from prerl_lightning.types import Rollout, Sequences
 
 EXACT_PARAMETERS = 1 << 28
 GROUPS = ("embedding", "first", "middle", "last", "head")
@@ -92,12 +93,13 @@ class GradientComparison:
 
     Args:
         sketch: buckets of a sketch of each layer group's gradient; 0: exact.
+        device: that the policy computes on; None: where its weights lie.
     """
 
-    def __init__(self, policy: Policy, sketch: int | None = None) -> None:
+    def __init__(self, policy: Policy, sketch: int | None = None, device: torch.device | None = None) -> None:
         self.policy, self.groups = policy, layer_groups(policy)
         parameters = list(policy.parameters())
-        self.device = parameters[0].device
+        self.device = device or parameters[0].device
         self.sharded = isinstance(parameters[0], DTensor)
         n_local = sum(local_piece(p)[0].numel() for p in parameters)
         self.sketch = sketch if sketch is not None else 0 if n_local <= EXACT_PARAMETERS else SIZE
@@ -115,8 +117,8 @@ class GradientComparison:
         found: list[ResponseAlignment] = []
         sums: tuple[Gradient, Gradient] = ({}, {})
         for number in numbers:
-            ids = rollout.responses[number].token_ids
-            prompt = rollout.prompts[int(rollout.group_ids[number])].token_ids
+            ids = rollout.sequences[number]
+            prompt = rollout.contexts[int(rollout.group_ids[number])]
             log_prob, a = self._gradient(prompt, ids, rollout.temperature)
             marginal, b = self._gradient((prefix_id,), ids, rollout.temperature)
             found.append(ResponseAlignment(number, self._products(a, b), log_prob, marginal))
@@ -128,8 +130,11 @@ class GradientComparison:
                         total[key] = value * weights[number]
         return found, self._products(*sums)
 
-    def _gradient(self, context: Sequence[int], ids: Sequence[int], temperature: float) -> tuple[float, Gradient]:
-        batch = micro_batches([Family(tuple(context), ((0, tuple(ids)),))], 1, packed=False)[0]
+    def _gradient(
+        self, context: Sequence[int] | np.ndarray, ids: np.ndarray, temperature: float
+    ) -> tuple[float, Gradient]:
+        family = Family(np.asarray(context), (0,), (len(ids),))
+        batch = micro_batches([family], Sequences.of([ids]), 1, packed=False)[0]
         self.policy.zero_grad(set_to_none=True)
         log_probs, _ = self.policy(batch.to(self.device), temperature)
         log_probs.sum().backward()
@@ -158,7 +163,4 @@ class GradientComparison:
             for key in left.keys() & right.keys():
                 group = GROUPS.index(self.groups.get(key, key))
                 sums[i, group] += dot(left[key], right[key])
-        if self.sharded:
-            sums = sums.to(self.device)
-            dist.all_reduce(sums)
-        return Products(*sums.cpu())
+        return Products(*(ranks.all_reduce(sums) if self.sharded else sums))

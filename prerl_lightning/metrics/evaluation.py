@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from prerl_lightning.ranks import gather_state
 from prerl_lightning.rollout.sampler import Group
 
 RESAMPLES = 2000
@@ -84,7 +85,7 @@ def percentiles(drawn: Tensor) -> tuple[float, float]:
 
 
 class EvaluationMetric(Metric):
-    """Of a set of problems, k samples each, and perhaps one greedy response."""
+    """Of a set of problems, k samples each, and perhaps one greedy response. Its states are on the CPU."""
 
     full_state_update = False
     higher_is_better = True
@@ -97,7 +98,7 @@ class EvaluationMetric(Metric):
     greedy: list[Tensor]
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(dist_sync_fn=gather_state)
         for name in ("rows", "rewards", "answers", "lengths", "truncated", "greedy_rows", "greedy"):
             self.add_state(name, [], dist_reduce_fx="cat")
 

@@ -1,5 +1,6 @@
 """What a rollout alone tells about the policy: no forward pass is needed for any of it."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +19,8 @@ def rollout_statistics(rollout: Rollout) -> dict[str, float]:
     - rollout/repetition: share of 4-grams that stood in the same response before;
     - rollout/pass@k: unbiased, from each prompt's responses.
     """
-    lengths, rewards, n = rollout.lengths, rollout.rewards, len(rollout.responses)
-    log_probs = torch.tensor([x for r in rollout.responses for x in r.log_probs], dtype=torch.float64)
+    lengths, rewards, n = rollout.lengths, rollout.rewards, len(rollout)
+    log_probs = rollout.log_probs.double()
     found = {
         "reward/mean": float(rewards.mean()),
         "reward/timeouts": float(rollout.timeouts),
@@ -27,13 +28,11 @@ def rollout_statistics(rollout: Rollout) -> dict[str, float]:
         "rollout/responses": float(n),
         "rollout/tokens": float(lengths.sum()),
         "rollout/response_length": float(lengths.double().mean()),
-        "rollout/truncated": sum(r.truncated for r in rollout.responses) / n,
+        "rollout/truncated": float(rollout.truncated.double().mean()),
     }
     if len(log_probs):
         found["rollout/entropy"] = -float(log_probs.mean())
-        found["rollout/repetition"] = repetition(
-            torch.tensor([t for r in rollout.responses for t in r.token_ids]), lengths
-        )
+        found["rollout/repetition"] = repetition(rollout.tokens, lengths)
     right = is_right(rewards)
     for name, those in (("right", right), ("wrong", ~right)):
         if those.any():
@@ -69,10 +68,10 @@ def repetition(tokens: Tensor, lengths: Tensor) -> float:
         lengths: (N,) tokens of each.
     """
     number = torch.arange(len(lengths)).repeat_interleave(lengths)
-    keys = number.clone()
+    keys, tokens = number.clone(), tokens.long()
     for offset in range(NGRAM):  # a 64-bit hash, which wraps around
-        keys = keys * 6364136223846793005 + tokens.roll(-offset) + 1442695040888963407
+        keys.mul_(6364136223846793005).add_(tokens.roll(-offset)).add_(1442695040888963407)
     position = torch.arange(len(tokens)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     whole = position <= lengths.repeat_interleave(lengths) - NGRAM
-    keys = keys[whole]
-    return 1.0 - len(keys.unique()) / len(keys) if len(keys) else 0.0
+    ordered = np.sort(keys[whole].numpy())  # several times faster than torch's and than unique
+    return float((ordered[1:] == ordered[:-1]).sum()) / len(ordered) if len(ordered) else 0.0

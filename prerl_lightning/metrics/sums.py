@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from prerl_lightning import ranks
+
 
 class Sums:
     """Running sums, reduced over ranks all at once; every rank knows the same keys."""
@@ -32,9 +34,9 @@ class Sums:
         self.totals[i] += total
         self.counts[i] += count
 
-    def reduced(self, all_reduce: Any) -> dict[str, float]:
-        """Totals and means; a mean of nothing on any rank is left out."""
-        totals, counts = all_reduce(torch.stack([self.totals.cpu(), self.counts])).tolist()
+    def reduced(self) -> dict[str, float]:
+        """Totals and means; a mean of nothing on any rank is left out. Collective."""
+        totals, counts = ranks.all_reduce(torch.stack([self.totals.cpu(), self.counts])).tolist()
         found = dict(zip(self.TOTALS, totals, strict=False))
         for key, total, count in list(zip(self.KEYS, totals, counts, strict=True))[len(self.TOTALS) :]:
             if count:

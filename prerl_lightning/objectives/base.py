@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any, Literal, cast
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -35,6 +36,8 @@ from prerl_lightning.rollout.sampler import Group
 from prerl_lightning.types import Prompt, Rollout
 
 log = logging.getLogger(__name__)
+
+CPU_PACK_TOKENS = 2048
 
 
 class PolicyModule(L.LightningModule):
@@ -68,13 +71,14 @@ class PolicyModule(L.LightningModule):
             are forwarded without gradient to compare engine and trainer. 0: none.
         entropy: log optim/entropy: of the next token's distribution in nats, over the response tokens that a step
             forwards behind their prompts.
-        max_tokens_per_microbatch: input tokens of one forward pass, padding included; None: 16,384 on a GPU, 2,048 on
-            a CPU.
+        max_tokens_per_microbatch: input tokens of one forward pass, padding included; None: on a GPU up to 16,384, by
+            the model's shape and the memory there is (budget.py), on a CPU 2,048.
         micro_batch_size: at most so many responses in one forward pass; None: no such limit.
         packing: forward many responses as one row of tokens without padding, where the model's attention allows it.
         share_prompts: in a pack, the responses of a group share one pass over their prompt where that pays.
         chunked_head: token log-probs without a tokens x vocabulary tensor; False: all logits at once.
-        gradient_checkpointing: recompute activations in the backward pass.
+        gradient_checkpointing: recompute activations in the backward pass, in all lives; None: on a GPU where packs of
+            a good size do not fit otherwise, on a CPU not.
         peak_flops: FLOP/s of one device, for train/mfu; None: from a table of NVIDIA's (metrics/utilisation.py).
         attn_implementation: of transformers, e.g. ``sdpa`` or ``flash_attention_2``; None: its own choice.
     """
@@ -108,7 +112,7 @@ class PolicyModule(L.LightningModule):
         packing: bool = True,
         share_prompts: bool = True,
         chunked_head: bool = True,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | None = None,
         peak_flops: float | None = None,
         attn_implementation: str | None = None,
     ) -> None:
@@ -145,6 +149,7 @@ class PolicyModule(L.LightningModule):
         self._started = 0.0
         self._row: dict[str, float] = {}
         self._prefix_id: int | None = None
+        self._pack_tokens = CPU_PACK_TOKENS  # where max_tokens_per_microbatch does not say
         # in tuples, because a LightningModule as an attribute would be registered as a submodule
         self._host: tuple[PolicyModule] = (self,)
         self._acting: tuple[PolicyModule] = (self,)
@@ -271,9 +276,21 @@ class PolicyModule(L.LightningModule):
             self.policy = Policy.from_pretrained(
                 self.model_name,
                 attn_implementation=self.attn_implementation,
-                gradient_checkpointing=self.gradient_checkpointing,
+                gradient_checkpointing=bool(self.gradient_checkpointing),
                 chunked_head=self.chunked_head,
             )
+
+    @property
+    def compute_device(self) -> torch.device:
+        """Where forward passes run."""
+        if self.is_attached:
+            return cast(Any, self.trainer.strategy).root_device
+        return next(self.live_policy.parameters()).device
+
+    @property
+    def pack_tokens(self) -> int:
+        """Input tokens of one forward pass, padding included."""
+        return self.max_tokens_per_microbatch or self.host._pack_tokens
 
     @cached_property
     def training_flops(self) -> TrainingFlops:
@@ -345,7 +362,7 @@ class PolicyModule(L.LightningModule):
         metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / seconds["rollout"]
         metrics["train/tokens_per_second"] = metrics["train/tokens"] / seconds["forward_backward"]
         flops_per_second = metrics.pop("train/flops") / seconds["forward_backward"]
-        if peak := self.peak_flops or peak_flops(next(self.live_policy.parameters()).device):
+        if peak := self.peak_flops or peak_flops(self.compute_device):
             metrics["train/mfu"] = flops_per_second / (peak * self.trainer.world_size)
         metrics["life"] = self.life
         for key, value in metrics.items():

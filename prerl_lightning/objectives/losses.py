@@ -100,18 +100,22 @@ def denominator(lengths: Tensor, contributing: Tensor, aggregation: Aggregation)
 def importance_weights(
     trainer_log_probs: Tensor,
     engine_log_probs: Tensor,
+    sequence: Tensor,
+    n_responses: int,
     correction: Literal["token", "sequence-mask"],
     cap: float,
 ) -> Tensor:
-    """(T,) detached weights of one response's tokens: they correct for the engine having sampled from slightly other
-    probabilities than the trainer computes from the same weights.
+    """(T,) detached weights of the tokens of whole responses: they correct for the engine having sampled from slightly
+    other probabilities than the trainer computes from the same weights.
 
     Args:
         trainer_log_probs, engine_log_probs: (T,) log p(y_t given x, y_<t) of the weights that sampled, by each.
+        sequence: (T,) the number of each token's response, below ``n_responses``.
         correction: ``"token"``: min(ratio, cap) (truncated importance sampling); ``"sequence-mask"``: 0 on every
             token of a response whose sequence ratio is above ``cap`` or below 1 / ``cap``, else 1.
     """
     difference = (trainer_log_probs - engine_log_probs).detach().clamp(-20.0, 20.0)
     if correction == "token":
         return difference.exp().clamp(max=cap)
-    return torch.full_like(difference, float(difference.sum().abs() <= math.log(cap)))
+    ratios = difference.new_zeros(n_responses).index_add_(0, sequence, difference)
+    return (ratios.abs() <= math.log(cap)).to(difference)[sequence]

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from prerl_lightning import ranks
 from prerl_lightning.metrics.rollout import rollout_statistics
 from prerl_lightning.metrics.sums import Sums
 from prerl_lightning.metrics.utilisation import attended_tokens
@@ -34,7 +35,7 @@ from prerl_lightning.policy.packing import (
     idle_micro_batch,
     micro_batches,
 )
-from prerl_lightning.types import Prompt, Response, Rollout
+from prerl_lightning.types import Prompt, Rollout, Sequences
 
 if TYPE_CHECKING:
     from prerl_lightning.objectives.base import PolicyModule
@@ -42,46 +43,33 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def of_all_ranks(rows: list[Any]) -> list[Any]:
-    """Those of each rank, one behind the other. Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return rows
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
-
-
 def gathered(rollout: Rollout) -> Rollout:
-    """The rollouts of all ranks as one, rank after rank; texts stay behind. The same on all ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    """The rollouts of all ranks as one, rank after rank; texts stay behind. The same on all ranks. Collective."""
+    if ranks.world_size() == 1:
         return rollout
     own = (
         [(p.row, p.token_ids) for p in rollout.prompts],
-        rollout.group_ids,
-        rollout.rewards,
-        rollout.lengths,
-        torch.tensor([t for r in rollout.responses for t in r.token_ids], dtype=torch.int32),
-        torch.tensor([x for r in rollout.responses for x in r.log_probs]),
-        [r.truncated for r in rollout.responses],
+        *(rollout.group_ids, rollout.tokens, rollout.log_probs, rollout.lengths, rollout.truncated, rollout.rewards),
         (rollout.timeouts, rollout.errors),
     )
     prompts: list[Prompt] = []
-    group_ids, rewards, responses = [], [], []
-    timeouts = errors = 0
-    for contexts, groups, values, lengths, ids, log_probs, truncated, failed in of_all_ranks([own]):
-        timeouts, errors = timeouts + failed[0], errors + failed[1]
+    parts = ranks.gather([own])
+    group_ids = []
+    for contexts, groups, *_ in parts:
         group_ids.append(groups + len(prompts))
-        rewards.append(values)
         prompts += [Prompt(row, ids, "", "") for row, ids in contexts]
-        cuts = lengths.tolist()
-        for i, x, t in zip(ids.split(cuts), log_probs.split(cuts), truncated, strict=True):
-            responses.append(Response(tuple(i.tolist()), tuple(x.tolist()), "", t))
+    tokens, log_probs, lengths, truncated, rewards = (torch.cat([part[i] for part in parts]) for i in range(2, 7))
+    timeouts, errors = (sum(part[7][i] for part in parts) for i in (0, 1))
     return replace(
         rollout,
         prompts=tuple(prompts),
         group_ids=torch.cat(group_ids),
-        responses=tuple(responses),
-        rewards=torch.cat(rewards),
+        tokens=tokens,
+        log_probs=log_probs,
+        lengths=lengths,
+        truncated=truncated,
+        texts=(),
+        rewards=rewards,
         timeouts=timeouts,
         errors=errors,
     )
@@ -97,30 +85,31 @@ class Term:
     coefficient: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Work:
-    """A term applied to a rollout.
+    """A term applied to a rollout of N responses and T response tokens.
 
     Args:
-        advantages: (N,) float64.
         contributing: (N,) bool, what the denominator counts.
         selected: (N,) bool, what has a gradient, and so is forwarded, by one rank or another.
         own: (N,) bool, what of it this rank forwards.
-        weights: (N,) of each response's tokens, before division by the denominator.
-        old: (T_i,) log-probs at sampling by response number; None: the current ones are.
-        reference: (T_i,) log-probs of the reference; None: no KL penalty.
-        correction: (T_i,) importance weights; None: they follow from this term's own log-probs.
+        advantages: (N,) on the device.
+        weights: (N,) of each response's tokens, before division by the denominator; on the device.
+        old: (T,) log-probs at sampling; None: the current ones are. This and the next two on the device, and of this
+            rank's own responses alone.
+        reference: (T,) log-probs of the reference; None: no KL penalty.
+        correction: (T,) importance weights; None: they follow from this term's own log-probs.
     """
 
     term: Term
-    advantages: Tensor
     contributing: Tensor
     selected: Tensor
     own: Tensor
+    advantages: Tensor
     weights: Tensor
-    old: dict[int, Tensor] | None
-    reference: dict[int, Tensor] | None
-    correction: dict[int, Tensor] | None
+    old: Tensor | None
+    reference: Tensor | None
+    correction: Tensor | None
 
 
 class Update:
@@ -130,14 +119,14 @@ class Update:
     def __init__(self, module: "PolicyModule", rollout: Rollout) -> None:
         self.module, self.rollout = module, rollout
         self.policy = module.live_policy
-        self.device = next(self.policy.parameters()).device
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.device = module.compute_device
+        self.world_size, self.rank = ranks.world_size(), ranks.rank()
         self.chunks = torch.arange(len(rollout.prompts)).tensor_split(module.minibatches)
         self.packed = module.packing and self.policy.can_pack
-        self.max_tokens = module.max_tokens_per_microbatch or (2048 if self.device.type == "cpu" else 16384)
+        self.kernel = self.policy.attention_kernel(self.device)
+        self.max_tokens = module.host.pack_tokens
         self.lengths = rollout.lengths
-        self.engine_log_probs = {i: torch.tensor(r.log_probs) for i, r in enumerate(rollout.responses)}
+        self.engine_log_probs = rollout.log_probs.to(self.device)
         self.sums = Sums(self.device)
         self.last: dict[str, float] = {}
         self.seconds = {"forward_backward": 0.0, "optimizer": 0.0}
@@ -155,7 +144,7 @@ class Update:
                 in_minibatch = torch.isin(rollout.group_ids, prompts)
                 jobs = self.backward(works, in_minibatch, on_policy=epoch == 0 and number == 0)
                 self._step(jobs)
-        metrics = {**statistics, **self.sums.reduced(self.all_reduce), **self.last}
+        metrics = {**statistics, **self.sums.reduced(), **self.last}
         self.seconds["forward_backward"] += time.perf_counter() - start - sum(self.seconds.values())
         return metrics
 
@@ -177,36 +166,36 @@ class Update:
         if m.importance_sampling != "none" and (term.space == "pre-train" or old is not None):
             # the ratio is one of log p(y given x) at sampling
             trainer = old if term.space == "post-train" else self.log_probs("post-train", own)
-            correction = self._corrections(trainer or {})
+            assert trainer is not None
+            number = torch.arange(len(self.lengths)).repeat_interleave(self.lengths).to(self.device)
+            correction = self._correction(trainer, self.engine_log_probs, number)
         self.sums.add("rollout/contributing", int(own.sum()))
         self.sums.add("rollout/contributing_tokens", int(self.lengths[own].sum()))
         weights = losses.sequence_weights(self.lengths, contributing, m.aggregation)
-        return Work(term, advantages, contributing, selected, own, weights, old, reference, correction)
+        own_advantages, own_weights = (x.float().to(self.device) for x in (advantages, weights))
+        return Work(term, contributing, selected, own, own_advantages, own_weights, old, reference, correction)
 
-    def _corrections(self, trainer: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Importance weights (T_i,) from the trainer's log-probs, by response number."""
+    def _correction(self, trainer: Tensor, engine: Tensor, sequence: Tensor) -> Tensor:
+        """(T,) importance weights of tokens of whole responses."""
         m = self.module
         assert m.importance_sampling != "none"
-        return {
-            i: losses.importance_weights(p, self.engine_log_probs[i].to(p), m.importance_sampling, m.importance_cap)
-            for i, p in trainer.items()
-        }
+        return losses.importance_weights(
+            trainer, engine, sequence, len(self.lengths), m.importance_sampling, m.importance_cap
+        )
 
     def _families(self, space: Space, selected: Tensor) -> list[Family]:
         m, rollout = self.module, self.rollout
-        numbers = selected.nonzero().flatten().tolist()
         share = self.packed and self.policy.can_share and m.share_prompts and m.micro_batch_size is None
-        if space == "post-train":
-            contexts = [rollout.prompts[int(rollout.group_ids[i])].token_ids for i in numbers]
-        else:
-            contexts, share = [(m.prefix_id,)] * len(numbers), False
-        responses = [rollout.responses[i].token_ids for i in numbers]
-        return families(contexts, responses, numbers, share, self.max_tokens)
+        contexts, context_of = rollout.contexts, rollout.group_ids.tolist()
+        if space == "pre-train":
+            contexts, context_of, share = Sequences.of([(m.prefix_id,)]), [0] * len(rollout), False
+        numbers = selected.nonzero().flatten().tolist()
+        return families(contexts, context_of, rollout.sequences, numbers, share, self.max_tokens)
 
     def _micro_batches(self, space: Space, selected: Tensor) -> list[MicroBatch]:
-        m = self.module
         made = self._families(space, selected)
-        return micro_batches(made, self.max_tokens, m.micro_batch_size, self.packed)
+        sequences, most = self.rollout.sequences, self.module.micro_batch_size
+        return micro_batches(made, sequences, self.max_tokens, most, self.packed, self.kernel)
 
     def share(self, space: Space, selected: Tensor) -> Tensor:
         """(N,) bool: this rank's share of the selected responses; within each minibatch the ranks' tokens are about
@@ -217,31 +206,36 @@ class Update:
         for prompts in self.chunks:
             made = self._families(space, selected & torch.isin(self.rollout.group_ids, prompts))
             for family in balanced(made, self.world_size)[self.rank]:
-                own[[number for number, _ in family.responses]] = True
+                own[list(family.numbers)] = True
         return own
 
     def _padded(self, jobs: list[Any], idle: Any) -> list[Any]:
         """With idle jobs up to the largest number of jobs on any rank: collectives must match."""
-        most = int(self.all_reduce(torch.tensor([len(jobs)], dtype=torch.float64), dist.ReduceOp.MAX))
+        most = int(ranks.all_reduce(torch.tensor(len(jobs)), dist.ReduceOp.MAX))
         return jobs + [idle] * (most - len(jobs))
 
     # ------------------------------------------------------------------ forward and backward
 
     def _forward(self, batch: MicroBatch, entropy: bool = False) -> Tensor:
-        """(T,) log-probs; their entropies, where asked for, are counted."""
-        log_probs, entropies = self.policy(batch.to(self.device), self.rollout.temperature, entropy)
+        """(T,) log-probs of a micro-batch on the device; their entropies, where asked for, are counted."""
+        log_probs, entropies = self.policy(batch, self.rollout.temperature, entropy)
         if entropies is not None:
             self.sums.add("optim/entropy", entropies.sum(), len(entropies))
         return log_probs
 
+    def _idle_forward(self) -> Tensor:
+        return self._forward(idle_micro_batch().to(self.device))
+
     @torch.no_grad()
-    def log_probs(self, space: Space, selected: Tensor, entropy: bool = False) -> dict[int, Tensor]:
-        """Token log-probs (T_i,) of the selected (N,) responses by number, without gradient."""
-        found: dict[int, Tensor] = {}
+    def log_probs(self, space: Space, selected: Tensor, entropy: bool = False) -> Tensor:
+        """(T,) log-probs on the device, without gradient, of the tokens of the selected (N,) responses; 0 of others."""
+        found = torch.zeros_like(self.engine_log_probs)
         for batch in self._padded(self._micro_batches(space, selected), None):
-            log_probs = self._forward(batch, entropy) if batch else self._forward(idle_micro_batch())
-            if batch is not None:
-                found |= _by_response(log_probs, batch.sequence)
+            if batch is None:
+                self._idle_forward()
+            else:
+                on_device = batch.to(self.device)
+                found[on_device.source] = self._forward(on_device, entropy).float()
         return found
 
     def backward(self, works: list[Work], in_minibatch: Tensor, on_policy: bool) -> int:
@@ -256,40 +250,41 @@ class Update:
         self.policy.zero_grad(set_to_none=True)
         for i, job in enumerate(jobs):
             with self._gradient_sync(last=i == len(jobs) - 1):
-                loss = self._loss(*job, on_policy) if job else self._forward(idle_micro_batch()).sum() * 0.0
+                loss = self._loss(*job, on_policy) if job else self._idle_forward().sum() * 0.0
                 # DDP and FSDP2 average gradients over ranks, and the denominator has counted all of them already
                 m.backward_pass(loss * self.world_size)
         return len(jobs)
 
     def _loss(self, batch: MicroBatch, work: Work, denominator: float, on_policy: bool) -> Tensor:
+        """No shape in here depends on values on the device: the host runs ahead of it."""
         m = self.module
+        self._count_work(batch)
+        batch = batch.to(self.device)
         log_probs = self._forward(batch, m.entropy and work.term.space == "post-train")
-        n_tokens, sequence = len(log_probs), batch.sequence
+        n_tokens, sequence, source = len(log_probs), batch.sequence, batch.source
         current = log_probs.detach()
-        old = current if work.old is None else _tokens(work.old, sequence, current)
+        old = current if work.old is None else work.old[source]
         tokens = losses.clipped_surrogate(
-            log_probs, old, work.advantages[sequence].to(current), m.clip_low, m.clip_high, m.clip_dual
+            log_probs, old, work.advantages[sequence], m.clip_low, m.clip_high, m.clip_dual
         )
         loss = tokens.loss
+        engine = self.engine_log_probs[source]
         if m.importance_sampling != "none":
             correction = work.correction
-            if correction is None:
-                correction = self._corrections(_by_response(current, sequence))
-            loss = loss * _tokens(correction, sequence, current)
+            loss = loss * (self._correction(current, engine, sequence) if correction is None else correction[source])
         if work.reference is not None:
-            kl = losses.kl_penalty(log_probs, _tokens(work.reference, sequence, current), m.kl_estimator)
+            kl = losses.kl_penalty(log_probs, work.reference[source], m.kl_estimator)
             loss = loss + m.kl_coefficient * kl
             self.sums.add("optim/reference_kl", kl.detach().sum(), n_tokens)
         coefficient = work.term.coefficient * m.loss_coefficient / denominator
-        loss = (loss * work.weights[sequence].to(current)).sum() * coefficient
+        loss = (loss * work.weights[sequence]).sum() * coefficient
 
-        self._count_work(batch)
         self.sums.add("optim/loss", loss.detach())
         self.sums.add("optim/clipped", tokens.clipped.sum(), n_tokens)
         self.sums.add("optim/dual_clipped", tokens.dual_clipped.sum(), n_tokens)
         self.sums.add("optim/approx_kl", tokens.approx_kl.sum(), n_tokens)
         if on_policy and work.term.space == "post-train":
-            self._add_mismatch(current, _tokens(self.engine_log_probs, sequence, current))
+            self._add_mismatch(current, engine)
         return loss
 
     def _gradient_sync(self, last: bool) -> Any:
@@ -319,6 +314,7 @@ class Update:
                 torch.nn.utils.clip_grads_with_norm_(self.policy.parameters(), m.gradient_clip, total)
         start = time.perf_counter()  # reading the norm has waited for the device
         optimizer.step()
+        self.policy.zero_grad(set_to_none=True)  # not needed any more, and as large as the weights through a rollout
         self.seconds["optimizer"] += time.perf_counter() - start
         self.last["optim/lr"] = lr
         self.last["optim/skipped"] = self.last.get("optim/skipped", 0.0) + skipped
@@ -330,8 +326,9 @@ class Update:
         m = self.module
         some = torch.zeros(len(self.rollout.responses), dtype=torch.bool)
         some[self.lengths.nonzero().flatten()[: m.mismatch_samples][self.rank :: self.world_size]] = True
-        for i, log_probs in self.log_probs("post-train", some, m.entropy).items():
-            self._add_mismatch(log_probs, self.engine_log_probs[i].to(log_probs))
+        trainer = self.log_probs("post-train", some, m.entropy)
+        tokens = some.repeat_interleave(self.lengths).nonzero().flatten().to(self.device)
+        self._add_mismatch(trainer[tokens], self.engine_log_probs[tokens])
 
     def _add_mismatch(self, trainer: Tensor, engine: Tensor) -> None:
         """Engine against trainer, weights equal: mean |difference|, and KL(engine || trainer) by k3."""
@@ -343,21 +340,3 @@ class Update:
         attended = attended_tokens(batch)
         self.sums.add("train/tokens", len(attended))
         self.sums.add("train/flops", self.module.host.training_flops(attended, len(batch.targets)))
-
-    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        if self.world_size == 1:
-            return tensor
-        tensor = tensor.to(self.device)
-        dist.all_reduce(tensor, op)
-        return tensor.cpu()
-
-
-def _by_response(values: Tensor, sequence: Tensor) -> dict[int, Tensor]:
-    """(T_i,) values by response number from the (T,) ones of a micro-batch."""
-    numbers, counts = sequence.unique_consecutive(return_counts=True)
-    return dict(zip(numbers.tolist(), values.split(counts.tolist()), strict=True))
-
-
-def _tokens(by_response: dict[int, Tensor], sequence: Tensor, like: Tensor) -> Tensor:
-    """(T,) values of a micro-batch's tokens from (T_i,) ones kept by response number."""
-    return torch.cat([by_response[i].to(like) for i in sequence.unique_consecutive().tolist()])

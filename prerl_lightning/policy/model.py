@@ -6,6 +6,7 @@ module they wrap: an output head called from outside would see a shard.
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from prerl_lightning.errors import InputError
 from prerl_lightning.policy import attention
 from prerl_lightning.policy.head import head_log_probs
 from prerl_lightning.policy.packing import Family, MicroBatch, micro_batches
+from prerl_lightning.types import Sequences
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +94,18 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase, prefix: str | int | None) -
     return int(ids[0])
 
 
+@dataclass(frozen=True)
+class _WatchedPlan(attention.AttentionPlan):
+    """Notes heads of queries and of keys, and their sizes."""
+
+    plan: attention.AttentionPlan
+    shapes: set[tuple[int, int, int, int]] = field(default_factory=set)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        self.shapes.add((query.shape[1], key.shape[1], query.shape[2], value.shape[2]))
+        return self.plan.attend(query, key, value, scaling)
+
+
 class Policy(nn.Module):
     """Wraps a Hugging Face causal LM. Parameter names are the model's behind ``model.``.
 
@@ -116,6 +130,7 @@ class Policy(nn.Module):
         if self.logit_softcap and self.logit_scale != 1:
             raise InputError(f"model: {type(model).__name__} both scales and caps its logits: not implemented.")
         self.can_pack = self.can_share = False  # responses in one row; and of one prompt behind one pass over it
+        self._head_shapes: set[tuple[int, int, int, int]] = set()  # of its attention, as packs were seen to have them
         self.chunked_head = chunked_head
 
     @classmethod
@@ -126,19 +141,32 @@ class Policy(nn.Module):
         gradient_checkpointing: bool = False,
         chunked_head: bool = True,
     ) -> "Policy":
-        """fp32 master weights. Raises InputError, with the mend, where ``model`` is no model folder."""
+        """fp32 master weights, on the CPU. Raises InputError, with the mend, where ``model`` is no model folder.
+
+        Whatever device is the default around it (Lightning's `configure_model` makes the rank's GPU it): transformers
+        would ask for accelerate there, and TF32 would blur what packs are compared by.
+        """
+        # for every new shape cuDNN makes a plan, which takes a second, and packs have new shapes at every step
+        torch.backends.cuda.enable_cudnn_sdp(False)
         kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        try:
-            lm = _load(AutoModelForCausalLM, model, dtype=torch.float32, **kwargs)
-        except (ImportError, ValueError) as error:
-            if not attn_implementation:
-                raise
-            raise InputError(f"attn_implementation: {attn_implementation!r} does not work here: {error}") from error
-        policy = cls(lm, chunked_head)
-        policy._prepare_packing()
-        if gradient_checkpointing:
-            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        with torch.device("cpu"):
+            try:
+                lm = _load(AutoModelForCausalLM, model, dtype=torch.float32, **kwargs)
+            except (ImportError, ValueError) as error:
+                if not attn_implementation:
+                    raise
+                raise InputError(f"attn_implementation: {attn_implementation!r} does not work here: {error}") from error
+            policy = cls(lm, chunked_head)
+            policy._prepare_packing()
+        policy.checkpoint_activations(gradient_checkpointing)
         return policy
+
+    def checkpoint_activations(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass, or keep them."""
+        if enabled:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        elif self.model.is_gradient_checkpointing:
+            self.model.gradient_checkpointing_disable()
 
     @torch.no_grad()
     def _prepare_packing(self) -> None:
@@ -153,15 +181,18 @@ class Policy(nn.Module):
         elif any(kind != "full_attention" for kind in getattr(self.model.config, "layer_types", None) or ()):
             reason = "not all of its layers have full attention"
         else:
-            made = [
-                Family((1, 0, 2), ((0, (0, 1, 2, 0, 1)), (1, (2, 2, 0))), shared=True),
-                Family((2,), ((2, (1, 0)),)),
-            ]
-            alone = [self(b)[0] for b in micro_batches(made, 64, packed=False)]
+            contexts = Sequences.of([(1, 0, 2), (2,)])
+            responses = Sequences.of([(0, 1, 2, 0, 1), (2, 2, 0), (1, 0)])
+            made = [Family(contexts[0], (0, 1), (5, 3), shared=True), Family(contexts[1], (2,), (2,))]
+            alone = [self(b)[0] for b in micro_batches(made, responses, 64, packed=False)]
             try:
                 self.model.set_attn_implementation(attention.NAME)
                 self.can_share = True
-                together, _ = self(micro_batches(made, 64)[0])
+                (pack,) = micro_batches(made, responses, 64)
+                assert pack.plan is not None
+                watched = _WatchedPlan(pack.plan)
+                together, _ = self(replace(pack, plan=watched))
+                self._head_shapes = watched.shapes
                 self.can_pack = torch.allclose(torch.cat(alone), together, rtol=1e-4, atol=1e-4)
                 reason = "packed sequences come out differently"
             except (TypeError, ValueError, NotImplementedError) as error:
@@ -169,7 +200,18 @@ class Policy(nn.Module):
         if not self.can_pack:
             self.can_share = False
             self.model.set_attn_implementation(before)
-            log.info("Responses are padded, not packed: %s: %s", type(self.model).__name__, reason)
+            log.warning(
+                "Responses are padded to the longest of a micro-batch instead of packed, which costs the passes over "
+                "the padding, and one over the prompt for each response: %s: %s",
+                *(type(self.model).__name__, reason),
+            )
+
+    def attention_kernel(self, device: torch.device) -> attention.Kernel:
+        """What packs are to be planned for: on a GPU in 16 bits the variable-length kernel, if it works there."""
+        if device.type != "cuda" or not torch.is_autocast_enabled("cuda") or not self._head_shapes:
+            return "sdpa"
+        dtype = torch.get_autocast_dtype("cuda")
+        return "varlen" if all(attention.varlen_works(device, dtype, *s) for s in self._head_shapes) else "sdpa"
 
     def forward(
         self, batch: MicroBatch, temperature: float = 1.0, entropy: bool = False

