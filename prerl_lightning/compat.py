@@ -12,3 +12,10 @@ def validate_now(trainer: L.Trainer) -> None:
     trainer.validating = True
     loop.run()
     trainer.training = True
+
+
+def validation_follows(trainer: L.Trainer) -> bool:
+    """Whether a validation will run right after the training batch that is ending."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return not loop.epoch_loop._skip_next_val and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 
 import pytest
 import torch
@@ -106,3 +107,10 @@ def refused(monkeypatch, tmp_path, capsys):
     log.setLevel(level)
     os.environ.clear()
     os.environ.update(environment)
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

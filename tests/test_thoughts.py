@@ -2,11 +2,14 @@
 
 # ruff: noqa: RUF001
 import random
+import re
+import sys
 
 import pytest
 import torch
 
 from prerl_lightning.errors import InputError
+from prerl_lightning.metrics import thoughts
 from prerl_lightning.metrics.thoughts import ThoughtCounts, ThoughtFinder, load_families
 
 FINDER = ThoughtFinder(load_families())
@@ -79,7 +82,9 @@ def naive(text, families):
     return found
 
 
-def test_spans_equal_a_search_phrase_by_phrase():
+@pytest.mark.parametrize("long", [0, sys.maxsize])
+def test_spans_equal_a_search_phrase_by_phrase(long, monkeypatch):
+    monkeypatch.setattr(thoughts, "_LONG", long)
     families = load_families()
     generator = random.Random(0)
     pieces = [p.rstrip("*") for phrases in families.values() for p in phrases]
@@ -89,6 +94,70 @@ def test_spans_equal_a_search_phrase_by_phrase():
         text = glue.join(generator.choice(pieces) for _ in range(12))
         text = "".join(c.upper() if generator.random() < 0.2 else c for c in text)
         assert FINDER.spans(text) == naive(text, families), text
+
+
+ODD = {
+    "a": ["hmm...", "re*check", "i", "so what?", "it's", "a b c", "wait*", "waiting room", "kiss", "what if"],
+    "b": ["is", "wait:", "2nd", "_x", "k", "s *", "in a  b c d", "ab*c*", "sk", "Kiss me", "I'm"],
+}
+GERMAN = {"a": ["aber", "prüf*", "Straße", "x等"], "b": ["wait", "ist"]}
+CHINESE_AND_HINDI = {"a": ["等一下", "wait"], "b": ["但是", "पर"]}
+SPACES = [" ", " ", "  ", "\n", " \n\t ", "\xa0", "\u3000", "\x1c", "\x85", "\u200b", "", "-"]
+OTHERS = ["er", "s", ",", "2", "_", "re", "x", ".", "?", "let me", "the", "is", "to", "n't", "room", "\0", "\ud800"]
+OTHERS += [
+    "等一下",
+    "但是",
+    "पर",
+    "रुको",
+    "é",
+    "e\u0301",
+    "\u0301",
+    "\u200b",
+    "π",
+    "≠",
+    "’",
+    "—",
+    "ſ",
+    "\u212a",
+    "İ",
+    "ı",
+]
+OTHERS += ["İst", "Straße", "prüfe", "ﬆ", "\U0001d54e", "$x^2$", r"\frac{1}{2}", r"\[", "waiting", "That’s"]
+
+
+@pytest.mark.parametrize("families", [None, ODD, GERMAN, CHINESE_AND_HINDI])
+def test_a_long_texts_spans_equal_those_of_one_regular_expression(families, monkeypatch):
+    families = families or load_families()
+    finder = ThoughtFinder(families)
+    phrases = [phrase for family in families.values() for phrase in family]
+    generator = random.Random(0)
+
+    def changed(letter):
+        likely = {"i": "ıİI", "s": "ſS", "k": "\u212aK", "'": "’", " ": SPACES}
+        kind = generator.random()
+        if kind < 0.04:
+            return generator.choice(likely.get(letter, [letter]))
+        return letter.upper() if kind < 0.2 else "" if kind < 0.21 else letter
+
+    found = 0
+    for _ in range(3000):
+        endings = ["", "", "ing", "é", "_3", "\u0301"]
+        pieces = [p.replace("*", generator.choice(endings)) for p in generator.choices(phrases, k=8)]
+        pieces += generator.choices(OTHERS, k=8)
+        text = "".join(generator.choice(pieces) + generator.choice(SPACES) for _ in range(generator.randrange(15)))
+        text = "".join(map(changed, text))
+        monkeypatch.setattr(thoughts, "_LONG", sys.maxsize)
+        expected = finder.spans(text), finder.counts(text)
+        monkeypatch.setattr(thoughts, "_LONG", 0)
+        assert (finder.spans(text), finder.counts(text)) == expected, text
+        found += len(expected[0])
+    assert found > 3000
+
+
+def test_all_letters_that_match_ascii_ones_are_known():
+    others = "".join(map(chr, range(128, sys.maxunicode + 1)))
+    parts = [FINDER._part(chr(c)) for c in range(33, 127) if chr(c) != "*" and not chr(c).isupper()]
+    assert set(re.findall("|".join(parts), others, re.IGNORECASE)) == set(thoughts._ALIKE)
 
 
 def test_other_languages_and_other_letters(tmp_path):

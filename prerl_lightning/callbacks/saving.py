@@ -1,23 +1,57 @@
 """Checkpoints to resume from, and the trained model as a Hugging Face folder."""
 
 import logging
+import os
+import shutil
+import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from prerl_lightning.compat import validation_follows
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.policy.model import load_tokenizer
 
 log = logging.getLogger(__name__)
 
 
+class WholeFileIO(TorchCheckpointIO):
+    """Writes a checkpoint tensor by tensor into a file beside its place, and gives it its name when it is whole.
+    Lightning's own makes a second copy in memory and a third in the temporary folder. Remote paths are left to it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f"{path.name}.new")
+        try:
+            with new.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+            free = shutil.disk_usage(path.parent).free
+            raise OSError(
+                f"The checkpoint {path} could not be written ({error}); {free / 2**30:.2f} GiB are free there. "
+                "The checkpoints before it are as they were."
+            ) from error
+        finally:
+            new.unlink(missing_ok=True)
+
+
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint with defaults for runs counted in steps; the newest is ``last.ckpt``, which
-    ``--ckpt_path last`` resumes from. A checkpoint holds about 12 bytes a parameter, so few are kept.
+    ``--ckpt_path last`` resumes from. A checkpoint holds about 12 bytes a parameter, so few are kept, and each is
+    written once: ``last.ckpt`` is another name (a hard link) of a file that is kept anyway.
+
+    One that is due where a validation is, is written behind it: with its score, and what callbacks keep of it.
 
     Args:
         every_n_train_steps: optimizer steps between checkpoints; one more is written at the end.
@@ -53,9 +87,60 @@ class RunCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFileIO()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if self._due(trainer) and not self._should_skip_saving_checkpoint(trainer):
+            self._defer_save_until_validation = validation_follows(trainer)
+            if not self._defer_save_until_validation:
+                self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._defer_save_until_validation and not self._should_skip_saving_checkpoint(trainer):
+            self._defer_save_until_validation = False
+            self._save(trainer)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step != self._last_global_step_saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        if self._train_time_interval is None:
+            return self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
+        now = time.monotonic()
+        since = now - (self._last_time_checked or 0.0)
+        due = trainer.strategy.broadcast(since >= self._train_time_interval.total_seconds())
+        if due:
+            self._last_time_checked = now
+        return due
+
+    def _save(self, trainer: L.Trainer) -> None:
+        candidates = self._monitor_candidates(trainer)
+        self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
+
+    def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Any]) -> None:
+        """Written only where this step has no file yet, as when it is not among the best."""
+        self.last_model_path = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST)
+        saved = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
+        if not saved or "://" in saved:
+            self._save_checkpoint(trainer, self.last_model_path)
+        elif trainer.is_global_zero and saved != self.last_model_path:
+            _link(Path(saved), Path(self.last_model_path))
+
+
+def _link(file: Path, name: Path) -> None:
+    """``name`` becomes another name of ``file``, from one moment to the next."""
+    new = name.with_name(f"{name.name}.new")
+    new.unlink(missing_ok=True)
+    try:
+        os.link(file, new)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(file, new)
+    os.replace(new, name)
 
 
 class ExportModel(L.Callback):

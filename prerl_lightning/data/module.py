@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
 import torch
@@ -87,6 +87,8 @@ class RolloutDataModule(L.LightningDataModule):
         if not self._pools:
             self._start_pools()
         strategy: Any = self.trainer.strategy
+        if stage == "fit":
+            cast(Any, self.trainer.lightning_module).plan_memory(self.engine, strategy.root_device)
         place = Place(strategy.global_rank, self.trainer.world_size, strategy.local_rank, strategy.root_device)
         self.engine.start(model_path(self._model), self.seed or 0, place)
 

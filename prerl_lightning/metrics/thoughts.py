@@ -10,12 +10,12 @@ The families are data: assets/thoughts.yaml, or a file of the user's. A phrase m
 
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
@@ -23,12 +23,22 @@ from torchmetrics import Metric
 
 from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.evaluation import is_right
+from prerl_lightning.ranks import gather_state
 
 FAMILIES = Path(__file__).parents[1] / "assets" / "thoughts.yaml"
 Families = Mapping[str, Sequence[str]]
 
 # words are not set apart by spaces in these
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+
+_LONG = 500  # characters of a text; in fewer, numpy's calls take longer than the search
+_PLACES = 8
+_ORDER = ((2, 4), (1, 3, 5, 6, 7))  # of the places after the first: those that rule most out, then the others
+_ASCII = "".join(map(chr, range(128)))
+_NO_LETTERS = re.sub(r"\w", "", _ASCII)
+_SPACES = "".join(re.findall(r"\s", _ASCII)) + "?"
+# all outside ASCII that matches an ASCII character of a phrase: \u2019, dotless and dotted i, long s, Kelvin
+_ALIKE = {"\u2019": "'", "\u0131": "i", "\u0130": "i", "\u017f": "s", "\u212a": "k"}
 
 
 def load_families(path: str | Path | None = None) -> dict[str, list[str]]:
@@ -77,22 +87,77 @@ def _marks() -> str:
     return "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c).startswith("M"))
 
 
+class _Starts:
+    """The few places of a text where an English phrase can begin; of those where one does, none is left out.
+
+    Each phrase has a bit (more than 64 share them, neighbours in the alphabet), and a table says which phrases can
+    have a character at their first place, at their second, and so on to the eighth. A phrase can begin where a word
+    does and the eight entries for the text from there have a bit in common. Characters outside ASCII are read as "?",
+    which therefore stands for white space and for the end of a word too.
+    """
+
+    def __init__(self, phrases: Sequence[str]) -> None:
+        firsts = {phrase[0] for phrase in phrases}
+        # 0: no letter, or outside ASCII; 2: the first of a phrase; 1: another letter
+        self._kinds = bytes(0 if c in _NO_LETTERS else 1 + (c.lower() in firsts) for c in _ASCII).ljust(256, b"\0")
+        self._phrases_with = np.zeros((_PLACES, 128), np.uint64)
+        for number, phrase in enumerate(sorted(phrases)):
+            letters, star, _ = phrase.partition("*")
+            space = (letters + " ").index(" ")
+            ends = not star and space == len(letters) and _bounded(letters[-1])
+            for place in range(_PLACES):
+                here = _NO_LETTERS if ends and place == len(letters) else _ASCII
+                if place < len(letters):  # more white space than one character shifts what is behind it
+                    here = letters[min(place, space) : place + 1]
+                    here = (here + here.upper()).replace(" ", _SPACES)
+                self._phrases_with[place, list(here.encode())] |= np.uint64(1 << number * 64 // len(phrases))
+
+    def __call__(self, text: str) -> Iterator[tuple[int, str]]:
+        """(start, first letter of the phrases that can begin there), from left to right."""
+        for letter, same in _ALIKE.items():
+            text = text.replace(letter, same)
+        data = b" " + text.encode("ascii", "replace") + b" " * _PLACES
+        kinds = np.frombuffer(data.translate(self._kinds), np.uint8)
+        letters = np.frombuffer(data, np.uint8)[1:]
+        starts = np.flatnonzero((kinds[:-1] == 0) & (kinds[1:] == 2))
+        phrases = self._phrases_with[0].take(letters.take(starts))
+        for places in _ORDER:
+            for place in places:
+                phrases &= self._phrases_with[place].take(letters[place:].take(starts))
+            left = np.flatnonzero(phrases)
+            starts, phrases = starts.take(left), phrases.take(left)
+        return zip(starts.tolist(), letters.take(starts).tobytes().decode().lower(), strict=True)
+
+
 class ThoughtFinder:
-    """Finds the phrases of families in text, 6 MB a second and more (benchmarks/watchers.py)."""
+    """Finds the phrases of families in text, 6 MB a second and more, in long English 50 (benchmarks/watchers.py).
+
+    A regular expression of all phrases is tried at each character. In a long text and for English phrases, one of
+    those with the same first letter is tried instead, only where they can begin (`_Starts`).
+    """
 
     def __init__(self, families: Families) -> None:
         self.families = tuple(families)
         phrases = {_folded(phrase): family for family, phrases in families.items() for phrase in phrases}
-        self._of_group: list[str] = []  # family by number of the pattern's group
         # vowel signs and accents that stand for themselves are no \w; a class with them is long, and English has none
         self._letter = r"\w" if all(phrase.isascii() for phrase in phrases) else rf"[\w{_marks()}]"
-        anywhere = {p: f for p, f in phrases.items() if not _bounded(p[0])}
-        alternatives = [self._alternatives(anywhere)] if anywhere else []
-        if rest := {p: f for p, f in phrases.items() if p not in anywhere}:
-            alternatives.append(f"(?<!{self._letter})" + self._alternatives(rest))
-        self._pattern = re.compile("|".join(alternatives), re.IGNORECASE)
+        self._all = self._compiled(phrases)
+        self._starts: _Starts | None = None
+        if all(phrase.isascii() and _bounded(phrase[0]) for phrase in phrases):
+            self._starts = _Starts(list(phrases))
+            letters = {phrase[0] for phrase in phrases}
+            self._of_letter = {c: self._compiled({p: f for p, f in phrases.items() if p[0] == c}) for c in letters}
 
-    def _alternatives(self, phrases: Mapping[str, str]) -> str:
+    def _compiled(self, phrases: Mapping[str, str]) -> tuple[re.Pattern[str], list[str]]:
+        """A regular expression, and the family of each of its groups."""
+        groups: list[str] = []
+        anywhere = {p: f for p, f in phrases.items() if not _bounded(p[0])}
+        alternatives = [self._alternatives(anywhere, groups)] if anywhere else []
+        if rest := {p: f for p, f in phrases.items() if p not in anywhere}:
+            alternatives.append(f"(?<!{self._letter})" + self._alternatives(rest, groups))
+        return re.compile("|".join(alternatives), re.IGNORECASE), groups
+
+    def _alternatives(self, phrases: Mapping[str, str], groups: list[str]) -> str:
         """One regular expression for many phrases, branching letter by letter; a list of them is 5 times slower."""
         tree: dict[str, Any] = {}
         for phrase, family in phrases.items():
@@ -100,41 +165,56 @@ class ThoughtFinder:
             for letter in phrase:
                 node = node.setdefault(letter, {})
             node[""] = family
-        return self._branch(tree, "")
+        return self._branch(tree, "", groups)
 
     def _part(self, letter: str) -> str:
         special = {" ": r"\s+", "'": "['\u2019]", "*": f"{self._letter}*"}
         return special.get(letter) or re.escape(letter)
 
-    def _branch(self, node: Mapping[str, Any], before: str) -> str:
+    def _branch(self, node: Mapping[str, Any], before: str, groups: list[str]) -> str:
         letters = sorted(node, key=lambda c: (c == "*", c))
-        found = [self._part(c) + self._branch(node[c], c) for c in letters if c]
+        found = [self._part(c) + self._branch(node[c], c, groups) for c in letters if c]
         if "" in node:  # tried last, so that the longest phrase wins; the empty group says whose it was
-            self._of_group.append(node[""])
+            groups.append(node[""])
             found.append((f"(?!{self._letter})" if _bounded(before) else "") + "()")
         return found[0] if len(found) == 1 else f"(?:{'|'.join(found)})"
 
+    def _found(self, text: str) -> Iterator[tuple[int, int, str]]:
+        if self._starts is None or len(text) < _LONG:
+            pattern, groups = self._all
+            for match in pattern.finditer(text):
+                yield *match.span(), groups[cast(int, match.lastindex) - 1]
+            return
+        end = 0
+        for start, letter in self._starts(text):
+            pattern, groups = self._of_letter[letter]
+            if start >= end and (found := pattern.match(text, start)):
+                end = found.end()
+                yield start, end, groups[cast(int, found.lastindex) - 1]
+
     def spans(self, text: str) -> list[tuple[int, int, str]]:
         """(start, end, family) in characters of ``text``, one behind the other."""
-        return [(*m.span(), self._of_group[cast(int, m.lastindex) - 1]) for m in self._pattern.finditer(text)]
+        return list(self._found(text))
 
     def counts(self, text: str) -> list[int]:
         """How often each family occurs, in the order of `families`."""
-        found = Counter(self._of_group[cast(int, m.lastindex) - 1] for m in self._pattern.finditer(text))
-        return [found[family] for family in self.families]
+        found = dict.fromkeys(self.families, 0)
+        for _, _, family in self._found(text):
+            found[family] += 1
+        return list(found.values())
 
 
 class ThoughtCounts(Metric):
     """Mean counts a response and per 1,000 tokens: of all responses, of right and of wrong ones.
 
-    Right is a reward of 1 or more, as in pass@k.
+    Right is a reward of 1 or more, as in pass@k. Its state is on the CPU.
     """
 
     full_state_update = False
     totals: Tensor
 
     def __init__(self, families: Sequence[str]) -> None:
-        super().__init__()
+        super().__init__(dist_sync_fn=gather_state)
         self.families = tuple(families)
         # wrong and right; of each the families' counts, the tokens and the responses
         self.add_state("totals", torch.zeros(2, len(families) + 2, dtype=torch.float64), dist_reduce_fx="sum")

@@ -10,26 +10,44 @@ from torch import Tensor
 from prerl_lightning.policy.model import Policy
 from prerl_lightning.policy.packing import MicroBatch
 
-# dense bf16 FLOP/s from NVIDIA's data sheets, by a part of the device's name; the first that fits
+# Dense bf16 FLOP/s with fp32 sums, by the exact name that the driver gives. From NVIDIA's data sheets, where figures
+# "with sparsity" are halved: H100, H200, B200 and B300 (HGX), GH200, A100, A30, A40, A10, L4, L40, L40S; for GeForce
+# and RTX cards the white papers of Ampere GA102, Ada and Blackwell. The end of a name decides about the clock:
+# "NVIDIA H100 80GB HBM3" is the SXM card.
 PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
+    "NVIDIA B300 SXM6 AC": 2250e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA GH200 144G HBM3e": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H800": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A800-SXM4-80GB": 312e12,
+    "NVIDIA A30": 165e12,
+    "NVIDIA A40": 149.7e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA RTX A6000": 154.8e12,
+    "NVIDIA RTX 6000 Ada Generation": 364.2e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 5090": 209.5e12,
 }
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Of a device in the table; None: unknown, CPUs too."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 class TrainingFlops:

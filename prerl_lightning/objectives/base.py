@@ -27,11 +27,13 @@ from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.evaluation import EvaluationMetric
 from prerl_lightning.metrics.utilisation import TrainingFlops, peak_flops
+from prerl_lightning.objectives import memory
 from prerl_lightning.objectives.losses import Aggregation, KLEstimator
 from prerl_lightning.objectives.schedule import Schedule, learning_rate_factor
 from prerl_lightning.objectives.update import Term, Update, gathered
 from prerl_lightning.policy.model import Policy, load_tokenizer, prefix_token
 from prerl_lightning.policy.reference import Reference
+from prerl_lightning.rollout.engine import Engine
 from prerl_lightning.rollout.sampler import Group
 from prerl_lightning.types import Prompt, Rollout
 
@@ -291,6 +293,12 @@ class PolicyModule(L.LightningModule):
     def pack_tokens(self) -> int:
         """Input tokens of one forward pass, padding included."""
         return self.max_tokens_per_microbatch or self.host._pack_tokens
+
+    def plan_memory(self, engine: Engine, device: torch.device) -> None:
+        """See `objectives.memory.plan`; called before anything large is loaded."""
+        pack = memory.plan(self, engine, device)
+        if pack is not None:
+            self._pack_tokens, self.gradient_checkpointing = pack.tokens, pack.checkpointing
 
     @cached_property
     def training_flops(self) -> TrainingFlops:

@@ -309,7 +309,7 @@ def varlen_works(
         if not max(errors) < 0.03:  # bf16 rounds to 0.004
             reason = f"its results differ by {max(errors):.2g} of their norm"
     except Exception as error:  # torch, the driver and the kernel each raise their own
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:200]
     if reason:
         log.warning("Packs are attended to in padded calls, which costs time: no variable-length kernel: %s", reason)
     else:

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# of one block's logits in fp32: 512 MiB, large products, 12 of them for 10,000 tokens and 152,000 words; on a CPU 8 MiB,
-# which stay in its cache (1.7 times faster for SmolLM2)
+# of one block's logits in fp32: 512 MiB, 12 large products for 10,000 tokens and 152,000 words; on a CPU 8 MiB, which
+# stay in its cache (1.7 times faster for SmolLM2)
 BLOCK_ELEMENTS, CPU_BLOCK_ELEMENTS = 1 << 27, 1 << 21
+BLOCK_ROWS = 1 << 14  # of the weight, at most, on a GPU: few tokens would have a copy of all of it
 
 
 def head_log_probs(
@@ -91,6 +92,7 @@ class _HeadLogProbs(torch.autograd.Function):
                 moment = shift.exp() * (moment + shift * total) + torch.einsum("tv,tv->t", weights, scaled)
             total = shift.exp() * total + weights.sum(1)
             maximum = higher
+            del logits, scaled, weights
         log_normaliser = maximum + total.log()
         ctx.save_for_backward(hidden, weight, bias, targets, log_normaliser)
         entropies = total.log() - moment / total if entropy else total.new_empty(0)
@@ -127,6 +129,7 @@ class _HeadLogProbs(torch.autograd.Function):
             if by_weight is not None:
                 block = _product(low.T, hidden)
                 by_weight[start:end] = by_weight[start:end] + block if add else block
+            del logits, scaled, by_logits, low
         if by_weight is not None and ctx.into_grad != "no":
             weight.grad = by_weight
             by_weight = by_weight.new_zeros(()).expand_as(by_weight) if ctx.into_grad == "only" else None
@@ -135,11 +138,13 @@ class _HeadLogProbs(torch.autograd.Function):
 
 def _blocks(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
     """(first token id, (T, block) fp32 logits of its own) over the vocabulary."""
-    elements = CPU_BLOCK_ELEMENTS if hidden.device.type == "cpu" else BLOCK_ELEMENTS
-    size = max(1024, elements // max(1, len(hidden)))
+    on_cpu = hidden.device.type == "cpu"
+    size = max(1024, (CPU_BLOCK_ELEMENTS if on_cpu else BLOCK_ELEMENTS) // max(1, len(hidden)))
+    size = size if on_cpu else min(size, BLOCK_ROWS)
     for start in range(0, len(weight), size):
         logits = _product(hidden, weight[start : start + size].to(hidden.dtype).T).float()
         yield start, logits if bias is None else logits.add_(bias[start : start + size])
+        del logits  # before the next are made, here and where they are used
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from prerl_lightning.budget import ModelShape
 from prerl_lightning.errors import check_ranges
 from prerl_lightning.types import Response
 
@@ -108,6 +109,10 @@ class Engine(ABC):
     @abstractmethod
     def update_weights(self, named_weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """Take over the weights, one tensor at a time under its Hugging Face name, and forget cached prefixes."""
+
+    def device_bytes(self, shape: ModelShape, total: int) -> tuple[int, int]:
+        """Of ``total`` bytes of a GPU, what it takes when awake and when asleep; before `start` too."""
+        return 0, 0
 
     def sleep(self) -> None:  # noqa: B027  (optional: an engine on the CPU has nothing to hand back)
         """Hand the accelerator's memory to the training step, until the next `update_weights`."""

@@ -75,6 +75,13 @@ class VLLMEngine(Engine):
     def max_model_len(self, config: PretrainedConfig) -> int:
         return self.options["max_model_len"] or config.max_position_embeddings
 
+    def device_bytes(self, shape: ModelShape, total: int) -> tuple[int, int]:
+        options = self.options
+        awake = int(options["gpu_memory_utilization"] * total)
+        if options["kv_cache_mib"] is not None:  # then vLLM does not look at the share
+            awake = shape.parameters * (4 if options["dtype"] == "float32" else 2) + (options["kv_cache_mib"] << 20)
+        return awake, 0 if options["sleep_between_rollouts"] else awake
+
     def start(self, model: str, seed: int, place: Place) -> None:
         if self._llm is not None:
             return

@@ -1,0 +1,53 @@
+"""Whether a run fits on its GPUs, and how large its packs may be there."""
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed import ReduceOp
+
+from prerl_lightning import ranks
+from prerl_lightning.budget import GIB, ModelShape, PackChoice, rank_budget
+from prerl_lightning.policy.model import load_config
+from prerl_lightning.rollout.engine import Engine
+
+if TYPE_CHECKING:
+    from prerl_lightning.objectives.base import PolicyModule
+
+log = logging.getLogger(__name__)
+
+
+def plan(module: "PolicyModule", engine: Engine, device: torch.device) -> PackChoice | None:
+    """The packs' size and whether activations are recomputed, by the model's shape and what is free on the ranks' GPUs
+    before anything is loaded; None on a CPU. The same on all ranks; collective.
+
+    Raises:
+        InputError: the run does not fit.
+    """
+    if device.type != "cuda":
+        return None
+    config, trainer = load_config(module.model_name), module.trainer
+    shape, longest = ModelShape.of_config(config), engine.max_model_len(config)
+    free, total = torch.cuda.mem_get_info(device)
+    free = int(ranks.all_reduce(torch.tensor(free), ReduceOp.MIN))
+    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    lives = [module, *(c.successor for c in trainer.callbacks if hasattr(c, "successor"))]  # type: ignore[attr-defined]
+    budget = rank_budget(
+        shape,
+        free,
+        engine.device_bytes(shape, total),
+        longest,
+        strategy="fsdp2" if sharded else "ddp" if trainer.world_size > 1 else "single",
+        world_size=trainer.world_size,
+        precision=str(trainer.precision),
+        reference=any(life.kl_coefficient > 0 for life in lives),
+        checkpointing=module.gradient_checkpointing,
+        max_tokens=module.max_tokens_per_microbatch,
+    )
+    log.info(
+        "GPU memory, of %.1f GiB free: %.1f in a rollout, %.1f in a training step with packs of %d tokens%s.",
+        *(free / GIB, budget.rollout / GIB, budget.step / GIB, budget.pack.tokens),
+        ", activations recomputed" if budget.pack.checkpointing else "",
+    )
+    return budget.pack
