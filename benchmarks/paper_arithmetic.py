@@ -42,10 +42,10 @@ def make_rollout(n_prompts: int, shape: str, rewards: list[float], vocab: int) -
         return tuple(torch.randint(3, vocab, (length,), generator=generator).tolist())
 
     responses = [ids(answer, 0.5) for _ in range(n_prompts * GROUP)]
-    return Rollout(
-        prompts=tuple(Prompt(i, ids(prompt, 0.1), "", "") for i in range(n_prompts)),
+    return Rollout.of(
+        [Prompt(i, ids(prompt, 0.1), "", "") for i in range(n_prompts)],
+        [Response(r, [-1.0] * len(r), "", False) for r in responses],
         group_ids=torch.arange(n_prompts).repeat_interleave(GROUP),
-        responses=tuple(Response(r, (-1.0,) * len(r), "", False) for r in responses),
         rewards=torch.tensor(rewards, dtype=torch.float64),
         policy_version=0,
         temperature=1.0,
@@ -82,7 +82,7 @@ def token_log_probs(model: torch.nn.Module, contexts: list, responses: list) -> 
 
 def their_step(model: torch.nn.Module, rollout: Rollout, prefix: int, life: str, budget: int) -> None:
     prompts = [rollout.prompts[int(g)].token_ids for g in rollout.group_ids]
-    responses = [r.token_ids for r in rollout.responses]
+    responses = [r.token_ids.tolist() for r in rollout.responses]
     width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     size = max(1, budget // width)
     cuts = [range(i, min(i + size, len(responses))) for i in range(0, len(responses), size)]
@@ -110,7 +110,7 @@ def part(model: torch.nn.Module, contexts: list, responses: list, cut: range) ->
 
 def our_step(module: PolicyModule, rollout: Rollout) -> None:
     update = Update(module, rollout)
-    update.backward([update._work(t) for t in module.terms], torch.ones(len(rollout.responses)).bool(), True)
+    update.backward([update._work(t) for t in module.terms], torch.ones(len(rollout)).bool(), True)
 
 
 def flat_gradient(module: torch.nn.Module) -> Tensor:

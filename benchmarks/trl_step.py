@@ -183,10 +183,10 @@ def our_batch(model: str, folder: Path) -> None:
     tokenizer = load_tokenizer(model)
     lengths = torch.randint(4, NEW_TOKENS + 1, (4 * GROUP,), generator=generator).tolist()
     responses = [tuple(torch.randint(40_000, (n,), generator=generator).tolist()) for n in lengths]
-    rollout = Rollout(
-        prompts=tuple(Prompt(i, tuple(tokenizer(p)["input_ids"]), p, "") for i, p in enumerate(prompts(4))),
+    rollout = Rollout.of(
+        [Prompt(i, tuple(tokenizer(p)["input_ids"]), p, "") for i, p in enumerate(prompts(4))],
+        [Response(r, [-1.0] * len(r), "", False) for r in responses],
         group_ids=torch.arange(4).repeat_interleave(GROUP),
-        responses=tuple(Response(r, (-1.0,) * len(r), "", False) for r in responses),
         rewards=torch.randint(2, (4 * GROUP,), generator=generator).double(),
         policy_version=0,
         temperature=1.0,
@@ -196,13 +196,13 @@ def our_batch(model: str, folder: Path) -> None:
     update = Update(module, rollout)
     everything = torch.ones(len(responses), dtype=torch.bool)
     current = update.log_probs("post-train", everything)
-    old = {i: p + 0.3 * torch.randn(len(p), generator=generator) for i, p in current.items()}
+    old = current + 0.3 * torch.randn(len(current), generator=generator)
     work = replace(update._work(module.terms[0]), old=old)
     contexts = [rollout.prompts[int(g)].token_ids for g in rollout.group_ids]
     batch = {"prompts": contexts, "responses": responses, "advantages": work.advantages}
-    torch.save({**batch, "old": [old[i] for i in range(len(responses))]}, folder / "batch.pt")
+    torch.save({**batch, "old": list(old.split(lengths))}, folder / "batch.pt")
     update.backward([work], everything, True)
-    found = update.sums.reduced(update.all_reduce)
+    found = update.sums.reduced()
     print(f"{found['optim/clipped']:.0%} of the tokens clipped", file=sys.stderr)
     save_gradient(folder / "ours.pt", found["optim/loss"], module.live_policy.model.named_parameters())
 

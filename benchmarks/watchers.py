@@ -86,10 +86,10 @@ def memory(model: str, sketch: int) -> dict:
 
     policy = Policy.from_pretrained(model)
     ids = tuple(torch.randint(0, 1000, (200,), generator=torch.Generator().manual_seed(0)).tolist())
-    rollout = Rollout(
-        prompts=(Prompt(0, ids[:50], "", ""),),
+    rollout = Rollout.of(
+        [Prompt(0, ids[:50], "", "")],
+        [Response(ids, [-1.0] * 200, "", False)] * 4,
         group_ids=torch.zeros(4, dtype=torch.long),
-        responses=(Response(ids, (-1.0,) * 200, "", False),) * 4,
         rewards=torch.tensor([1.0, 0, 1, 0], dtype=torch.float64),
         policy_version=0,
         temperature=1.0,

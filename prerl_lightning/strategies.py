@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from prerl_lightning.errors import InputError
 
@@ -26,7 +26,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         reshard_after_forward: free a block's full weights after its forward pass, and gather them again for the
             backward pass; False: more memory, less traffic.
-        cpu_offload: keep shards and optimizer state in host memory between uses (CUDA).
+        cpu_offload: refused: weights and gradients would lie in host memory, where clipping, the output head and the
+            engine's update look for them on the GPU.
         process_group_backend: default: nccl on CUDA, gloo on CPU.
         timeout: of collectives, in seconds.
 
@@ -50,6 +51,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
 
     def setup_environment(self) -> None:
+        if self.cpu_offload:
+            raise InputError(
+                "trainer.strategy: fsdp2's cpu_offload is not supported: clipping, the output head and the engine's "
+                "update take weights and gradients from the GPU. What helps where memory is short: "
+                "model.init_args.gradient_checkpointing: true, more GPUs, a smaller model."
+            )
         self._data_parallel_size = self.num_processes * self.num_nodes
         super().setup_environment()
 
@@ -66,7 +73,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         options: dict[str, Any] = {
             "mesh": self.device_mesh["data_parallel"],
             "reshard_after_forward": self.reshard_after_forward,
-            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
         }
         if precision == "bf16-mixed":
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

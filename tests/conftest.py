@@ -60,7 +60,7 @@ def model_folder(tmp_path_factory):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_rollout():
     """A function that draws a rollout of P prompts with G responses each, of ragged lengths."""
 

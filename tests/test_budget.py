@@ -268,12 +268,12 @@ def test_what_a_rank_s_gpu_holds():
     shape, gpu = QWEN3["4B"], 80 * GIB
     engine = (int(0.4 * gpu), 0)
     found = rank_budget(shape, gpu, engine, 4096, "fsdp2", 8)
-    assert (found.pack.tokens, found.pack.checkpointing) == (9216, False)
+    assert (found.pack.tokens, found.pack.checkpointing) == (8192, False)
     assert found.rollout < found.step < gpu
     assert found.rollout == pytest.approx(3 * GIB + engine[0] + found.held.total * 0.6, rel=0.25)
     assert rank_budget(shape, gpu, (engine[0], engine[0]), 4096, "fsdp2", 8).pack.checkpointing  # it does not sleep
     for strategy, world_size, share, words in (
-        ("single", 1, 0.5, r"a rollout \(40.0 GiB for the engine\) needs 8\d.* gpu_memory_utilization"),
+        ("single", 1, 0.5, r"a rollout \(40.0 GiB for the engine\) needs 8\d.*gpu_memory_utilization"),
         ("ddp", 8, 0.4, r"training, packs aside, needs .* GiB a GPU.* fsdp2 with more GPUs"),
     ):
         with pytest.raises(InputError, match=words):

@@ -12,3 +12,11 @@ def test_lightning_still_runs_validation_the_way_validate_now_does():
     assert "self.trainer.validating = True" in source
     assert "self.val_loop.run()" in source
     assert "epoch_loop" in inspect.getsource(_FitLoop.__init__)
+
+
+def test_lightning_still_asks_whether_to_validate_as_validation_follows_does():
+    """tests/test_saving.py sees the result (a checkpoint behind the validation of its step)."""
+    source = inspect.getsource(_TrainingEpochLoop.on_advance_end)
+    assert "self._should_check_val_fx(data_fetcher)" in source
+    assert "self._skip_next_val" in source
+    assert "self._data_fetcher" in inspect.getsource(_FitLoop.advance)

@@ -82,7 +82,7 @@ class RunCheckpoint(ModelCheckpoint):
             save_last=True,
             save_top_k=save_top_k,
             save_weights_only=save_weights_only,
-            every_n_train_steps=None if train_time_interval else every_n_train_steps,
+            every_n_train_steps=every_n_train_steps if train_time_interval is None else None,
             train_time_interval=train_time_interval,
             save_on_train_epoch_end=False,
         )

@@ -20,25 +20,27 @@ def rollout_statistics(rollout: Rollout) -> dict[str, float]:
     - rollout/pass@k: unbiased, from each prompt's responses.
     """
     lengths, rewards, n = rollout.lengths, rollout.rewards, len(rollout)
-    log_probs = rollout.log_probs.double()
+    tokens = int(lengths.sum())
     found = {
         "reward/mean": float(rewards.mean()),
         "reward/timeouts": float(rollout.timeouts),
         "reward/errors": float(rollout.errors),
         "rollout/responses": float(n),
-        "rollout/tokens": float(lengths.sum()),
+        "rollout/tokens": float(tokens),
         "rollout/response_length": float(lengths.double().mean()),
         "rollout/truncated": float(rollout.truncated.double().mean()),
     }
-    if len(log_probs):
-        found["rollout/entropy"] = -float(log_probs.mean())
+    up_to = torch.nn.functional.pad(rollout.log_probs.double().cumsum(0), (1, 0))
+    log_probs = up_to[lengths.cumsum(0)] - up_to[lengths.cumsum(0) - lengths]  # (N,), summed over tokens
+    if tokens:
+        found["rollout/entropy"] = -float(log_probs.sum()) / tokens
         found["rollout/repetition"] = repetition(rollout.tokens, lengths)
     right = is_right(rewards)
     for name, those in (("right", right), ("wrong", ~right)):
         if those.any():
             found[f"rollout/response_length/{name}"] = float(lengths[those].double().mean())
             if lengths[those].sum():
-                found[f"rollout/log_prob/{name}"] = float(log_probs[those.repeat_interleave(lengths)].mean())
+                found[f"rollout/log_prob/{name}"] = float(log_probs[those].sum() / lengths[those].sum())
     return found | _groups(rollout)
 
 
@@ -67,11 +69,14 @@ def repetition(tokens: Tensor, lengths: Tensor) -> float:
         tokens: (T,) of all responses, one behind the other.
         lengths: (N,) tokens of each.
     """
-    number = torch.arange(len(lengths)).repeat_interleave(lengths)
-    keys, tokens = number.clone(), tokens.long()
+    if not len(tokens):
+        return 0.0
+    keys, later = torch.arange(len(lengths)).repeat_interleave(lengths), tokens.long()
     for offset in range(NGRAM):  # a 64-bit hash, which wraps around
-        keys.mul_(6364136223846793005).add_(tokens.roll(-offset)).add_(1442695040888963407)
-    position = torch.arange(len(tokens)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    whole = position <= lengths.repeat_interleave(lengths) - NGRAM
+        keys.mul_(6364136223846793005).add_(1442695040888963407)
+        keys[: max(0, len(keys) - offset)] += later[offset:]
+    whole = torch.ones(len(keys), dtype=torch.bool)  # but for those that begin at the last tokens of a response
+    for offset in range(1, NGRAM):
+        whole[(lengths.cumsum(0) - offset).clamp(min=0)] = False
     ordered = np.sort(keys[whole].numpy())  # several times faster than torch's and than unique
     return float((ordered[1:] == ordered[:-1]).sum()) / len(ordered) if len(ordered) else 0.0

@@ -1,0 +1,122 @@
+"""Checkpoints of a Trainer: written once, whole or not at all, behind the validation of their step."""
+
+import resource
+import tempfile
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from prerl_lightning.callbacks.saving import RunCheckpoint
+
+
+class Counting(L.LightningModule):
+    """A module whose held-out score is a function of the step."""
+
+    def __init__(self, score=lambda step: step):
+        super().__init__()
+        self.automatic_optimization = False
+        self.layer = torch.nn.Linear(500, 100)
+        self.score = score
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.layer(torch.randn(2, 500)).sum())
+        self.optimizers().step()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/score", float(self.score(self.global_step)))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+def fit(folder, steps=6, score=lambda step: step, val=2, **options):
+    checkpoint = RunCheckpoint(dirpath=str(folder), **{"every_n_train_steps": 2, **options})
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        callbacks=[checkpoint],
+        val_check_interval=val,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loaders = [DataLoader(range(100)), DataLoader(range(1))]
+    trainer.fit(Counting(score), *loaders)
+    return checkpoint
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def load(path):
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.parametrize("val", [2, 3, 100])
+@pytest.mark.parametrize("steps", [6, 7])
+def test_one_write_a_save(tmp_path, monkeypatch, steps, val):
+    written = []
+    plain = torch.save
+
+    def save(checkpoint, file, *args, **kwargs):
+        written.append(checkpoint["global_step"])
+        plain(checkpoint, file, *args, **kwargs)
+
+    monkeypatch.setattr("torch.save", save)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))  # nothing goes through the temporary folder
+    fit(tmp_path, steps, val=val)
+    assert written == [2, 4, 6] + ([7] if steps == 7 else [])
+    assert names(tmp_path) == ["last.ckpt", "step=6.ckpt"]
+    last, step = tmp_path / "last.ckpt", tmp_path / "step=6.ckpt"
+    assert last.samefile(step) == (steps == 6)  # a name of the same file
+    assert load(last)["global_step"] == steps
+    assert load(step)["global_step"] == 6
+
+
+def test_the_score_is_that_of_the_weights(tmp_path):
+    """Due where a validation is, a checkpoint is written behind it; the best is the best, and last the newest."""
+    scores = {2: 1.0, 4: 5.0, 6: 3.0}
+    checkpoint = fit(tmp_path, score=lambda step: scores.get(step, 0.0), monitor="val/score")
+    assert names(tmp_path) == ["last.ckpt", "step=4.ckpt"]
+    assert float(checkpoint.best_model_score) == 5.0
+    assert load(tmp_path / "step=4.ckpt")["global_step"] == 4
+    assert load(tmp_path / "last.ckpt")["global_step"] == 6
+
+
+def test_by_time(tmp_path):
+    from datetime import timedelta
+
+    fit(tmp_path, train_time_interval=timedelta(0), save_top_k=-1, val=100)
+    assert names(tmp_path) == ["last.ckpt", *(f"step={i}.ckpt" for i in range(1, 7))]
+
+
+def test_a_full_disk_leaves_the_good_checkpoint(tmp_path):
+    fit(tmp_path, steps=2)
+    before = load(tmp_path / "last.ckpt")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a checkpoint has 600,000 bytes
+    try:
+        with pytest.raises(OSError, match=r"step=4\.ckpt could not be written .* GiB are free"):
+            fit(tmp_path, steps=4, every_n_train_steps=4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == ["last.ckpt", "step=2.ckpt"]
+    after = load(tmp_path / "last.ckpt")
+    assert all(torch.equal(after["state_dict"][k], before["state_dict"][k]) for k in before["state_dict"])
+
+
+def test_where_a_file_system_has_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    fit(tmp_path, steps=2)
+    assert names(tmp_path) == ["last.ckpt", "step=2.ckpt"]
+    assert not (tmp_path / "last.ckpt").samefile(tmp_path / "step=2.ckpt")
+    assert load(tmp_path / "last.ckpt")["global_step"] == 2
