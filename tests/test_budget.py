@@ -272,11 +272,11 @@ def test_what_a_rank_s_gpu_holds():
     assert found.rollout < found.step < gpu
     assert found.rollout == pytest.approx(3 * GIB + engine[0] + found.held.total * 0.6, rel=0.25)
     assert rank_budget(shape, gpu, (engine[0], engine[0]), 4096, "fsdp2", 8).pack.checkpointing  # it does not sleep
-    for strategy, world_size, share, words in (
-        ("single", 1, 0.5, r"a rollout \(40.0 GiB for the engine\) needs 8\d.*gpu_memory_utilization"),
-        ("ddp", 8, 0.4, r"training, packs aside, needs .* GiB a GPU.* fsdp2 with more GPUs"),
+    for model, strategy, world_size, share, words in (
+        ("4B", "single", 1, 0.5, r"a rollout \(40.0 GiB for the engine\) needs 8\d.*gpu_memory_utilization"),
+        ("8B", "ddp", 8, 0.4, r"training, packs aside, needs .* GiB a GPU.* fsdp2 with more GPUs"),
     ):
         with pytest.raises(InputError, match=words):
-            rank_budget(shape, gpu, (int(share * gpu), 0), 4096, strategy, world_size)
+            rank_budget(QWEN3[model], gpu, (int(share * gpu), 0), 4096, strategy, world_size)
     with_reference = rank_budget(shape, gpu, engine, 4096, "fsdp2", 8, reference=True)
     assert with_reference.held.total - found.held.total == 4 * shape.parameters // 8

@@ -104,6 +104,17 @@ class TestEngine:
         assert any(not r.truncated for r in stopped)
         assert all("1" not in r.text for r in stopped)
 
+    def test_texts_are_those_that_vllm_decodes_token_by_token(self, engine):
+        from vllm import SamplingParams, TokensPrompt
+
+        sampling = Sampling(group_size=4, max_new_tokens=12)
+        found = engine.generate(PROMPTS, sampling, [11, 12])
+        for prompt, seed, group in zip(PROMPTS, (11, 12), found, strict=True):
+            params = SamplingParams(n=4, max_tokens=12, temperature=1.0, seed=seed)
+            (output,) = engine._llm.generate([TokensPrompt(prompt_token_ids=list(prompt))], params, use_tqdm=False)
+            assert [c.text for c in output.outputs] == [r.text for r in group]
+            assert any(r.text for r in group)
+
     def test_an_interrupt_leaves_the_engine_usable(self, engine, monkeypatch):
         steps = iter(range(3))
 
@@ -131,3 +142,17 @@ def test_it_would_be_seen_if_a_tied_head_were_not_repacked(engine, monkeypatch):
     monkeypatch.undo()
     engine.update_weights(policy.named_weights(), 4)
     assert difference(engine, policy) < 1e-4
+
+
+def test_a_text_stands_as_it_does_behind_its_prompt():
+    """A tokenizer whose first word loses its space when it is decoded alone, as those of Llama 2 and Mistral do."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<s>": 0, "\u2581a": 1, "\u2581b": 2, "c": 3}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    tokenizer.decoder = decoders.Metaspace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    assert fast.decode([2, 3]) == "bc"
+    assert vllm_engine.decode(fast, [0, 1], [[2, 3], [3], []]) == [" bc", "c", ""]
+    assert vllm_engine.decode(fast, [0], [[2, 3]]) == ["bc"]

@@ -25,6 +25,7 @@ from prerl_lightning.policy.model import EMBEDDED, Policy
 from prerl_lightning.policy.packing import families, micro_batches
 from prerl_lightning.rollout.engine import Place, Sampling
 from prerl_lightning.rollout.vllm_engine import VLLMEngine, _ranks_in_environment
+from prerl_lightning.strategies import FSDP2Strategy
 from prerl_lightning.types import Sequences
 
 PACKAGE = Path(prerl_lightning.__file__).parent
@@ -277,6 +278,22 @@ def test_a_cache_without_room_for_one_sequence_is_refused_before_the_start(monke
     assert VLLMEngine(max_model_len=100_000)._kv_cache_bytes(str(EMBEDDED), "float32", None) >= 100_000 * 4096
 
 
+def test_offload_to_the_cpu_is_refused():
+    with pytest.raises(InputError, match=r"cpu_offload is not supported.*gradient_checkpointing"):
+        FSDP2Strategy(cpu_offload=True).setup_environment()
+
+
+def test_what_vllm_says_of_memory_is_said_in_one_line(on_gpu, monkeypatch):
+    import vllm
+
+    def full(*args, **kwargs):
+        raise ValueError("No available memory for the cache blocks.\nSee https://...")
+
+    monkeypatch.setattr(vllm, "LLM", full)
+    with pytest.raises(InputError, match=r"no room here: No available memory for the cache blocks\. What helps"):
+        VLLMEngine(max_model_len=40).start(str(EMBEDDED), 0, Place(device=torch.device("cuda", 0)))
+
+
 # ---------------------------------------------------------------------- attention
 
 
@@ -467,3 +484,38 @@ def test_distinct_shapes_of_a_step(make_rollout):
     shapes = {(c.rows, c.width) for b in padded for c in b.plan.calls}
     assert len(shapes) > 2 * len(varlen)
     assert sum(len(b.plan.bounds) - 1 for b in varlen) == 64 + sum(f.shared for f in made)
+
+
+def test_each_life_has_its_own_packs_and_the_host_s_where_it_says_nothing(model_folder, make_rollout):
+    host, successor = attached(GRPO, model_folder("llama-tied")), GRPO(max_tokens_per_microbatch=33)
+    successor.policy, successor._host = host.policy, (host,)
+    host._pack_tokens = 77
+    assert [Update(m, make_rollout()).max_tokens for m in (host, successor)] == [77, 33]
+    successor.max_tokens_per_microbatch = None
+    assert Update(successor, make_rollout()).max_tokens == 77
+
+
+@pytest.mark.parametrize(("free", "tokens", "recomputed"), [(79, 16384, False), (40, 11264, False), (16, 16384, True)])
+def test_packs_follow_the_memory_that_is_free(monkeypatch, tmp_path, free, tokens, recomputed, caplog):
+    """Qwen3-0.6B's shape on GPUs of several sizes, before anything is loaded: only its config.json is there."""
+    from transformers import Qwen3Config
+
+    sizes = {"num_hidden_layers": 28, "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128}
+    config = Qwen3Config(num_attention_heads=16, num_key_value_heads=8, vocab_size=151936, **sizes)
+    config.tie_word_embeddings = True
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free * 2**30, 80 * 2**30))
+    module = GRPO(model=str(tmp_path))
+    module._trainer = SimpleNamespace(strategy=None, world_size=1, precision="bf16-mixed", callbacks=[])
+    engine = VLLMEngine(max_model_len=1024, gpu_memory_utilization=0.05)
+    with caplog.at_level("INFO"):
+        module.plan_memory(engine, torch.device("cuda", 0))
+    assert module.gradient_checkpointing == recomputed
+    assert module.pack_tokens <= tokens
+    assert module.pack_tokens > tokens // 4
+    assert f"packs of {module.pack_tokens} tokens" in caplog.text
+    module.plan_memory(engine, torch.device("cpu"))  # there is nothing to plan
+    if free == 16:
+        engine = VLLMEngine(max_model_len=1024, gpu_memory_utilization=0.9)
+        with pytest.raises(InputError, match="GPU memory: a rollout"):
+            module.plan_memory(engine, torch.device("cuda", 0))

@@ -124,7 +124,7 @@ class Update:
         self.chunks = torch.arange(len(rollout.prompts)).tensor_split(module.minibatches)
         self.packed = module.packing and self.policy.can_pack
         self.kernel = self.policy.attention_kernel(self.device)
-        self.max_tokens = module.host.pack_tokens
+        self.max_tokens = module.pack_tokens
         self.lengths = rollout.lengths
         self.engine_log_probs = rollout.log_probs.to(self.device)
         self.sums = Sums(self.device)
@@ -324,7 +324,7 @@ class Update:
     def _measure_mismatch(self) -> None:
         """Where no loss computes log p(y given x), compare engine and trainer on a few responses."""
         m = self.module
-        some = torch.zeros(len(self.rollout.responses), dtype=torch.bool)
+        some = torch.zeros(len(self.lengths), dtype=torch.bool)
         some[self.lengths.nonzero().flatten()[: m.mismatch_samples][self.rank :: self.world_size]] = True
         trainer = self.log_probs("post-train", some, m.entropy)
         tokens = some.repeat_interleave(self.lengths).nonzero().flatten().to(self.device)

@@ -122,12 +122,20 @@ class VLLMEngine(Engine):
         if place.world_size > 1 or place.device.index:  # it alone can be told which GPU to take
             options["distributed_executor_backend"] = "external_launcher"
         options |= {"seed": seed, "logprobs_mode": "processed_logprobs", "disable_log_stats": True} | extra
-        llm = LLM(
-            model,
-            enable_sleep_mode=self._sleeping,
-            use_tqdm_on_load=os.environ["VLLM_LOGGING_LEVEL"] != "ERROR",
-            **{key: value for key, value in options.items() if value is not None},
-        )
+        try:
+            llm = LLM(
+                model,
+                enable_sleep_mode=self._sleeping,
+                use_tqdm_on_load=os.environ["VLLM_LOGGING_LEVEL"] != "ERROR",
+                **{key: value for key, value in options.items() if value is not None},
+            )
+        except ValueError as error:
+            if "memory" not in str(error) and "KV cache" not in str(error):
+                raise
+            raise InputError(
+                f"data.engine: vLLM has no room here: {str(error).splitlines()[0]} What helps: a larger "
+                "data.engine.init_args.gpu_memory_utilization, or a smaller max_model_len."
+            ) from error
         self.weights_dtype = cast(torch.dtype, llm.llm_engine.vllm_config.model_config.dtype)
         _skip_ranks()
         return llm
@@ -135,9 +143,7 @@ class VLLMEngine(Engine):
     def _kv_cache_bytes(self, model: str, dtype: Dtype, mib: int | None) -> int:
         """Room for at least one sequence of the greatest length. Raises InputError where ``mib`` is not enough."""
         config = AutoConfig.from_pretrained(model).get_text_config()
-        of_config = str(config.dtype).removeprefix("torch.")
-        bytes_per_value = getattr(torch, of_config if dtype == "auto" else dtype).itemsize
-        one = kv_bytes_per_token(ModelShape.of_config(config), bytes_per_value)
+        one = kv_bytes_per_token(ModelShape.of_config(config), 4 if dtype == "float32" else 2)
         length = self.max_model_len(config)
         least = (length + KV_BLOCK - 1) // KV_BLOCK * KV_BLOCK * one
         if mib is not None and mib << 20 < least:
