@@ -22,6 +22,7 @@ USAGE = """usage: prerl {fit,validate,test} [--config FILE ...] [--KEY VALUE ...
        prerl compare FOLDER FOLDER
        prerl report RUN [RUN ...] -o report.html
        prerl watch [RUN]
+       prerl doctor [--config FILE ...] [--model MODEL] [--json]
 
 Reinforcement learning with verifiable rewards in pre-train and post-train space, on Lightning and vLLM.
 
@@ -32,6 +33,7 @@ Reinforcement learning with verifiable rewards in pre-train and post-train space
   compare    two evaluations, problem by problem
   report     one HTML page on runs: curves, thoughts, alignment, samples; opens from disk, asks no network
   watch      a run's figures in the terminal, live, from another shell; default: the newest below runs/
+  doctor     does this machine run all this, and does that run fit? A self-test in under two minutes
 
   prerl fit --help            every option (takes some seconds)
   prerl fit --print_config    the whole configuration as YAML
@@ -46,6 +48,7 @@ COMMANDS = {
     "compare": "prerl_lightning.evaluate",
     "report": "prerl_lightning.report.page",
     "watch": "prerl_lightning.report.watch",
+    "doctor": "prerl_lightning.doctor",
 }
 
 

@@ -1,0 +1,259 @@
+"""Checks of a run as a whole: its memory by arithmetic, and its ranks."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from prerl_lightning.budget import MARGIN, RESERVED, Strategy, pack_bytes, rank_budget, training_bytes
+from prerl_lightning.doctor.machine import available_memory
+from prerl_lightning.doctor.ranks_worker import STAGES
+from prerl_lightning.doctor.subject import GIB, Result, Subject, result, skipped
+from prerl_lightning.errors import InputError
+from prerl_lightning.objectives.base import CPU_PACK_TOKENS, PolicyModule
+from prerl_lightning.policy.model import load_config, model_path
+from prerl_lightning.rollout.engine import Engine
+from prerl_lightning.rollout.vllm_engine import Dtype, VLLMEngine
+
+Row = dict[str, float]
+Terms = tuple[Strategy, int, str, bool]  # strategy, world size, precision, whether a reference is kept
+
+# ---------------------------------------------------------------------- the budget
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes beside what training holds: of each rank's GPU, or of the host, where all ranks are.
+
+    Args:
+        free: before anything of the run is loaded; ``where`` says of what.
+        engine: in a rollout, and asleep.
+        problem: why it does not fit, with what helps.
+    """
+
+    free: int
+    where: str
+    engine: tuple[int, int]
+    pack: int = 0
+    reserve: int = 0
+    problem: str = ""
+
+
+def budget(subject: Subject) -> Result:
+    """What each rank's GPU, or this host, has to hold of the configured run, before anything is loaded."""
+    cli = subject.configured
+    if cli is None:
+        return skipped("--config FILE asks whether that run fits into memory")
+    module, engine, trainer = cli.model, cli.datamodule.engine, cli.config_init["fit"]["trainer"]
+    try:
+        devices = _devices(trainer, subject.on_gpu)
+    except InputError as error:
+        return _refused(str(error))
+    world_size = len(devices) * trainer.num_nodes
+    sharded = trainer.strategy == "fsdp2" or isinstance(trainer.strategy, ModelParallelStrategy)
+    strategy: Strategy = "fsdp2" if sharded else "ddp" if world_size > 1 else "single"
+    lives = [module, *(c.successor for c in trainer.callbacks or () if hasattr(c, "successor"))]
+    reference = any(life.kl_coefficient > 0 for life in lives)
+    terms: Terms = (strategy, world_size, str(trainer.precision), reference)
+    held = training_bytes(subject.shape, *terms)
+    on_gpu = devices[0].type == "cuda"
+    room = (_on_gpus if on_gpu else _on_host)(subject, module, engine, devices, terms)
+    step = {
+        "weights": held.weights,
+        "gradients": held.gradients,
+        "moments": held.moments,
+        "other": held.reference + held.buckets + held.gathered,
+        "engine": room.engine[1],
+        "pack": room.pack,
+        "reserve": room.reserve,
+    }
+    rollout = step | {"gradients": 0, "other": step["other"] - held.gathered, "engine": room.engine[0], "pack": 0}
+    times = 1 if on_gpu else len(devices)
+    rows = {name: _row(sizes, times, room.free) for name, sizes in (("rollout", rollout), ("step", step))}
+    most = max(row["sum"] for row in rows.values())
+    text = f"{world_size} rank{'s' if world_size > 1 else ''}, {strategy}, {terms[2]}, {subject.shape.parameters:,} "
+    text += f"parameters: {most:.1f} of {room.free / GIB:.1f} GiB on {room.where}"
+    figures = {"ranks": world_size, "strategy": strategy, "precision": terms[2], **rows}
+    if not on_gpu and most > room.free / GIB:
+        helps = "fewer trainer.devices; a smaller data.engine.init_args.kv_cache_mib or max_model_len; a smaller model."
+        room = replace(room, problem=f"Host memory is too small: {text}. What helps: {helps}")
+    if room.problem:
+        return _refused(room.problem, ((text,) if on_gpu else ()) + tuple(table(rows)), figures)
+    return Result("PASS", text, figures=figures, details=tuple(table(rows)))
+
+
+def _refused(problem: str, details: Sequence[str] = (), figures: Mapping[str, Any] | None = None) -> Result:
+    """An error's text, which ends in what helps."""
+    seen, _, mend = problem.partition(" What helps: ")
+    return Result("FAIL", seen, mend, dict(figures or {}), tuple(details))
+
+
+def _devices(trainer: Any, gpus: bool) -> list[torch.device]:
+    """Those of this node's ranks, as the configuration asks for them. Raises InputError where they are not there."""
+    on_gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and gpus)
+    if on_gpu and not gpus:
+        raise InputError(
+            f"trainer.accelerator: {trainer.accelerator}, and there is no GPU. What helps: a machine with GPUs, or "
+            "--trainer.accelerator cpu and a model for it."
+        )
+    kind: Any = CUDAAccelerator if on_gpu else CPUAccelerator
+    wanted = trainer.devices if trainer.devices != "auto" else kind.auto_device_count()
+    try:
+        found: list[torch.device] = kind.get_parallel_devices(kind.parse_devices(wanted))
+    except Exception as error:  # Lightning has classes of its own
+        raise InputError(
+            f"trainer.devices: {' '.join(str(error).split())} What helps: --trainer.devices with no more than "
+            f"{kind.auto_device_count()}; CUDA_VISIBLE_DEVICES says which of a machine's GPUs are seen."
+        ) from error
+    return found
+
+
+def _on_gpus(subject: Subject, module: PolicyModule, engine: Engine, devices: list[torch.device], terms: Terms) -> Room:
+    """As objectives/memory.py reckons in a run."""
+    memories = [torch.cuda.mem_get_info(device) for device in devices]
+    free = min(left for left, _ in memories)
+    tightest = devices[[left for left, _ in memories].index(free)]
+    where = f"{tightest}{', which has the least free' if len(devices) > 1 else ''}"
+    awake, asleep = engine.device_bytes(subject.shape, memories[0][1])
+    try:
+        found = rank_budget(
+            subject.shape,
+            free,
+            (awake, asleep),
+            engine.max_model_len(load_config(subject.model_name)),
+            *terms,
+            checkpointing=module.gradient_checkpointing,
+            max_tokens=module.max_tokens_per_microbatch,
+        )
+    except InputError as error:
+        return Room(free, where, (awake, asleep), reserve=RESERVED, problem=str(error))
+    how = ", activations recomputed" if found.pack.checkpointing else ""
+    where += f", with packs of {found.pack.tokens:,} tokens{how}"
+    return Room(free, where, (awake, asleep), found.pack.bytes, RESERVED)
+
+
+def _on_host(subject: Subject, module: PolicyModule, engine: Engine, devices: list[torch.device], terms: Terms) -> Room:
+    """Of a pack a bound: the head's blocks are smaller on a CPU."""
+    strategy, _, precision, _ = terms
+    longest = engine.max_model_len(load_config(subject.model_name))
+    tokens = max(module.max_tokens_per_microbatch or CPU_PACK_TOKENS, longest)
+    recompute = bool(module.gradient_checkpointing)
+    pack = pack_bytes(subject.shape, tokens, precision, recompute, strategy == "fsdp2", padded=True)
+    taken = 0
+    if isinstance(engine, VLLMEngine):
+        dtype: Dtype = "float32" if engine.options["dtype"] == "auto" else engine.options["dtype"]
+        cache = engine._kv_cache_bytes(model_path(subject.model_name), dtype, engine.options["kv_cache_mib"])
+        taken = subject.shape.parameters * getattr(torch, dtype).itemsize + cache
+    where = "this host" if len(devices) == 1 else f"this host, for all {len(devices)} ranks"
+    return Room(available_memory(), where, (taken, taken), int(MARGIN * pack))
+
+
+def _row(parts: Mapping[str, int], times: int, free: int) -> Row:
+    row = {name: times * size / GIB for name, size in parts.items()}
+    return {name: round(size, 3) for name, size in {**row, "sum": sum(row.values()), "free": free / GIB}.items()}
+
+
+def table(rows: Mapping[str, Row]) -> list[str]:
+    columns = list(next(iter(rows.values())))
+    lines = [f"{'GiB':<8}" + "".join(f"{name:>10}" for name in columns)]
+    return lines + [f"{name:<8}" + "".join(f"{row[c]:>10.2f}" for c in columns) for name, row in rows.items()]
+
+
+# ---------------------------------------------------------------------- ranks
+
+LIMIT = 60.0  # seconds without a step forward of any rank
+
+
+def ranks(subject: Subject) -> Result:
+    """As many processes as GPUs, or two on a CPU, through every kind of collective call that this library makes."""
+    size = torch.cuda.device_count() if subject.on_gpu else 2
+    kind = "cuda" if subject.on_gpu else "cpu"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": str(size)}
+    shared = {**subject.environment, **shared} | ({} if subject.on_gpu else {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "prerl_lightning.doctor.ranks_worker", kind]
+    found, problem = together([command] * size, shared, subject.folder, LIMIT)
+    if problem:
+        return result("{problem}", [_NCCL if subject.on_gpu else _GLOO], problem=problem, ranks=size)
+    pairs = [(f["trainer"], f["engine"]) for f in found]
+    wrong = [f"rank {i} trains on {own}, vLLM is given {other}" for i, (own, other) in enumerate(pairs) if own != other]
+    wrong = wrong if subject.on_gpu else []  # CPUs have no numbers
+    figures = {
+        key: min((f[key] for f in found if f[key]), default=None) for key in ("all_reduce_gb_s", "all_gather_gb_s")
+    }
+    places = ", ".join(own for own, _ in pairs) if subject.on_gpu else "cpu"
+    text = f"{size} rank{'s' if size > 1 else ''} ({found[0]['backend']}) on {places}"
+    text += ", each with its engine there" if subject.on_gpu and not wrong else ""
+    if size > 1:
+        text += "; 64 MiB: all_reduce {all_reduce_gb_s:.2f} GB/s, all_gather {all_gather_gb_s:.2f} GB/s"
+    mends = ["This is a fault of the library: please report it."] if wrong else []
+    return result(text, mends, wrong, **figures, ranks=size, backend=found[0]["backend"], devices=pairs)
+
+
+_NCCL = (
+    "See what NCCL says: NCCL_DEBUG=INFO PRERL_DEBUG=1 prerl doctor. What often helps: NCCL_P2P_DISABLE=1 (GPUs that "
+    "cannot reach each other, behind IOMMU or in virtual machines), docker run --shm-size=8g, "
+    "NCCL_SOCKET_IFNAME=lo and GLOO_SOCKET_IFNAME=lo (a host name that leads nowhere)."
+)
+_GLOO = "GLOO_SOCKET_IFNAME=lo where the host's name leads nowhere; PRERL_DEBUG=1 prerl doctor shows what ranks say."
+
+
+def together(
+    commands: Sequence[Sequence[str]], environment: Mapping[str, str], folder: Path, limit: float
+) -> tuple[list[dict[str, Any]], str]:
+    """Run one process a rank, and end them all where one fails, or none comes further for ``limit`` seconds.
+
+    Args:
+        environment: of all ranks.
+
+    Returns:
+        what each found, and the problem, naming the rank; one of the two is empty.
+    """
+    files = [(folder / f"rank_{i}.out", folder / f"rank_{i}.err") for i in range(len(commands))]
+    processes = []
+    for rank, (command, (out, err)) in enumerate(zip(commands, files, strict=True)):  # as Lightning's own launcher does
+        env = {**environment, "LOCAL_RANK": str(rank)}
+        with out.open("w") as output, err.open("w") as noise:
+            processes.append(subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=noise))
+    written, last = 0, time.monotonic()
+    try:
+        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+            size = sum(out.stat().st_size for out, _ in files)
+            written, last = (size, time.monotonic()) if size != written else (written, last)
+            if time.monotonic() > last + limit:
+                break
+            time.sleep(0.05)
+        failed = [rank for rank, process in enumerate(processes) if process.poll()]
+        late = [rank for rank, process in enumerate(processes) if process.poll() is None]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    said = [[line for file in pair for line in file.read_text(errors="replace").splitlines()] for pair in files]
+    for rank, lines in enumerate(said):
+        sys.stderr.write("".join(f"rank {rank}: {line}\n" for line in lines))  # seen with PRERL_DEBUG
+    told = [[json.loads(line) for line in lines if line.startswith('{"')] for lines in said]
+    stages = [max((line["stage"] for line in lines if "stage" in line), default=0) for lines in told]
+    if failed:
+        rank = failed[0]
+        errors = [line for line in said[rank] if "rror" in line] or [f"exit status {processes[rank].returncode}"]
+        return [], f"rank {rank} failed at {STAGES[stages[rank]]}: {errors[-1].strip()}"
+    found = [line["found"] for lines in told for line in lines if "found" in line]
+    if late and len(found) < len(commands):  # else they have done all, and stand at their exit
+        behind = [rank for rank in late if stages[rank] == min(stages[r] for r in late)]
+        names = f"rank{'s' if len(behind) > 1 else ''} {', '.join(map(str, behind))}"
+        waiting = {STAGES[stages[r]] for r in range(len(stages)) if r not in behind}
+        rest = f"; the others wait at {', '.join(sorted(waiting))}" if waiting else ": all of them"
+        return [], f"{names} did not come within {limit:.0f} s: the last seen is {STAGES[stages[behind[0]]]}{rest}"
+    return found, ""
