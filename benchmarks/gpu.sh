@@ -24,8 +24,8 @@ doctor() { prerl doctor --json >"$out/doctor.json"; }
 fit() { # NAME CONFIG ARGUMENTS...
   local name=$1 config=$2
   shift 2
-  prerl fit --config "configs/$config.yaml" --trainer.default_root_dir "$out/runs" --export.enabled=false "$@"
-  cp "$out/runs/$config/version_0/metrics.csv" "$out/$name.csv"
+  prerl fit --config "configs/$config.yaml" --trainer.default_root_dir "$out/runs" --export.enabled=false "$@" || return
+  cp "$(find "$out/runs/$config" -name metrics.csv | sort -V | tail -n 1)" "$out/$name.csv"
 }
 
 part doctor doctor

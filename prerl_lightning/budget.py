@@ -21,7 +21,7 @@ Strategy = Literal["single", "ddp", "fsdp2"]
 GIB = 1 << 30
 MOST_TOKENS, STEP = 16384, 1024  # of a pack
 LEAST_TOKENS = 8192  # of a pack, before activations are recomputed to make it larger
-KEYS_PER_TOKEN = 2  # responses that share a prompt's pass have its keys and values each for itself
+KEYS_PER_TOKEN = 2  # of a pack, at most: responses that share a prompt's pass have its keys and values each for itself
 PADDING = 1.15  # rows for a token in padded attention calls
 MARGIN = 1.1  # the allocator's fragments
 
@@ -165,7 +165,7 @@ def head_bytes(shape: ModelShape, tokens: int, block_elements: int) -> int:
     tokens, the gradient of a block's weights."""
     rows = min(max(1024, block_elements // tokens), BLOCK_ROWS, shape.vocab)
     per_logit = 20 if shape.softcap else 8
-    block = max(per_logit * tokens, (per_logit - 4) * tokens + 8 * shape.hidden)
+    block = max(per_logit * tokens, (per_logit - 2) * tokens + 8 * shape.hidden)
     return rows * block + 12 * tokens * shape.hidden
 
 

@@ -18,4 +18,6 @@ def validation_follows(trainer: L.Trainer) -> bool:
     """Whether a validation will run right after the training batch that is ending."""
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
-    return not loop.epoch_loop._skip_next_val and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+    inner = loop.epoch_loop
+    # it is "checked" without held-out problems too, and then skipped
+    return not inner._skip_next_val and not inner.val_loop.skip and inner._should_check_val_fx(loop._data_fetcher)

@@ -146,7 +146,7 @@ def default_precision(accelerator: str, model: Any) -> str:
     1.4 times faster in it, that of the embedded model (128) 1.4 times slower.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     name = getattr(model, "init_args", {}).get("model")
     fast = accelerator in ("auto", "cpu") and torch.cpu.get_capabilities().get("amx_bf16")
     return "bf16-mixed" if fast and name and load_config(name).hidden_size >= 512 else "32-true"

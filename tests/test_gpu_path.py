@@ -254,7 +254,7 @@ def test_slurm_s_local_rank_reaches_the_engine(monkeypatch):
     monkeypatch.setattr(engine, "start", lambda model, seed, place: places.append(place))
     data = RolloutDataModule(ArithmeticProblems("train", 64), reward=arithmetic_reward, engine=engine)
     data.sampling = Sampling(max_new_tokens=16)
-    module = SimpleNamespace(model_name="embedded", plan_memory=lambda engine, device: None)
+    module = SimpleNamespace(model_name="embedded", plan_memory=lambda *args: None)
     data.trainer = SimpleNamespace(strategy=strategy, world_size=4, lightning_module=module, global_rank=3)
     try:
         data.setup("fit")
@@ -283,15 +283,35 @@ def test_offload_to_the_cpu_is_refused():
         FSDP2Strategy(cpu_offload=True).setup_environment()
 
 
-def test_what_vllm_says_of_memory_is_said_in_one_line(on_gpu, monkeypatch):
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            "No available memory for the\ncache blocks.",
+            r"no room here: No available memory for the cache blocks\. What h",
+        ),
+        ("Free memory is less. Decrease GPU memory utilization.", r"Decrease GPU memory utilization\.$"),
+    ],
+)
+def test_what_vllm_says_of_memory_is_said_in_one_line(on_gpu, monkeypatch, said, words):
     import vllm
 
     def full(*args, **kwargs):
-        raise ValueError("No available memory for the cache blocks.\nSee https://...")
+        raise ValueError(said)
 
     monkeypatch.setattr(vllm, "LLM", full)
-    with pytest.raises(InputError, match=r"no room here: No available memory for the cache blocks\. What helps"):
+    with pytest.raises(InputError, match=words):
         VLLMEngine(max_model_len=40).start(str(EMBEDDED), 0, Place(device=torch.device("cuda", 0)))
+
+
+def test_memory_is_reckoned_once_for_an_engine_that_is_there(on_gpu):
+    """Of a second fit in one process: what it has taken is not free any more, unless it sleeps."""
+    shape = SimpleNamespace(parameters=10**9)
+    engine = on_gpu(Place(device=torch.device("cuda", 0)), max_model_len=40)
+    assert engine.device_bytes(shape, 80) == (0, 0)
+    engine.sleep()
+    assert engine.device_bytes(shape, 80) == (40, 0)
+    VLLMEngine().sleep()  # before its start, nothing happens
 
 
 # ---------------------------------------------------------------------- attention
@@ -509,13 +529,29 @@ def test_packs_follow_the_memory_that_is_free(monkeypatch, tmp_path, free, token
     module._trainer = SimpleNamespace(strategy=None, world_size=1, precision="bf16-mixed", callbacks=[])
     engine = VLLMEngine(max_model_len=1024, gpu_memory_utilization=0.05)
     with caplog.at_level("INFO"):
-        module.plan_memory(engine, torch.device("cuda", 0))
+        module.plan_memory(engine, torch.device("cuda", 0), 1024)
     assert module.gradient_checkpointing == recomputed
     assert module.pack_tokens <= tokens
     assert module.pack_tokens > tokens // 4
     assert f"packs of {module.pack_tokens} tokens" in caplog.text
-    module.plan_memory(engine, torch.device("cpu"))  # there is nothing to plan
+    module.plan_memory(engine, torch.device("cpu"), 1024)  # there is nothing to plan
     if free == 16:
         engine = VLLMEngine(max_model_len=1024, gpu_memory_utilization=0.9)
         with pytest.raises(InputError, match="GPU memory: a rollout"):
-            module.plan_memory(engine, torch.device("cuda", 0))
+            module.plan_memory(engine, torch.device("cuda", 0), 1024)
+
+
+@pytest.mark.parametrize(("prompt", "answer", "group"), [(159, 21, 8), (1500, 20, 16), (100, 900, 4)])
+def test_packs_hold_no_more_keys_than_memory_was_reckoned_with(prompt, answer, group):
+    """Each response has its own copy of a shared prompt's keys and values."""
+    n = 4 * group
+    responses, contexts = Sequences.of([[5] * answer] * n), Sequences.of([[1] * prompt] * 4)
+    context_of = [i // group for i in range(n)]
+    made = families(contexts, context_of, responses, range(n), True, 2048, 4096)
+    batches = micro_batches(made, responses, 2048, kernel="varlen", max_keys=4096)
+    assert all(b.plan.key_bounds[-1] <= 4096 for b in batches)
+    assert sorted(torch.cat([b.source for b in batches]).tolist()) == list(range(n * answer))
+    free = micro_batches(
+        families(contexts, context_of, responses, range(n), True, 2048), responses, 2048, kernel="varlen"
+    )
+    assert len(free) <= len(batches)

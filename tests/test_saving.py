@@ -31,7 +31,7 @@ class Counting(L.LightningModule):
         return torch.optim.Adam(self.parameters())
 
 
-def fit(folder, steps=6, score=lambda step: step, val=2, **options):
+def fit(folder, steps=6, score=lambda step: step, val=2, held_out=1, plugins=None, ckpt_path=None, **options):
     checkpoint = RunCheckpoint(dirpath=str(folder), **{"every_n_train_steps": 2, **options})
     trainer = L.Trainer(
         accelerator="cpu",
@@ -44,9 +44,11 @@ def fit(folder, steps=6, score=lambda step: step, val=2, **options):
         num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,
+        plugins=plugins,
     )
-    loaders = [DataLoader(range(100)), DataLoader(range(1))]
-    trainer.fit(Counting(score), *loaders)
+    loaders = [DataLoader(range(100)), [] if held_out is None else DataLoader(range(held_out))]
+    trainer.fit(Counting(score), *loaders, ckpt_path=ckpt_path)
+    assert trainer.global_step == steps
     return checkpoint
 
 
@@ -86,6 +88,44 @@ def test_the_score_is_that_of_the_weights(tmp_path):
     assert names(tmp_path) == ["last.ckpt", "step=4.ckpt"]
     assert float(checkpoint.best_model_score) == 5.0
     assert load(tmp_path / "step=4.ckpt")["global_step"] == 4
+    assert load(tmp_path / "last.ckpt")["global_step"] == 6
+
+
+@pytest.mark.parametrize("held_out", [None, 0])
+def test_without_held_out_problems_nothing_is_waited_for(tmp_path, monkeypatch, held_out):
+    saved = []
+    plain = torch.save
+    monkeypatch.setattr("torch.save", lambda c, *args: saved.append(c["global_step"]) or plain(c, *args))
+    fit(tmp_path, held_out=held_out)
+    assert saved == [2, 4, 6]
+
+
+def test_only_validated_steps_are_judged_by_a_held_out_score(tmp_path):
+    checkpoint = fit(tmp_path, val=3, monitor="val/score", every_n_train_steps=1, score=lambda step: -step)
+    assert checkpoint.best_k_models.keys() == {str(tmp_path / "step=3.ckpt")}
+    assert load(tmp_path / "last.ckpt")["global_step"] == 6
+
+
+def test_none_means_at_validations(tmp_path):
+    fit(tmp_path, val=3, every_n_train_steps=None, save_top_k=-1)
+    assert names(tmp_path) == ["last.ckpt", "step=3.ckpt", "step=6.ckpt"]
+
+
+def test_an_error_in_the_validation_does_not_lose_its_step(tmp_path):
+    def fail(step):
+        raise RuntimeError("the verifier is gone")
+
+    with pytest.raises(RuntimeError, match="verifier"):
+        fit(tmp_path, steps=6, val=4, every_n_train_steps=4, score=fail)
+    assert load(tmp_path / "last.ckpt")["global_step"] == 4
+    fit(tmp_path, steps=6, val=4, every_n_train_steps=4, ckpt_path=tmp_path / "last.ckpt")
+    assert load(tmp_path / "last.ckpt")["global_step"] == 6
+
+
+def test_a_plugin_that_writes_later(tmp_path):
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO
+
+    fit(tmp_path, plugins=[AsyncCheckpointIO()])
     assert load(tmp_path / "last.ckpt")["global_step"] == 6
 
 

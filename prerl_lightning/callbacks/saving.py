@@ -51,12 +51,15 @@ class RunCheckpoint(ModelCheckpoint):
     ``--ckpt_path last`` resumes from. A checkpoint holds about 12 bytes a parameter, so few are kept, and each is
     written once: ``last.ckpt`` is another name (a hard link) of a file that is kept anyway.
 
-    One that is due where a validation is, is written behind it: with its score, and what callbacks keep of it.
+    One that is due where a validation is, is written behind it: with its score, and what callbacks keep of it. An error
+    in that validation, or Ctrl-C, has it written first (one process); a kill loses the steps since the one before. Runs
+    that share a ``dirpath`` share ``last.ckpt``.
 
     Args:
-        every_n_train_steps: optimizer steps between checkpoints; one more is written at the end.
+        every_n_train_steps: optimizer steps between checkpoints; one more is written at the end. None: at validations.
         dirpath: default: ``checkpoints`` in the run's folder.
-        monitor: keep the best by this metric, e.g. ``val/avg@8``, rather than the newest.
+        monitor: keep the best by this metric, e.g. ``val/avg@8``, rather than the newest. By a held-out one only
+            checkpoints of validated steps are judged; of others ``last.ckpt`` alone is written.
         mode: whether ``monitor`` is to be large or small.
         save_top_k: so many are kept, besides ``last.ckpt``; -1: all.
         save_weights_only: no optimizer state: smaller, and not to be resumed from.
@@ -96,12 +99,18 @@ class RunCheckpoint(ModelCheckpoint):
         if self._due(trainer) and not self._should_skip_saving_checkpoint(trainer):
             self._defer_save_until_validation = validation_follows(trainer)
             if not self._defer_save_until_validation:
-                self._save(trainer)
+                self._save(trainer, validated=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._defer_save_until_validation and not self._should_skip_saving_checkpoint(trainer):
             self._defer_save_until_validation = False
-            self._save(trainer)
+            self._save(trainer, validated=True)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._defer_save_until_validation and trainer.world_size == 1:  # of several, one alone may have failed
+            self._defer_save_until_validation = False
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        super().on_exception(trainer, pl_module, exception)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step != self._last_global_step_saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -109,6 +118,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _due(self, trainer: L.Trainer) -> bool:
         if self._train_time_interval is None:
+            if self._every_n_epochs >= 1:  # Lightning's reading of None
+                return validation_follows(trainer)
             return self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
         now = time.monotonic()
         since = now - (self._last_time_checked or 0.0)
@@ -117,16 +128,18 @@ class RunCheckpoint(ModelCheckpoint):
             self._last_time_checked = now
         return due
 
-    def _save(self, trainer: L.Trainer) -> None:
+    def _save(self, trainer: L.Trainer, validated: bool) -> None:
         candidates = self._monitor_candidates(trainer)
-        self._save_topk_checkpoint(trainer, candidates)
+        if validated or not (self.monitor or "").startswith("val/"):
+            self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
 
     def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Any]) -> None:
         """Written only where this step has no file yet, as when it is not among the best."""
         self.last_model_path = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST)
         saved = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
-        if not saved or "://" in saved:
+        there = type(trainer.strategy.checkpoint_io) is WholeFileIO  # a plugin may write later
+        if not saved or "://" in saved or not there:
             self._save_checkpoint(trainer, self.last_model_path)
         elif trainer.is_global_zero and saved != self.last_model_path:
             _link(Path(saved), Path(self.last_model_path))

@@ -88,7 +88,8 @@ class RolloutDataModule(L.LightningDataModule):
             self._start_pools()
         strategy: Any = self.trainer.strategy
         if stage == "fit":
-            cast(Any, self.trainer.lightning_module).plan_memory(self.engine, strategy.root_device)
+            longest = max(len(p.token_ids) for p in self._prompts["train"]) + self.sampling.max_new_tokens
+            cast(Any, self.trainer.lightning_module).plan_memory(self.engine, strategy.root_device, longest)
         place = Place(strategy.global_rank, self.trainer.world_size, strategy.local_rank, strategy.root_device)
         self.engine.start(model_path(self._model), self.seed or 0, place)
 

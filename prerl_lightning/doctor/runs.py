@@ -66,7 +66,10 @@ def budget(subject: Subject) -> Result:
     terms: Terms = (strategy, world_size, str(trainer.precision), reference)
     held = training_bytes(subject.shape, *terms)
     on_gpu = devices[0].type == "cuda"
-    room = (_on_gpus if on_gpu else _on_host)(subject, module, engine, devices, terms)
+    longest = engine.max_model_len(load_config(subject.model_name))
+    if cli.datamodule.max_prompt_tokens is not None:  # the prompts themselves are not read here
+        longest = min(longest, cli.datamodule.max_prompt_tokens + cli.datamodule.sampling.max_new_tokens)
+    room = (_on_gpus if on_gpu else _on_host)(subject, module, engine, devices, terms, longest)
     step = {
         "weights": held.weights,
         "gradients": held.gradients,
@@ -117,7 +120,9 @@ def _devices(trainer: Any, gpus: bool) -> list[torch.device]:
     return found
 
 
-def _on_gpus(subject: Subject, module: PolicyModule, engine: Engine, devices: list[torch.device], terms: Terms) -> Room:
+def _on_gpus(
+    subject: Subject, module: PolicyModule, engine: Engine, devices: list[torch.device], terms: Terms, longest: int
+) -> Room:
     """As objectives/memory.py reckons in a run."""
     memories = [torch.cuda.mem_get_info(device) for device in devices]
     free = min(left for left, _ in memories)
@@ -129,7 +134,7 @@ def _on_gpus(subject: Subject, module: PolicyModule, engine: Engine, devices: li
             subject.shape,
             free,
             (awake, asleep),
-            engine.max_model_len(load_config(subject.model_name)),
+            longest,
             *terms,
             checkpointing=module.gradient_checkpointing,
             max_tokens=module.max_tokens_per_microbatch,
@@ -141,10 +146,11 @@ def _on_gpus(subject: Subject, module: PolicyModule, engine: Engine, devices: li
     return Room(free, where, (awake, asleep), found.pack.bytes, RESERVED)
 
 
-def _on_host(subject: Subject, module: PolicyModule, engine: Engine, devices: list[torch.device], terms: Terms) -> Room:
+def _on_host(
+    subject: Subject, module: PolicyModule, engine: Engine, devices: list[torch.device], terms: Terms, longest: int
+) -> Room:
     """Of a pack a bound: the head's blocks are smaller on a CPU."""
     strategy, _, precision, _ = terms
-    longest = engine.max_model_len(load_config(subject.model_name))
     tokens = max(module.max_tokens_per_microbatch or CPU_PACK_TOKENS, longest)
     recompute = bool(module.gradient_checkpointing)
     pack = pack_bytes(subject.shape, tokens, precision, recompute, strategy == "fsdp2", padded=True)

@@ -77,6 +77,7 @@ def repetition(tokens: Tensor, lengths: Tensor) -> float:
         keys[: max(0, len(keys) - offset)] += later[offset:]
     whole = torch.ones(len(keys), dtype=torch.bool)  # but for those that begin at the last tokens of a response
     for offset in range(1, NGRAM):
-        whole[(lengths.cumsum(0) - offset).clamp(min=0)] = False
+        last = lengths.cumsum(0) - offset
+        whole[last[last >= 0]] = False
     ordered = np.sort(keys[whole].numpy())  # several times faster than torch's and than unique
     return float((ordered[1:] == ordered[:-1]).sum()) / len(ordered) if len(ordered) else 0.0

@@ -294,9 +294,9 @@ class PolicyModule(L.LightningModule):
         """Input tokens of one forward pass, padding included."""
         return self.max_tokens_per_microbatch or self.host._pack_tokens
 
-    def plan_memory(self, engine: Engine, device: torch.device) -> None:
+    def plan_memory(self, engine: Engine, device: torch.device, longest: int) -> None:
         """See `objectives.memory.plan`; called before anything large is loaded."""
-        pack = memory.plan(self, engine, device)
+        pack = memory.plan(self, engine, device, longest)
         if pack is not None:
             self._pack_tokens, self.gradient_checkpointing = pack.tokens, pack.checkpointing
 

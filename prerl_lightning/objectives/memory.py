@@ -4,7 +4,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed import ReduceOp
 
 from prerl_lightning import ranks
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def plan(module: "PolicyModule", engine: Engine, device: torch.device) -> PackChoice | None:
+def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: int) -> PackChoice | None:
     """The packs' size and whether activations are recomputed, by the model's shape and what is free on the ranks' GPUs
     before anything is loaded; None on a CPU. The same on all ranks; collective.
+
+    Args:
+        longest: tokens of the longest prompt and response.
 
     Raises:
         InputError: the run does not fit.
@@ -28,7 +31,8 @@ def plan(module: "PolicyModule", engine: Engine, device: torch.device) -> PackCh
     if device.type != "cuda":
         return None
     config, trainer = load_config(module.model_name), module.trainer
-    shape, longest = ModelShape.of_config(config), engine.max_model_len(config)
+    shape = ModelShape.of_config(config)
+    engine.sleep()  # one that an earlier fit of this process has started
     free, total = torch.cuda.mem_get_info(device)
     free = int(ranks.all_reduce(torch.tensor(free), ReduceOp.MIN))
     sharded = isinstance(trainer.strategy, ModelParallelStrategy)
@@ -38,7 +42,7 @@ def plan(module: "PolicyModule", engine: Engine, device: torch.device) -> PackCh
         free,
         engine.device_bytes(shape, total),
         longest,
-        strategy="fsdp2" if sharded else "ddp" if trainer.world_size > 1 else "single",
+        strategy="fsdp2" if sharded else "ddp" if isinstance(trainer.strategy, DDPStrategy) else "single",
         world_size=trainer.world_size,
         precision=str(trainer.precision),
         reference=any(life.kl_coefficient > 0 for life in lives),

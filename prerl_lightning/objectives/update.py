@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from prerl_lightning import ranks
+from prerl_lightning.budget import KEYS_PER_TOKEN
 from prerl_lightning.metrics.rollout import rollout_statistics
 from prerl_lightning.metrics.sums import Sums
 from prerl_lightning.metrics.utilisation import attended_tokens
@@ -125,6 +126,8 @@ class Update:
         self.packed = module.packing and self.policy.can_pack
         self.kernel = self.policy.attention_kernel(self.device)
         self.max_tokens = module.pack_tokens
+        # memory is reckoned with so many keys; on a CPU it is not the matter
+        self.max_keys = None if self.device.type == "cpu" else KEYS_PER_TOKEN * self.max_tokens
         self.lengths = rollout.lengths
         self.engine_log_probs = rollout.log_probs.to(self.device)
         self.sums = Sums(self.device)
@@ -190,12 +193,12 @@ class Update:
         if space == "pre-train":
             contexts, context_of, share = Sequences.of([(m.prefix_id,)]), [0] * len(rollout), False
         numbers = selected.nonzero().flatten().tolist()
-        return families(contexts, context_of, rollout.sequences, numbers, share, self.max_tokens)
+        return families(contexts, context_of, rollout.sequences, numbers, share, self.max_tokens, self.max_keys)
 
     def _micro_batches(self, space: Space, selected: Tensor) -> list[MicroBatch]:
         made = self._families(space, selected)
         sequences, most = self.rollout.sequences, self.module.micro_batch_size
-        return micro_batches(made, sequences, self.max_tokens, most, self.packed, self.kernel)
+        return micro_batches(made, sequences, self.max_tokens, most, self.packed, self.kernel, self.max_keys)
 
     def share(self, space: Space, selected: Tensor) -> Tensor:
         """(N,) bool: this rank's share of the selected responses; within each minibatch the ranks' tokens are about
@@ -315,6 +318,8 @@ class Update:
         start = time.perf_counter()  # reading the norm has waited for the device
         optimizer.step()
         self.policy.zero_grad(set_to_none=True)  # not needed any more, and as large as the weights through a rollout
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # else its time would be counted as the passes'
         self.seconds["optimizer"] += time.perf_counter() - start
         self.last["optim/lr"] = lr
         self.last["optim/skipped"] = self.last.get("optim/skipped", 0.0) + skipped

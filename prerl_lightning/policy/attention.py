@@ -42,7 +42,8 @@ def moved(record: Record, device: torch.device) -> Record:
 
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.to(device, non_blocking=True)
+            pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
+            return pinned.to(device, non_blocking=True)  # from pageable memory the host would wait for the device
         if isinstance(value, tuple):
             return tuple(map(move, value))
         return moved(value, device) if is_dataclass(value) else value

@@ -72,6 +72,12 @@ class Family:
         return contexts * len(self.context) + sum(self.lengths) - len(self.lengths)
 
     @property
+    def n_keys(self) -> int:
+        """Keys that attention reads in a pack: each response has its own copy of a shared context's."""
+        copies = len(self.numbers) * len(self.context) if self.shared else 0
+        return self.n_tokens + copies
+
+    @property
     def width(self) -> int:
         return len(self.context) + max(self.lengths) - 1
 
@@ -83,6 +89,7 @@ def families(
     numbers: Sequence[int],
     share: bool,
     max_tokens: int,
+    max_keys: int | None = None,
 ) -> list[Family]:
     """One family a response, or, where sharing pays, one for all neighbours with the same context.
 
@@ -94,7 +101,12 @@ def families(
         numbers: which of them to take; those without tokens are left out.
         share: share where it pays; False: never.
         max_tokens: a family of more is split; a single response of more stays whole.
+        max_keys: likewise of `Family.n_keys`; None: as many as there are.
     """
+
+    def fits(family: Family) -> bool:
+        return family.n_tokens <= max_tokens and (max_keys is None or family.n_keys <= max_keys)
+
     lengths = np.diff(responses.offsets).tolist()
     made: list[Family] = []
     owner = -1  # the last family's context
@@ -103,7 +115,7 @@ def families(
         if not length:
             continue
         last = made[-1] if made else None
-        if share and last is not None and owner == of and _with(last, number, length).n_tokens <= max_tokens:
+        if share and last is not None and owner == of and fits(_with(last, number, length)):
             made[-1] = _with(last, number, length)
         else:
             made.append(Family(contexts[of], (number,), (length,)))
@@ -141,6 +153,7 @@ def micro_batches(
     max_responses: int | None = None,
     packed: bool = True,
     kernel: Kernel = "sdpa",
+    max_keys: int | None = None,
 ) -> list[MicroBatch]:
     """Cut families, the largest first, into micro-batches of at most ``max_tokens`` input tokens, padding included.
 
@@ -149,25 +162,30 @@ def micro_batches(
     Args:
         responses: the rollout's.
         kernel: that packs are planned for.
+        max_keys: of a pack (`Family.n_keys`), where memory was reckoned with so many; None: as many as there are.
     """
     sizes = [(f.n_tokens if packed else f.width, len(f.numbers), f) for f in made]
     batches: list[list[Family]] = []
-    tokens: list[int] = []  # of each micro-batch, and its responses
+    tokens: list[int] = []  # of each micro-batch, its keys, and its responses
+    keys: list[int] = []
     counts: list[int] = []
     for size, n, family in sorted(sizes, key=lambda s: -s[0]):
         # into the first pack that has room; rows of about one width stay together, each as wide as the first
         first = 0 if packed else max(0, len(batches) - 1)
         for i in range(first, len(batches)):
             more = size if packed else n * batches[i][0].width
-            if tokens[i] + more <= max_tokens and (max_responses is None or counts[i] + n <= max_responses):
+            fits = tokens[i] + more <= max_tokens and (max_responses is None or counts[i] + n <= max_responses)
+            if fits and (max_keys is None or keys[i] + family.n_keys <= max_keys):
                 break
         else:
             i, more = len(batches), size * (1 if packed else n)
             batches.append([])
             tokens.append(0)
+            keys.append(0)
             counts.append(0)
         batches[i].append(family)
         tokens[i] += more
+        keys[i] += family.n_keys
         counts[i] += n
     return [_pack(batch, responses, kernel) if packed else _pad(batch, responses) for batch in batches]
 

@@ -69,7 +69,7 @@ class VLLMEngine(Engine):
     ) -> None:
         self.options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self._llm: Any = None
-        self._asleep = False
+        self._asleep = self._sleeping = False
         self.policy_version = None
 
     def max_model_len(self, config: PretrainedConfig) -> int:
@@ -77,6 +77,8 @@ class VLLMEngine(Engine):
 
     def device_bytes(self, shape: ModelShape, total: int) -> tuple[int, int]:
         options = self.options
+        if self._llm is not None and not self._asleep:  # it has taken it already
+            return 0, 0
         awake = int(options["gpu_memory_utilization"] * total)
         if options["kv_cache_mib"] is not None:  # then vLLM does not look at the share
             awake = shape.parameters * (4 if options["dtype"] == "float32" else 2) + (options["kv_cache_mib"] << 20)
@@ -130,12 +132,15 @@ class VLLMEngine(Engine):
                 **{key: value for key, value in options.items() if value is not None},
             )
         except ValueError as error:
-            if "memory" not in str(error) and "KV cache" not in str(error):
+            said = " ".join(str(error).split())
+            if "memory" not in said and "KV cache" not in said:
                 raise
-            raise InputError(
-                f"data.engine: vLLM has no room here: {str(error).splitlines()[0]} What helps: a larger "
-                "data.engine.init_args.gpu_memory_utilization, or a smaller max_model_len."
-            ) from error
+            helps = ""  # of another shortage vLLM itself says what to do
+            if "KV cache" in said or "cache blocks" in said:
+                helps = (
+                    " What helps: a larger data.engine.init_args.gpu_memory_utilization, or a smaller max_model_len."
+                )
+            raise InputError(f"data.engine: vLLM has no room here: {said[:400]}{helps}") from error
         self.weights_dtype = cast(torch.dtype, llm.llm_engine.vllm_config.model_config.dtype)
         _skip_ranks()
         return llm
@@ -283,7 +288,7 @@ def _reload(worker: Any, named_weights: Iterable[tuple[str, Tensor]]) -> None:
     """Runs in vLLM's worker, which is this process."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    worker.model_runner.reload_weights(weights_iterator=named_weights)
+    worker.reload_weights(weights_iterator=named_weights)
     for module in worker.get_model().modules():
         if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
             # on CPU the head keeps a packed copy; a tied one is not repacked by reload_weights
