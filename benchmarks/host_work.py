@@ -5,7 +5,7 @@
 128 prompts x 8 responses of 2,344 tokens on average, 2.4 million in all (arXiv 2604.14142's run), English prose for
 text. The rollout made from its responses, its statistics, thoughts counted, gathered as from two ranks, packs of 16,384
 tokens for GRPO or for NSR-PreRL. Apart stands what happens while the engine still samples: what vLLM hands over becomes
-arrays; decoding and verifying are left out. The least of three turns; memory is that of what the rollout keeps.
+arrays; decoding and verifying are left out. The least of five turns; memory is that of what the rollout keeps.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def main() -> None:
         "packs, NSR-PreRL": lambda: packs(Sequences.of([(1,)]), [0] * len(whole), negatives, False),
     }
     seconds: dict[str, float] = {}
-    for _ in range(3):
+    for _ in range(5):
         for name, run in stages.items():
             start = time.process_time()
             run()

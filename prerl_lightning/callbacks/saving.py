@@ -36,10 +36,13 @@ class WholeFileIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(new, path)
-        except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+        except (OSError, RuntimeError) as error:
+            reason: BaseException = error  # torch's writer makes a RuntimeError of a full disk
+            while not isinstance(reason, OSError) and reason.__context__ is not None:
+                reason = reason.__context__
             free = shutil.disk_usage(path.parent).free
             raise OSError(
-                f"The checkpoint {path} could not be written ({error}); {free / 2**30:.2f} GiB are free there. "
+                f"The checkpoint {path} could not be written ({reason}); {free / 2**30:.2f} GiB are free there. "
                 "The checkpoints before it are as they were."
             ) from error
         finally:
