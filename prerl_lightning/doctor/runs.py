@@ -20,6 +20,7 @@ from prerl_lightning.doctor.ranks_worker import STAGES
 from prerl_lightning.doctor.subject import GIB, Result, Subject, result, skipped
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives.base import CPU_PACK_TOKENS, PolicyModule
+from prerl_lightning.objectives.memory import keeps_reference
 from prerl_lightning.policy.model import load_config, model_path
 from prerl_lightning.rollout.engine import Engine
 from prerl_lightning.rollout.vllm_engine import Dtype, VLLMEngine
@@ -61,8 +62,7 @@ def budget(subject: Subject) -> Result:
     world_size = len(devices) * trainer.num_nodes
     sharded = trainer.strategy == "fsdp2" or isinstance(trainer.strategy, ModelParallelStrategy)
     strategy: Strategy = "fsdp2" if sharded else "ddp" if world_size > 1 else "single"
-    lives = [module, *(c.successor for c in trainer.callbacks or () if hasattr(c, "successor"))]
-    reference = any(life.kl_coefficient > 0 for life in lives)
+    reference = keeps_reference(module, trainer.callbacks or ())
     terms: Terms = (strategy, world_size, str(trainer.precision), reference)
     held = training_bytes(subject.shape, *terms)
     on_gpu = devices[0].type == "cuda"

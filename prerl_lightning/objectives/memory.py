@@ -1,7 +1,8 @@
 """Whether a run fits on its GPUs, and how large its packs may be there."""
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from prerl_lightning.objectives.base import PolicyModule
 
 log = logging.getLogger(__name__)
+
+
+def keeps_reference(module: "PolicyModule", callbacks: Iterable[Any]) -> bool:
+    """Whether any life of a run keeps a copy of the weights for a KL penalty."""
+    lives = [module, *(c.successor for c in callbacks if hasattr(c, "successor"))]
+    return any(life.kl_coefficient > 0 for life in lives)
 
 
 def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: int) -> PackChoice | None:
@@ -36,7 +43,6 @@ def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: 
     free, total = torch.cuda.mem_get_info(device)
     free = int(ranks.all_reduce(torch.tensor(free), ReduceOp.MIN))
     sharded = isinstance(trainer.strategy, ModelParallelStrategy)
-    lives = [module, *(c.successor for c in trainer.callbacks if hasattr(c, "successor"))]  # type: ignore[attr-defined]
     budget = rank_budget(
         shape,
         free,
@@ -45,7 +51,7 @@ def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: 
         strategy="fsdp2" if sharded else "ddp" if isinstance(trainer.strategy, DDPStrategy) else "single",
         world_size=trainer.world_size,
         precision=str(trainer.precision),
-        reference=any(life.kl_coefficient > 0 for life in lives),
+        reference=keeps_reference(module, trainer.callbacks),  # type: ignore[attr-defined]
         checkpointing=module.gradient_checkpointing,
         max_tokens=module.max_tokens_per_microbatch,
     )
