@@ -400,7 +400,7 @@ def test_a_mask_never_comes_with_fewer_heads_of_keys(model_folder, make_rollout,
 
 def test_the_kernel_is_taken_only_in_16_bits_on_a_gpu_that_was_seen_to_run_it(model_folder, monkeypatch, caplog):
     policy = Policy.from_pretrained(model_folder("qwen3-untied"))
-    assert policy._head_shapes == {(2, 1, 32, 32)}
+    assert policy.head_shapes == {(2, 1, 32, 32)}
     gpu, tried = torch.device("cuda", 0), []
     assert policy.attention_kernel(torch.device("cpu")) == "sdpa"
     assert policy.attention_kernel(gpu) == "sdpa"  # fp32

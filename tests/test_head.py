@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from prerl_lightning.policy import head
-from prerl_lightning.policy.head import head_log_probs
+from prerl_lightning.policy.head import head_log_probs, log_probs_of
 
 V, H, T = 2500, 24, 37
 
@@ -32,7 +32,13 @@ def test_chunked_equals_fp64_and_autograd(monkeypatch, bias, softcap):
     monkeypatch.setattr(head, "CPU_BLOCK_ELEMENTS", 1)  # blocks of 1024: three of them, the last one short
     *leaves, targets, slope = inputs(bias)
     found = gradients(lambda: head_log_probs(*leaves, targets, 0.7, softcap)[0], leaves, slope)
-    plain = gradients(lambda: head_log_probs(*leaves, targets, 0.7, softcap, chunked=False)[0], leaves, slope)
+
+    def all_at_once():
+        logits = F.linear(*leaves)
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+        return log_probs_of(logits, targets, 0.7, entropy=False)[0]
+
+    plain = gradients(all_at_once, leaves, slope)
 
     *double, targets, slope = inputs(bias, torch.float64)
 
@@ -76,7 +82,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_kept(monkeypatch):
         head_log_probs(*leaves, targets)
         assert max(kept) == V * H
         kept.clear()
-        head_log_probs(*leaves, targets, chunked=False)
+        log_probs_of(F.linear(*leaves), targets, 1.0, entropy=False)
         assert max(kept) == T * V
 
 
@@ -86,10 +92,15 @@ def test_entropy_equals_fp64_and_leaves_the_gradient_alone(monkeypatch, chunked)
     *leaves, targets, slope = inputs(True)
 
     def both():
-        return head_log_probs(*leaves, targets, 0.7, 5.0, chunked, entropy=True)
+        return log_probs(entropy=True)
+
+    def log_probs(entropy):
+        if chunked:
+            return head_log_probs(*leaves, targets, 0.7, 5.0, entropy)
+        return log_probs_of(5.0 * torch.tanh(F.linear(*leaves) / 5.0), targets, 0.7, entropy)
 
     assert not both()[1].requires_grad
-    without = gradients(lambda: head_log_probs(*leaves, targets, 0.7, 5.0, chunked)[0], leaves, slope)
+    without = gradients(lambda: log_probs(entropy=False)[0], leaves, slope)
     for found, expected in zip(gradients(lambda: both()[0], leaves, slope), without, strict=True):
         assert torch.equal(found, expected)
     *double, _, _ = inputs(True, torch.float64)

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from prerl_lightning.compat import validation_follows
 from prerl_lightning.objectives.base import PolicyModule
-from prerl_lightning.policy.model import load_tokenizer
+from prerl_lightning.policy.model import Policy, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -179,12 +179,18 @@ class ExportModel(L.Callback):
 
 
 def export(module: PolicyModule, folder: Path, dtype: torch.dtype, write: bool = True) -> None:
-    """Gather the weights one tensor at a time, on all ranks, and save them where ``write``."""
-    policy = module.live_policy
+    """The policy and its tokenizer; called on all ranks."""
+    export_policy(module.live_policy, folder, dtype, write)
+    if write:
+        load_tokenizer(module.model_name).save_pretrained(folder)
+
+
+def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, write: bool = True) -> None:
+    """Gather the weights one layer at a time, on all ranks, and save them where ``write``, by the names that they had
+    in the folder they came from."""
     state = {}
     for name, tensor in policy.named_weights(dtype):
         if write:
             state[name] = tensor.cpu()
     if write:
-        policy.model.save_pretrained(folder, state_dict=state)
-        load_tokenizer(module.model_name).save_pretrained(folder)
+        policy.model.save_pretrained(folder, state_dict=state, save_original_format=False)

@@ -31,7 +31,7 @@ from prerl_lightning.objectives import memory
 from prerl_lightning.objectives.losses import Aggregation, KLEstimator
 from prerl_lightning.objectives.schedule import Schedule, learning_rate_factor
 from prerl_lightning.objectives.update import Term, Update, gathered
-from prerl_lightning.policy.model import Policy, load_tokenizer, prefix_token
+from prerl_lightning.policy.model import Policy, load_config, load_tokenizer, prefix_token
 from prerl_lightning.policy.reference import Reference
 from prerl_lightning.rollout.engine import Engine
 from prerl_lightning.rollout.sampler import Group
@@ -78,7 +78,8 @@ class PolicyModule(L.LightningModule):
         micro_batch_size: at most so many responses in one forward pass; None: no such limit.
         packing: forward many responses as one row of tokens without padding, where the model's attention allows it.
         share_prompts: in a pack, the responses of a group share one pass over their prompt where that pays.
-        chunked_head: token log-probs without a tokens x vocabulary tensor; False: all logits at once.
+        chunked_head: token log-probs without a tokens x vocabulary tensor; False: by the model's own logits, all at
+            once.
         gradient_checkpointing: recompute activations in the backward pass, in all lives; None: on a GPU where packs of
             a good size do not fit otherwise, on a CPU not.
         peak_flops: FLOP/s of one device, for train/mfu; None: from a table of NVIDIA's (metrics/utilisation.py).
@@ -280,6 +281,7 @@ class PolicyModule(L.LightningModule):
                 attn_implementation=self.attn_implementation,
                 gradient_checkpointing=bool(self.gradient_checkpointing),
                 chunked_head=self.chunked_head,
+                longest=self.data.engine.max_model_len(load_config(self.model_name)) if self.is_attached else None,
             )
 
     @property

@@ -24,7 +24,6 @@ def head_log_probs(
     targets: Tensor,
     scale: float = 1.0,
     softcap: float | None = None,
-    chunked: bool = True,
     entropy: bool = False,
     into_grad: Literal["no", "only", "also"] = "no",
 ) -> tuple[Tensor, Tensor | None]:
@@ -36,9 +35,8 @@ def head_log_probs(
         targets: (T,) token ids.
         scale: of the (capped) logits, 1 / temperature.
         softcap: logits become softcap * tanh(logits / softcap); None: they stay.
-        chunked: False: by autograd over all logits at once.
         entropy: compute (T,) entropies in nats too; they have no gradient.
-        into_grad: the chunked backward pass adds the weight's gradient to ``weight.grad`` itself instead of handing
+        into_grad: the backward pass adds the weight's gradient to ``weight.grad`` itself instead of handing
             autograd a (V, H) tensor, which it keeps, for tied weights until the body's backward pass is over. ``also``:
             autograd has other gradients for this weight; ``only``: it has not, and gets zeros (of no size), because
             DDP and FSDP2 wait for one. Both for ``backward()`` on leaf weights, not for `torch.autograd.grad`.
@@ -46,15 +44,15 @@ def head_log_probs(
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     with torch.autocast(hidden.device.type, enabled=False):
-        if chunked:
-            log_probs, entropies = _HeadLogProbs.apply(
-                hidden, weight, bias, targets, scale, softcap, entropy, into_grad
-            )
-            return log_probs, entropies if entropy else None
-        logits = _cap(F.linear(hidden, weight.to(hidden), None if bias is None else bias.to(hidden)).float(), softcap)
-        log_probs = -F.cross_entropy(scale * logits, targets, reduction="none")
-        entropies = torch.distributions.Categorical(logits=scale * logits.detach()).entropy() if entropy else None
-        return log_probs, entropies
+        log_probs, entropies = _HeadLogProbs.apply(hidden, weight, bias, targets, scale, softcap, entropy, into_grad)
+        return log_probs, entropies if entropy else None
+
+
+def log_probs_of(logits: Tensor, targets: Tensor, scale: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """The same from (T, V) logits, by autograd."""
+    scaled = scale * logits.float()
+    entropies = torch.distributions.Categorical(logits=scaled.detach()).entropy() if entropy else None
+    return -F.cross_entropy(scaled, targets, reduction="none"), entropies
 
 
 def _cap(logits: Tensor, softcap: float | None) -> Tensor:

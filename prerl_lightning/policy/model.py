@@ -4,15 +4,17 @@ Everything that touches parameters happens inside `Policy.forward`, because DDP 
 module they wrap: an output head called from outside would see a shard.
 """
 
-import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,14 +23,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prerl_lightning.errors import InputError
-from prerl_lightning.policy import attention
-from prerl_lightning.policy.head import head_log_probs
-from prerl_lightning.policy.packing import Family, MicroBatch, micro_batches
-from prerl_lightning.types import Sequences
-
-log = logging.getLogger(__name__)
+from prerl_lightning.policy import attention, probe
+from prerl_lightning.policy.head import head_log_probs, log_probs_of
+from prerl_lightning.policy.packing import MicroBatch
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "arithmetic"
 
@@ -66,6 +67,36 @@ def _existing(model: str) -> str:
     return str(Path(path).expanduser()) if looks_local else path
 
 
+def load_model(model: str, attn_implementation: str | None = None) -> PreTrainedModel:
+    """In fp32. Raises InputError, by name, for weights that the folder lacks or has too many, of another shape, or not
+    finite: transformers draws what is missing at random."""
+    kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        lm, found = _load(AutoModelForCausalLM, model, **options, **kwargs)
+    except (ImportError, ValueError) as error:
+        if not attn_implementation:
+            raise
+        raise InputError(f"attn_implementation: {attn_implementation!r} does not work here: {error}") from error
+    shapes = [n if isinstance(n, str) else n[0] for n in found["mismatched_keys"]]
+    wrong = {
+        "are missing": found["missing_keys"],
+        "are none of this model's": found["unexpected_keys"],
+        "have another shape than its config.json says": [
+            n if isinstance(n, str) else n[0] for n in found["mismatched_keys"]
+        ],
+        "are not finite": [name for name, p in lm.named_parameters() if not p.isfinite().all()],
+    }
+    for what, names in wrong.items():
+        if names:
+            shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise InputError(
+                f"model: {model!r}: weights of {type(lm).__name__} {what}: {shown}. The folder is damaged or belongs "
+                "to another architecture; fetch or export it again."
+            )
+    return lm
+
+
 def prefix_token(tokenizer: PreTrainedTokenizerBase, prefix: str | int | None) -> int:
     """The id of the token in front of y in log p(y).
 
@@ -94,44 +125,30 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase, prefix: str | int | None) -
     return int(ids[0])
 
 
-@dataclass(frozen=True)
-class _WatchedPlan(attention.AttentionPlan):
-    """Notes heads of queries and of keys, and their sizes."""
-
-    plan: attention.AttentionPlan
-    shapes: set[tuple[int, int, int, int]] = field(default_factory=set)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        self.shapes.add((query.shape[1], key.shape[1], query.shape[2], value.shape[2]))
-        return self.plan.attend(query, key, value, scaling)
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 class Policy(nn.Module):
     """Wraps a Hugging Face causal LM. Parameter names are the model's behind ``model.``.
 
+    The model stays in eval mode in training too, whatever is called: the log-probs of a sampled response must be those
+    it was sampled with, without dropout or a router's noise.
+
     Args:
-        model: the LM; its dropout is switched off, since the log-probs of a sampled response must be those it was
-            sampled with.
-        chunked_head: no tokens x vocabulary tensor (policy/head.py); False: all logits at once.
+        model: the LM.
+        chunked_head: no tokens x vocabulary tensor (policy/head.py); False: the model's own logits, all at once.
     """
 
     def __init__(self, model: PreTrainedModel, chunked_head: bool = True) -> None:
         super().__init__()
-        self.model = model.train()  # gradient checkpointing asks for it
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0  # type: ignore[assignment]
-        config = model.config.get_text_config()
-        # the names under which model families put a scale or a soft cap on their logits (Cohere, Granite, Gemma)
-        self.logit_scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        self.logit_softcap = getattr(config, "final_logit_softcapping", None)
-        if self.logit_softcap and self.logit_scale != 1:
-            raise InputError(f"model: {type(model).__name__} both scales and caps its logits: not implemented.")
+        self.model = model
+        self.logit_scale, self.logit_softcap = 1.0, cast(float | None, None)  # log-probs of scale * cap(logits)
         self.can_pack = self.can_share = False  # responses in one row; and of one prompt behind one pass over it
-        self._head_shapes: set[tuple[int, int, int, int]] = set()  # of its attention, as packs were seen to have them
+        self.head_shapes: set[tuple[int, int, int, int]] = set()  # of its attention, as packs were seen to have them
         self.chunked_head = chunked_head
+        self.recomputes = False
+        self.eval()
 
     @classmethod
     def from_pretrained(
@@ -140,78 +157,54 @@ class Policy(nn.Module):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         chunked_head: bool = True,
+        longest: int | None = None,
     ) -> "Policy":
-        """fp32 master weights, on the CPU. Raises InputError, with the mend, where ``model`` is no model folder.
+        """fp32 master weights, on the CPU.
 
         Whatever device is the default around it (Lightning's `configure_model` makes the rank's GPU it): transformers
         would ask for accelerate there, and TF32 would blur what packs are compared by.
+
+        Args:
+            longest: tokens of a sequence, at most, for models whose rotary frequencies depend on it.
+
+        Raises:
+            InputError: ``model`` is no model folder, its weights are not all there and finite, or `Policy` would not
+                give what the model gives (policy/probe.py).
         """
         # for every new shape cuDNN makes a plan, which takes a second, and packs have new shapes at every step
         torch.backends.cuda.enable_cudnn_sdp(False)
-        kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
         with torch.device("cpu"):
-            try:
-                lm = _load(AutoModelForCausalLM, model, dtype=torch.float32, **kwargs)
-            except (ImportError, ValueError) as error:
-                if not attn_implementation:
-                    raise
-                raise InputError(f"attn_implementation: {attn_implementation!r} does not work here: {error}") from error
-            policy = cls(lm, chunked_head)
-            policy._prepare_packing()
+            policy = cls(load_model(model, attn_implementation), chunked_head)
+            probe.fix_rotary(policy, longest)
+            probe.prepare(policy)
         policy.checkpoint_activations(gradient_checkpointing)
         return policy
 
-    def checkpoint_activations(self, enabled: bool) -> None:
-        """Recompute activations in the backward pass, or keep them."""
-        if enabled:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        elif self.model.is_gradient_checkpointing:
-            self.model.gradient_checkpointing_disable()
+    def train(self, mode: bool = True) -> "Policy":
+        """Eval mode, always."""
+        return super().train(False)
 
-    @torch.no_grad()
-    def _prepare_packing(self) -> None:
-        """Switch to packed attention where a small pack gives what its sequences give alone, else say that packing
-        is off: which models it covers is seen, not looked up."""
-        before = self.model.config._attn_implementation
-        reason = ""
-        if before.startswith("flash_attention"):  # transformers cuts a row into sequences where its positions restart
-            self.can_pack = True
-        elif before != "sdpa":
-            reason = f"its attention is {before}"
-        elif any(kind != "full_attention" for kind in getattr(self.model.config, "layer_types", None) or ()):
-            reason = "not all of its layers have full attention"
-        else:
-            contexts = Sequences.of([(1, 0, 2), (2,)])
-            responses = Sequences.of([(0, 1, 2, 0, 1), (2, 2, 0), (1, 0)])
-            made = [Family(contexts[0], (0, 1), (5, 3), shared=True), Family(contexts[1], (2,), (2,))]
-            alone = [self(b)[0] for b in micro_batches(made, responses, 64, packed=False)]
-            try:
-                self.model.set_attn_implementation(attention.NAME)
-                self.can_share = True
-                (pack,) = micro_batches(made, responses, 64)
-                assert pack.plan is not None
-                watched = _WatchedPlan(pack.plan)
-                together, _ = self(replace(pack, plan=watched))
-                self._head_shapes = watched.shapes
-                self.can_pack = torch.allclose(torch.cat(alone), together, rtol=1e-4, atol=1e-4)
-                reason = "packed sequences come out differently"
-            except (TypeError, ValueError, NotImplementedError) as error:
-                reason = str(error)
-        if not self.can_pack:
-            self.can_share = False
-            self.model.set_attn_implementation(before)
-            log.warning(
-                "Responses are padded to the longest of a micro-batch instead of packed, which costs the passes over "
-                "the padding, and one over the prompt for each response: %s: %s",
-                *(type(self.model).__name__, reason),
+    def checkpoint_activations(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass, or keep them. Of transformers' layers, but without its own
+        switch, which asks for training mode."""
+        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if enabled and not layers:
+            raise InputError(
+                f"model.init_args.gradient_checkpointing: {type(self.model).__name__} does not say which of its "
+                "modules can be recomputed."
             )
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+            if enabled:
+                layer.forward = partial(_recomputed, layer.forward)  # type: ignore[method-assign]
+        self.recomputes = enabled
 
     def attention_kernel(self, device: torch.device) -> attention.Kernel:
         """What packs are to be planned for: on a GPU in 16 bits the variable-length kernel, if it works there."""
-        if device.type != "cuda" or not torch.is_autocast_enabled("cuda") or not self._head_shapes:
+        if device.type != "cuda" or not torch.is_autocast_enabled("cuda") or not self.head_shapes:
             return "sdpa"
         dtype = torch.get_autocast_dtype("cuda")
-        return "varlen" if all(attention.varlen_works(device, dtype, *s) for s in self._head_shapes) else "sdpa"
+        return "varlen" if all(attention.varlen_works(device, dtype, *s) for s in self.head_shapes) else "sdpa"
 
     def forward(
         self, batch: MicroBatch, temperature: float = 1.0, entropy: bool = False
@@ -221,35 +214,56 @@ class Policy(nn.Module):
 
         For ``backward()``, which finds the head's gradient already in place (`head_log_probs`, ``into_grad``).
         """
-        body = cast(nn.Module, self.model.base_model)
         packed: dict[str, Any] = {} if batch.plan is None else {"position_ids": batch.positions}
         if self.can_share and batch.plan is not None:
             packed["plan"] = batch.plan
+        if not self.chunked_head:
+            logits = self.model(input_ids=batch.input_ids, use_cache=False, **packed).logits
+            return log_probs_of(logits.flatten(0, 1)[batch.predictors], batch.targets, 1 / temperature, entropy)
+        body: Any = self.model.base_model
+        if body is self.model:  # Llama 4 calls its body otherwise than it says
+            body = next(m for m in self.model.children() if isinstance(m, PreTrainedModel))
         hidden = body(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.predictors)
         head = cast(nn.Linear, self.model.get_output_embeddings())
-        scale = self.logit_scale / temperature
         tied = head.weight is self.model.get_input_embeddings().weight
         return head_log_probs(
             hidden,
             head.weight,
             head.bias,
             batch.targets,
-            scale,
+            self.logit_scale / temperature,
             self.logit_softcap,
-            self.chunked_head,
             entropy,
             into_grad="no" if not head.weight.is_leaf else "also" if tied else "only",
         )
 
     def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The weights by their Hugging Face names, one full tensor at a time, tied ones once.
+        """The weights by the names that they have on disk, full tensors, tied ones once: parameters in ``dtype``, and
+        persistent buffers as they are.
 
+        A layer's are made at a time, since transformers may hold in one parameter what is several on disk (experts).
         Under FSDP2 each is cast on its shard and then gathered, so that no second full copy of the model exists.
         The gathers are collective: every rank iterates to the end.
         """
-        for name, parameter in self.model.named_parameters():
-            tensor = parameter.detach()
-            if dtype is not None:
-                tensor = tensor.to(dtype)
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        entries: list[tuple[str, Tensor]] = [*self.model.named_parameters(), *self._persistent_buffers()]
+        for _, layer in groupby(sorted(entries, key=lambda e: _layer(e[0])), key=lambda e: _layer(e[0])):
+            state = {}
+            for name, held in layer:
+                tensor = held.detach()
+                if dtype is not None and isinstance(held, nn.Parameter):
+                    tensor = tensor.to(dtype)
+                state[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield from revert_weight_conversion(self.model, state).items()
+
+    def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        for prefix, module in self.model.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def _layer(name: str) -> str:
+    """``model.layers.3`` of ``model.layers.3.mlp.weight``; of what is in no layer the name itself."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found[0] if found else name
