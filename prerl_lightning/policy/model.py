@@ -82,9 +82,7 @@ def load_model(model: str, attn_implementation: str | None = None) -> PreTrained
     wrong = {
         "are missing": found["missing_keys"],
         "are none of this model's": found["unexpected_keys"],
-        "have another shape than its config.json says": [
-            n if isinstance(n, str) else n[0] for n in found["mismatched_keys"]
-        ],
+        "have another shape than its config.json says": shapes,
         "are not finite": [name for name, p in lm.named_parameters() if not p.isfinite().all()],
     }
     for what, names in wrong.items():
