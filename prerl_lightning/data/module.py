@@ -179,6 +179,10 @@ class RolloutDataModule(L.LightningDataModule):
             self.engine.update_weights(policy.named_weights(self.engine.weights_dtype), policy_version)
         return time.perf_counter() - start
 
+    def some_prompts(self, number: int) -> list[Prompt]:
+        """To look at the engine with: training prompts where there are, else held-out ones."""
+        return (self._prompts.get("train") or self._prompts["val"])[:number]
+
     def rollout(self, prompts: Sequence[Prompt], policy_version: int) -> Rollout:
         """Sample G responses for each prompt and reward them.
 

@@ -12,6 +12,7 @@ of a successor only `training_step` and what that calls is used, not its other L
 
 import logging
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -27,7 +28,7 @@ from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.evaluation import EvaluationMetric
 from prerl_lightning.metrics.utilisation import TrainingFlops, peak_flops
-from prerl_lightning.objectives import memory
+from prerl_lightning.objectives import agreement, memory
 from prerl_lightning.objectives.losses import Aggregation, KLEstimator
 from prerl_lightning.objectives.schedule import Schedule, learning_rate_factor
 from prerl_lightning.objectives.update import Term, Update, gathered
@@ -71,6 +72,9 @@ class PolicyModule(L.LightningModule):
         importance_cap: > 1.
         mismatch_samples: an objective in pre-train space never computes log p(y given x); so many responses a step
             are forwarded without gradient to compare engine and trainer. 0: none.
+        mismatch_bound: nats a token that engine and trainer may differ by on average: beyond it the run stops where
+            it or a life begins (objectives/agreement.py), and is warned of later; None: 0.01 where both compute in
+            fp32, else 0.2.
         entropy: log optim/entropy: of the next token's distribution in nats, over the response tokens that a step
             forwards behind their prompts.
         max_tokens_per_microbatch: input tokens of one forward pass, padding included; None: on a GPU up to 16,384, by
@@ -109,6 +113,7 @@ class PolicyModule(L.LightningModule):
         importance_sampling: Literal["none", "token", "sequence-mask"] = "none",
         importance_cap: float = 2.0,
         mismatch_samples: int = 8,
+        mismatch_bound: float | None = None,
         entropy: bool = False,
         max_tokens_per_microbatch: int | None = None,
         micro_batch_size: int | None = None,
@@ -130,7 +135,7 @@ class PolicyModule(L.LightningModule):
         self.minibatches, self.epochs = minibatches, epochs
         self.kl_coefficient, self.kl_estimator = kl_coefficient, kl_estimator
         self.importance_sampling, self.importance_cap = importance_sampling, importance_cap
-        self.mismatch_samples, self.entropy = mismatch_samples, entropy
+        self.mismatch_samples, self.mismatch_bound, self.entropy = mismatch_samples, mismatch_bound, entropy
         self.max_tokens_per_microbatch, self.micro_batch_size = max_tokens_per_microbatch, micro_batch_size
         self.packing, self.share_prompts, self.chunked_head = packing, share_prompts, chunked_head
         self.peak_flops = peak_flops
@@ -160,6 +165,8 @@ class PolicyModule(L.LightningModule):
         self.life = 1  # this module's place among them, from 1
         self.first_step = 0  # of this life, in optimizer steps of the run
         self.end_step: int | None = None  # None: the run's end
+        self.warned_of_mismatch = False
+        self.agreed = False  # this life's weights were seen to be those that the engine samples from
 
     # ------------------------------------------------------------------ lives
 
@@ -276,6 +283,8 @@ class PolicyModule(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.policy is None:
+            # Lightning's warning of modules in eval mode: here they are meant to be
+            warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
             self.policy = Policy.from_pretrained(
                 self.model_name,
                 attn_implementation=self.attn_implementation,
@@ -346,6 +355,7 @@ class PolicyModule(L.LightningModule):
     def on_fit_start(self) -> None:
         # an engine that outlived an earlier fit of this process knows other weights by the same version numbers
         self.data.engine.policy_version = None
+        self.agreed = False
         self.lr_at(self.warmup_steps)  # a decay without an end is refused here, not after the first rollout
         self._started = time.perf_counter()
 
@@ -358,7 +368,7 @@ class PolicyModule(L.LightningModule):
             return self.acting.training_step(batch, batch_idx)
         start = time.perf_counter()
         version = self.trainer.global_step
-        seconds = {"update_weights": self.data.sync(self.live_policy, version)}
+        seconds = {"update_weights": self.sync()}
         rollout = self.data.rollout(batch, version)
         self.data.engine.sleep()
         seconds |= rollout.seconds
@@ -375,11 +385,35 @@ class PolicyModule(L.LightningModule):
         if peak := self.peak_flops or peak_flops(self.compute_device):
             metrics["train/mfu"] = flops_per_second / (peak * self.trainer.world_size)
         metrics["life"] = self.life
+        self._warn_of_mismatch(metrics)
         for key, value in metrics.items():
             self.log(key, float(value), batch_size=1, logger=False)
         if self.host.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             self.host.record(metrics)
         return None
+
+    def sync(self) -> float:
+        """Give the engine the present weights, unless it has them; returns the seconds that took."""
+        seconds = self.data.sync(self.live_policy, self.trainer.global_step)
+        if not self.acting.agreed:
+            agreement.check(self.acting)
+            self.acting.agreed = True
+        return seconds
+
+    def _warn_of_mismatch(self, metrics: Mapping[str, float]) -> None:
+        found = metrics.get("mismatch/log_prob_difference", 0.0)
+        if found > (bound := agreement.mismatch_bound(self)) and not self.host.warned_of_mismatch:
+            self.host.warned_of_mismatch = True
+            cut = self.data.sampling.top_p < 1 or self.data.sampling.top_k > 0
+            log.warning(
+                "Step %d: engine and trainer differ by %.3g nats a token on average (mismatch/log_prob_difference; "
+                "%g are expected at most): the loss is that of other samples. %s",
+                *(self.trainer.global_step, found, bound),
+                "data.sampling.top_p and top_k cut the engine's distribution, not the trainer's: leave them out, or "
+                "use model.init_args.importance_sampling."
+                if cut
+                else "model.init_args.importance_sampling corrects for it; `prerl doctor` shows where it comes from.",
+            )
 
     def update(self, rollout: Rollout) -> tuple[dict[str, float], dict[str, float]]:
         """Optimise on one rollout, ``minibatches`` * ``epochs`` optimizer steps; returns metrics, and seconds by stage.
@@ -401,7 +435,8 @@ class PolicyModule(L.LightningModule):
     def on_validation_start(self) -> None:
         if self.trainer.state.fn != "fit":
             self.data.engine.policy_version = None
-        self.data.sync(self.live_policy, self.trainer.global_step)
+            self.agreed = False
+        self.sync()
 
     def on_test_start(self) -> None:
         self.on_validation_start()

@@ -129,7 +129,10 @@ class Update:
         # memory is reckoned with so many keys; on a CPU it is not the matter
         self.max_keys = None if self.device.type == "cpu" else KEYS_PER_TOKEN * self.max_tokens
         self.lengths = rollout.lengths
-        self.engine_log_probs = rollout.log_probs.to(self.device)
+        number = torch.arange(len(self.lengths)).repeat_interleave(self.lengths)
+        finite = rollout.log_probs.isfinite()
+        self.sound = torch.ones(len(self.lengths), dtype=torch.bool).index_fill_(0, number[~finite], False)
+        self.engine_log_probs = torch.where(finite, rollout.log_probs, 0.0).to(self.device)
         self.sums = Sums(self.device)
         self.last: dict[str, float] = {}
         self.seconds = {"forward_backward": 0.0, "optimizer": 0.0}
@@ -137,7 +140,13 @@ class Update:
     def run(self) -> dict[str, float]:
         start = time.perf_counter()
         m, rollout = self.module, self.rollout
-        statistics = rollout_statistics(rollout)
+        statistics = rollout_statistics(replace(rollout, log_probs=self.engine_log_probs.cpu()))
+        if unsound := int((~self.sound).sum()):
+            log.warning(
+                "Step %d: the engine gave %d responses log-probs that are not finite; they are left out of the loss.",
+                *(m.trainer.global_step, unsound),
+            )
+        statistics["rollout/not_finite"] = float(unsound)
         self.seconds["statistics"] = time.perf_counter() - start
         works = [self._work(term) for term in m.terms]
         if m.mismatch_samples and not any(w.term.space == "post-train" and w.selected.any() for w in works):
@@ -156,7 +165,8 @@ class Update:
     def _work(self, term: Term) -> Work:
         m = self.module
         advantages = group_advantages(self.rollout.rewards, self.rollout.group_ids, term.normalisation)
-        contributing = contributing_responses(advantages, term.contributing) & (self.lengths > 0)
+        contributing = contributing_responses(advantages, term.contributing)
+        contributing &= self.sound & (self.lengths > 0)
         selected = contributing if m.kl_coefficient > 0 else contributing & (advantages != 0)
         own = self.share(term.space, selected)
         many_updates = m.minibatches * m.epochs > 1
@@ -330,7 +340,8 @@ class Update:
         """Where no loss computes log p(y given x), compare engine and trainer on a few responses."""
         m = self.module
         some = torch.zeros(len(self.lengths), dtype=torch.bool)
-        some[self.lengths.nonzero().flatten()[: m.mismatch_samples][self.rank :: self.world_size]] = True
+        usable = (self.sound & (self.lengths > 0)).nonzero().flatten()
+        some[usable[: m.mismatch_samples][self.rank :: self.world_size]] = True
         trainer = self.log_probs("post-train", some, m.entropy)
         tokens = some.repeat_interleave(self.lengths).nonzero().flatten().to(self.device)
         self._add_mismatch(trainer[tokens], self.engine_log_probs[tokens])

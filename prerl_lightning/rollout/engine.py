@@ -76,6 +76,8 @@ class Engine(ABC):
     policy_version: int | None = None
     #: of its weights, known from `start` on
     weights_dtype: torch.dtype | None = None
+    #: what the first update changed although it was given the weights of the engine's own folder (version 0)
+    suspects: Sequence[str] = ()
 
     @abstractmethod
     def max_model_len(self, config: PretrainedConfig) -> int:
@@ -108,7 +110,15 @@ class Engine(ABC):
 
     @abstractmethod
     def update_weights(self, named_weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
-        """Take over the weights, one tensor at a time under its Hugging Face name, and forget cached prefixes."""
+        """Take over the weights, one tensor at a time under its name on disk, and forget cached prefixes.
+
+        Raises:
+            InputError: it cannot take over all of them.
+        """
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Drop cached prefixes."""
 
     def device_bytes(self, shape: ModelShape, total: int) -> tuple[int, int]:
         """Of ``total`` bytes of a GPU, what it takes when awake and when asleep; before `start` too."""

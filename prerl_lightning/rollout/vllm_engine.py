@@ -69,7 +69,7 @@ class VLLMEngine(Engine):
     ) -> None:
         self.options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self._llm: Any = None
-        self._asleep = self._sleeping = False
+        self._asleep = self._sleeping = self._updated = False
         self.policy_version = None
 
     def max_model_len(self, config: PretrainedConfig) -> int:
@@ -253,13 +253,27 @@ class VLLMEngine(Engine):
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
         with _host_state_kept():
-            self._llm.collective_rpc(_reload, args=(named_weights,))
+            first = policy_version == 0 and not self._updated
+            before = self._llm.collective_rpc(_fingerprints)[0] if first else {}
+            (stale,) = self._llm.collective_rpc(_reload, args=(named_weights,))
+            if first:
+                after = self._llm.collective_rpc(_fingerprints)[0]
+                self.suspects = [name for name, value in before.items() if after.get(name) != value]
+        self._updated = True
+        if stale:
+            raise InputError(
+                f"data.engine: vLLM does not take over new weights of {', '.join(stale)}: it would go on sampling with "
+                "those of the folder. A model of this kind cannot be trained with this release of it."
+            )
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
+        self.forget()
+        self.policy_version = policy_version
+
+    def forget(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: are requests of an earlier call still running?")
-        self.policy_version = policy_version
 
     def sleep(self) -> None:
         if self._sleeping and not self._asleep:
@@ -284,15 +298,57 @@ def _device(worker: Any) -> str:
     return str(worker.device)
 
 
-def _reload(worker: Any, named_weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Runs in vLLM's worker, which is this process."""
+def _reload(worker: Any, named_weights: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Runs in vLLM's worker, which is this process. Returns the kinds of layers that kept weights of their own."""
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    worker.reload_weights(weights_iterator=named_weights)
-    for module in worker.get_model().modules():
-        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
-            # on CPU the head keeps a packed copy; a tied one is not repacked by reload_weights
+    with _said_by("vllm.model_executor.model_loader.reload.layerwise") as said:
+        worker.reload_weights(weights_iterator=named_weights)
+    modules = list(worker.get_model().modules())
+    quiet = {line.partition(": Failed to load weights")[0] for line in said if "Failed to load weights" in line}
+    given = {id(p) for m in modules if type(m).__name__ not in quiet for p in m.parameters(recurse=False)}
+    kept = {type(m).__name__ for m in modules if any(id(p) not in given for p in m.parameters(recurse=False))}
+    if kept:  # not a cache of rotary frequencies, nor a head that is tied to what was loaded
+        return sorted(kept)
+    # on a CPU some layers compute with packed copies, which reload_weights does not always make anew
+    for module in modules if worker.device.type == "cpu" else ():
+        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):  # tied to the embedding
             module.quant_method.process_weights_after_loading(module)
+        if isinstance(method := getattr(module, "quant_method", None), UnquantizedFusedMoEMethod):
+            # it packs experts when it makes its kernel, which is once
+            method.moe_kernel.fused_experts.process_weights_after_loading(module)
+    return []
+
+
+@contextmanager
+def _said_by(name: str) -> Iterator[list[str]]:
+    """The warnings of one of vLLM's loggers, whatever its level is; they are not shown."""
+    logger, said = logging.getLogger(name), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _fingerprints(worker: Any) -> dict[str, tuple[float, ...]]:
+    """Of each tensor of vLLM's model, sums that depend on the order of its values."""
+    found = {}
+    for name, tensor in worker.get_model().state_dict().items():
+        flat = tensor.detach().flatten()
+        columns = min(len(flat), 251)
+        if columns:
+            sums = flat[: len(flat) // columns * columns].view(-1, columns).sum(0, dtype=torch.float64)
+            found[name] = (float(sums.sum()), float(sums @ torch.arange(columns, device=sums.device).double().cos()))
+    return found
 
 
 @contextmanager

@@ -1,0 +1,83 @@
+"""Do the engine and the trainer hold the same policy? Asked before anything is learned from its samples.
+
+After the first update of a process and at the start of each life, the engine answers a few prompts of the run, and
+the trainer computes the log-probs of what it said. Rounding makes them differ by 1e-5 nats a token in fp32 and by a few
+hundredths in 16 bits; weights that were taken over wrongly by 0.5 and more.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from prerl_lightning import ranks
+from prerl_lightning.errors import InputError
+from prerl_lightning.objectives.update import Update, gathered
+from prerl_lightning.rollout.sampler import mixed_seed
+from prerl_lightning.types import Rollout
+
+if TYPE_CHECKING:
+    from prerl_lightning.objectives.base import PolicyModule
+
+PROMPTS, TOKENS = 8, 64  # of each rank, at most
+BOUND_FP32, BOUND_16_BITS = 0.01, 0.2  # mean |difference| in nats a token
+
+
+def mismatch_bound(module: "PolicyModule") -> float:
+    """``mismatch_bound``, or what fits the coarser of engine and trainer."""
+    if module.mismatch_bound is not None:
+        return module.mismatch_bound
+    exact = module.data.engine.weights_dtype == torch.float32 and str(module.trainer.precision).startswith("32")
+    return BOUND_FP32 if exact else BOUND_16_BITS
+
+
+@torch.no_grad()
+def check(module: "PolicyModule") -> None:
+    """Every rank's own engine, which holds the policy's present weights. Collective.
+
+    Raises:
+        InputError: they differ by more than the bound; on all ranks.
+    """
+    data, strategy = module.data, module.trainer.strategy
+    prompts = data.some_prompts(PROMPTS)
+    options = {"group_size": 1, "top_p": 1.0, "top_k": 0}
+    sampling = replace(data.sampling, **options, max_new_tokens=min(TOKENS, data.sampling.max_new_tokens))
+    seeds = [mixed_seed(data.seed, "check", module.trainer.global_rank, i) for i in range(len(prompts))]
+    groups = data.engine.generate([p.token_ids for p in prompts], sampling, seeds)
+    data.engine.forget()  # a resumed run has checked once more than one that went through
+    rollout = Rollout.of(
+        prompts,
+        [group[0] for group in groups],
+        group_ids=torch.arange(len(prompts)),
+        rewards=torch.zeros(len(prompts), dtype=torch.float64),
+        policy_version=module.trainer.global_step,
+        temperature=sampling.temperature,
+    )
+    update = Update(module, gathered(rollout))
+    own = update.share("post-train", torch.ones(len(update.lengths), dtype=torch.bool))
+    with strategy.precision_plugin.forward_context():
+        trainer = update.log_probs("post-train", own)
+    apart = (trainer - update.engine_log_probs).abs().cpu()
+    response = torch.arange(len(own)).repeat_interleave(update.lengths)
+    sums = torch.zeros(len(own), dtype=torch.float64).index_add_(
+        0, response, torch.where(own[response], apart, 0.0).double()
+    )
+    sums = ranks.all_reduce(sums)
+    of_rank = sums.view(-1, len(prompts)).sum(1) / update.lengths.view(-1, len(prompts)).sum(1)
+    worst, bound = float(of_rank.max()), mismatch_bound(module)
+    if worst <= bound:  # not NaN
+        return
+    rank = f" on rank {int(of_rank.nan_to_num(torch.inf).argmax())}" if len(of_rank) > 1 else ""
+    suspects = data.engine.suspects
+    named = (
+        f" Its update has changed {', '.join(suspects[:4])}{' and more' if len(suspects) > 4 else ''}, although it was "
+        "given the weights of its own folder: they are suspected."
+        if suspects
+        else ""
+    )
+    raise InputError(
+        f"data.engine: the engine samples from another policy than the one that is trained{rank}: their log-probs of "
+        f"the same tokens are {worst:.3g} nats apart on average, {bound:g} are allowed.{named} `prerl doctor` with "
+        "this configuration looks closer; data.engine.init_args.dtype: float32 tells rounding from error; "
+        "model.init_args.mismatch_bound moves the bound."
+    )
