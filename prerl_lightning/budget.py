@@ -65,7 +65,8 @@ class ModelShape:
             value: Any = next((v for v in (getattr(config, name, None) for name in names) if v), default)
             return max(value) if isinstance(value, list | tuple) else value
 
-        layers, hidden, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+        layers, hidden = config.num_hidden_layers, config.hidden_size
+        heads = known("num_attention_heads", default=1)  # of state-space layers none, left out as they are
         blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
         sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
         norms = {n: p for n, p in blocks[-1].named_parameters() if n.endswith("norm.weight")}

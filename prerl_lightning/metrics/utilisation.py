@@ -60,8 +60,9 @@ class TrainingFlops:
         whole = sum(p.numel() for p in policy.parameters())
         self.head = head.numel()
         self.body = whole - embedding.numel() - (0 if head is embedding else head.numel())
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.attention = config.num_hidden_layers * config.num_attention_heads * head_dim
+        heads = getattr(config, "num_attention_heads", 0)  # state-space layers have none
+        head_dim = (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
+        self.attention = config.num_hidden_layers * heads * head_dim
 
     def __call__(self, attended: Tensor, n_targets: int) -> float:
         """Forward and backward of one micro-batch: its `attended_tokens`, and how many log-probs it gives."""

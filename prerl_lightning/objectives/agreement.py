@@ -43,7 +43,13 @@ def check(module: "PolicyModule") -> None:
     options = {"group_size": 1, "top_p": 1.0, "top_k": 0}
     sampling = replace(data.sampling, **options, max_new_tokens=min(TOKENS, data.sampling.max_new_tokens))
     seeds = [mixed_seed(data.seed, "check", module.trainer.global_rank, i) for i in range(len(prompts))]
-    groups = data.engine.generate([p.token_ids for p in prompts], sampling, seeds)
+    try:
+        groups = data.engine.generate([p.token_ids for p in prompts], sampling, seeds)
+    except Exception as error:  # whatever the engine's code for this model stumbles over
+        said = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"data.engine: it cannot sample from this model here: {type(error).__name__}: {said}"
+        ) from error
     data.engine.forget()  # a resumed run has checked once more than one that went through
     rollout = Rollout.of(
         prompts,

@@ -73,7 +73,13 @@ class VLLMEngine(Engine):
         self.policy_version = None
 
     def max_model_len(self, config: PretrainedConfig) -> int:
-        return self.options["max_model_len"] or config.max_position_embeddings
+        longest = self.options["max_model_len"] or getattr(config, "max_position_embeddings", None)
+        if longest is None:
+            raise InputError(
+                f"data.engine.init_args.max_model_len: a {config.model_type} model has no limit of its own. Give the "
+                "tokens of prompt and response together."
+            )
+        return int(longest)
 
     def device_bytes(self, shape: ModelShape, total: int) -> tuple[int, int]:
         options = self.options
@@ -131,16 +137,12 @@ class VLLMEngine(Engine):
                 use_tqdm_on_load=os.environ["VLLM_LOGGING_LEVEL"] != "ERROR",
                 **{key: value for key, value in options.items() if value is not None},
             )
-        except ValueError as error:
+        except Exception as error:  # of vLLM, of pydantic, of the model's code
             said = " ".join(str(error).split())
-            if "memory" not in said and "KV cache" not in said:
-                raise
-            helps = ""  # of another shortage vLLM itself says what to do
             if "KV cache" in said or "cache blocks" in said:
-                helps = (
-                    " What helps: a larger data.engine.init_args.gpu_memory_utilization, or a smaller max_model_len."
-                )
-            raise InputError(f"data.engine: vLLM has no room here: {said[:400]}{helps}") from error
+                said = f"no room here: {said[:400]} What helps: a larger data.engine.init_args.gpu_memory_utilization, or a"
+                said += " smaller max_model_len."
+            raise InputError(f"data.engine: vLLM cannot run {model!r}: {type(error).__name__}: {said[:600]}") from error
         self.weights_dtype = cast(torch.dtype, llm.llm_engine.vllm_config.model_config.dtype)
         _skip_ranks()
         return llm
