@@ -85,7 +85,7 @@ def compare(path: str, present: Mapping[str, Any], allow_changes: bool) -> None:
         return
     before, now = dict(_flat(_with_lives(found))), dict(_flat(_with_lives(present)))
     keys = [k for k in (before | now) if before.get(k) != now.get(k) and k not in UNLISTED]
-    lines = {k: f"  {k}: {before.get(k)!r} in the checkpoint, {now.get(k)!r} now" for k in keys}
+    lines = {k: f"  {k}: {_short(before.get(k))} in the checkpoint, {_short(now.get(k))} now" for k in keys}
     bound = [line for key, line in lines.items() if _is_bound(key)]
     free = [line for key, line in lines.items() if not _is_bound(key)]
     if bound and not allow_changes:
@@ -106,9 +106,13 @@ def compare(path: str, present: Mapping[str, Any], allow_changes: bool) -> None:
 
 
 def _is_bound(key: str) -> bool:
-    of_successor = key.partition(".successor.")[2]  # lives.10.successor.init_args.packing is free as the model's is
+    of_successor = key.partition(".successor.")[2]  # lives.2.successor.init_args.packing is free as the model's is
     free = any(_below(f"model.{of_successor}" if of_successor else key, name) for name in FREE)
     return not free and any(_below(key, name) for name in BOUND)
+
+
+def _short(value: Any) -> str:
+    return text if len(text := repr(value)) <= 80 else f"{text[:77]}..."
 
 
 def _below(key: str, name: str) -> bool:
@@ -116,17 +120,20 @@ def _below(key: str, name: str) -> bool:
 
 
 def _with_lives(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with each PolicyReincarnation apart from other callbacks, by its step."""
+    """The configuration with its lives, from the second on, by number, and other callbacks by name."""
     trainer = dict(config["trainer"])
     callbacks = trainer.pop("callbacks", None) or []
-    lives, others = {}, []
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        arguments = callback.get("init_args") or {}
-        if str(callback.get("class_path", "")).endswith("PolicyReincarnation"):
-            lives[str(arguments.get("at_step"))] = arguments
+    lives: list[Mapping[str, Any]] = []
+    others = {}
+    for i, callback in enumerate(callbacks if isinstance(callbacks, list) else [callbacks]):
+        name, arguments = callback["class_path"].rpartition(".")[2], callback.get("init_args") or {}
+        if name == "PolicyReincarnation":
+            lives.append(arguments)
         else:
-            others.append(callback)
-    return {**config, "trainer": {**trainer, "callbacks": others}, "lives": lives}
+            others[name if name not in others else f"{name} {i}"] = arguments
+    lives.sort(key=lambda life: life["at_step"])
+    by_number = {str(i): life for i, life in enumerate(lives, start=2)}
+    return {**config, "trainer": {**trainer, "callbacks": others}, "lives": by_number}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
