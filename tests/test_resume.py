@@ -41,9 +41,10 @@ BEFORE = """
 trainer:
   callbacks+:
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-      init_args: {dirpath: before, filename: "{step}", every_n_train_steps: 1, save_top_k: -1}
+      init_args: {dirpath: runs/small/version_0/before, filename: "{step}", every_n_train_steps: 1, save_top_k: -1}
     - {class_path: dying.InValidation, init_args: {step: 2}}
 """
+BEFORE_2 = "runs/small/version_0/before/step=2.ckpt"
 
 
 class SharedEngine(VLLMEngine):
@@ -107,7 +108,7 @@ def test_the_last_weights_are_validated(whole, here):
 def test_killed_in_a_validation(whole, here):
     """It runs when the run is resumed, whole, and before the next step."""
     assert list(column("runs/small/version_0", "val/avg@2")) == [0]
-    fit("--ckpt_path=before/step=2.ckpt", "--checkpoint.monitor=val/avg@2")
+    fit(f"--ckpt_path={BEFORE_2}", "--checkpoint.monitor=val/avg@2")
     found, expected = (column(f"{root}/small/version_{v}", "val/avg@2") for root, v in (("runs", 1), ("whole", 0)))
     assert found == pytest.approx({step: expected[step] for step in (2, 3)})
     assert list(column("runs/small/version_1", "reward/mean")) == [3]
@@ -118,7 +119,7 @@ def test_killed_in_a_validation(whole, here):
 def test_nothing_left_to_train(whole, here, caplog):
     """What is missing of validation and model is made up for, and said."""
     caplog.set_level("INFO", "prerl_lightning")
-    fit("--ckpt_path=before/step=2.ckpt", "--trainer.max_steps=2")
+    fit(f"--ckpt_path={BEFORE_2}", "--trainer.max_steps=2")
     assert "nothing is left to train. Its weights were not validated yet, and are now." in caplog.text
     run = Path("runs/small/version_1")
     assert list(column(run, "val/avg@2")) == [2]
@@ -175,7 +176,7 @@ def options(changes):
 
 
 def test_another_configuration_is_refused_and_listed(here, refused):
-    shutil.move("before/step=2.ckpt", "moved.ckpt")  # the checkpoint alone knows it
+    shutil.move(BEFORE_2, "moved.ckpt")  # the checkpoint alone knows it
     args = ("fit", "--config=small.yaml", "--ckpt_path=moved.ckpt", *options(CHANGES | HARMLESS))
     found = refused(*args, "--trainer.callbacks.init_args.successor.init_args.lr=0.01")
     bound, free = found.split("These differ too, and may:")
@@ -191,7 +192,7 @@ def test_another_configuration_is_refused_and_listed(here, refused):
 
 @pytest.mark.parametrize("key", [*CHANGES, "lives.2.at_step", "lives.2.successor.init_args.kl_coefficient"])
 def test_each_of_these_alone_is_refused(killed, tmp_path, key):
-    before = load(killed / "before" / "step=2.ckpt")["configuration"]
+    before = load(killed / BEFORE_2)["configuration"]
     torch.save({"configuration": before}, tmp_path / "alone.ckpt")
     present = deepcopy(before)
     compare(str(tmp_path / "alone.ckpt"), present, allow_changes=False)
@@ -207,31 +208,30 @@ def test_each_of_these_alone_is_refused(killed, tmp_path, key):
 
 
 def test_what_changes_no_step_is_free_and_the_rest_may_be_allowed(whole, here, caplog):
-    fit("--ckpt_path=before/step=2.ckpt", *options(HARMLESS))
+    fit(f"--ckpt_path={BEFORE_2}", *options(HARMLESS))
     assert "trainer.max_steps: 3 in the checkpoint, 4 now" in caplog.text
     assert list(column("elsewhere/small/version_0", "reward/mean")) == [3, 4]
     caplog.clear()
-    fit("--ckpt_path=before/step=2.ckpt", "--allow_changes=true", "--data.sampling.group_size=4")
+    fit(f"--ckpt_path={BEFORE_2}", "--allow_changes=true", "--data.sampling.group_size=4")
     assert "data.sampling.group_size: 3 in the checkpoint, 4 now" in caplog.text
     run = Path("runs/small/version_1")
     assert column(run, "rollout/responses") == {3: 16}
     assert "allow_changes: false" in (run / "config.yaml").read_text()  # it is not for the next resume too
 
 
-@pytest.mark.parametrize("by", ["overlay", "max_time"])
-def test_a_time_limit_is_one_of_this_process(here, caplog, by):
+def test_a_time_limit_is_one_of_this_process(here, caplog):
+    """By the overlay and by the Trainer's option, whose Timers share their place in checkpoints."""
+    caplog.set_level("INFO", "prerl_lightning")
     overlay = (TESTS.parent / "configs" / "time_limit.yaml").read_text()
     Path("limit.yaml").write_text(overlay.replace('"00:00:50:00"', '"00:00:00:01"'))
-    limit = "--config=limit.yaml" if by == "overlay" else "--trainer.max_time=00:00:00:01"
-    caplog.set_level("INFO", "prerl_lightning")
-    last = 0
-    for version in (1, 2):
-        done = fit(limit, "--trainer.max_steps=500", *(["--ckpt_path=last"] if version == 2 else [])).trainer
-        steps = list(column(f"runs/small/version_{version}", "reward/mean"))
-        assert steps[0] == last + 1
-        last = steps[-1]
-        assert f"Stopped at step {last}, before trainer.max_steps (500)." in caplog.text
-        assert done.global_step == last == list(column(f"runs/small/version_{version}", "val/avg@2"))[-1]
+    first = fit("--config=limit.yaml", "--trainer.max_steps=500").trainer.global_step
+    second = fit("--trainer.max_time=00:00:00:01", "--trainer.max_steps=500", "--ckpt_path=last").trainer.global_step
+    for version, start_step, end in ((1, 0, first), (2, first, second)):
+        run = f"runs/small/version_{version}"
+        assert list(column(run, "reward/mean")) == list(range(start_step + 1, end + 1))
+        assert end > start_step
+        assert list(column(run, "val/avg@2"))[-1] == end
+        assert f"Stopped at step {end}, before trainer.max_steps (500)." in caplog.text
 
 
 def test_a_monitor_that_is_not_there_is_refused_before_the_start(here, refused):
