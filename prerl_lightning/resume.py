@@ -61,15 +61,17 @@ def best(folder: Path, monitor: str | None, mode: str) -> str:
     """The best of the newest run below, and of those that it was resumed from."""
     last = newest(folder)
     checkpoint = load(str(last))
-    monitors = [state["monitor"] for state in checkpoint.get("callbacks", {}).values() if state.get("best_k_models")]
-    found = kept_best(checkpoint, monitor or next(iter(monitors), ""), mode, str(last))
+    if monitor is None:  # that of the run
+        judged = [state for state in checkpoint.get("callbacks", {}).values() if state.get("best_k_models")]
+        monitor, mode = next(((state["monitor"], state.get("mode", mode)) for state in judged), (None, mode))
+    found = kept_best(checkpoint, monitor, mode, str(last)) if monitor else {}
     if not found:
         raise InputError(
             f"--ckpt_path best: {last} knows none{f' by {monitor}' if monitor else ''}. Runs keep the best with "
             "--checkpoint.monitor, e.g. val/avg@8."
         )
     path, score = next(iter(found.items()))
-    log.info("The best by %s: %.4g, in %s", monitor or monitors[0], score, path)
+    log.info("The best by %s: %.4g, in %s", monitor, score, path)
     return path
 
 
@@ -102,7 +104,7 @@ def compare(path: str, present: Mapping[str, Any], allow_changes: bool) -> None:
             )
         )
     if lines:
-        log.warning("Not as in the checkpoint:\n%s", "\n".join(bound + free))
+        log.info("Not as in the checkpoint:\n%s", "\n".join(bound + free))
 
 
 def _is_bound(key: str) -> bool:

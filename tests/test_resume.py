@@ -103,6 +103,10 @@ def load(path):
 
 def test_the_last_weights_are_validated(whole, here):
     assert list(column("whole/small/version_0", "val/avg@2")) == [0, 2, 3]
+    epochs = ("--data.train.init_args.size=8", "--trainer.max_steps=-1", "--trainer.val_check_interval=100")
+    for version, validated in ((1, [0, 2]), (2, [4])):
+        fit(*epochs, f"--trainer.max_epochs={version}", *(["--ckpt_path=last"] if version == 2 else []))
+        assert list(column(f"runs/small/version_{version}", "val/avg@2")) == validated
 
 
 def test_killed_in_a_validation(whole, here):
@@ -110,6 +114,7 @@ def test_killed_in_a_validation(whole, here):
     assert list(column("runs/small/version_0", "val/avg@2")) == [0]
     fit(f"--ckpt_path={BEFORE_2}", "--checkpoint.monitor=val/avg@2")
     found, expected = (column(f"{root}/small/version_{v}", "val/avg@2") for root, v in (("runs", 1), ("whole", 0)))
+    assert 2 in found
     assert found == pytest.approx({step: expected[step] for step in (2, 3)})
     assert list(column("runs/small/version_1", "reward/mean")) == [3]
     assert json.loads(Path("runs/small/version_1/run.json").read_text())["status"] == "finished"
@@ -208,6 +213,7 @@ def test_each_of_these_alone_is_refused(killed, tmp_path, key):
 
 
 def test_what_changes_no_step_is_free_and_the_rest_may_be_allowed(whole, here, caplog):
+    caplog.set_level("INFO", "prerl_lightning")
     fit(f"--ckpt_path={BEFORE_2}", *options(HARMLESS))
     assert "trainer.max_steps: 3 in the checkpoint, 4 now" in caplog.text
     assert list(column("elsewhere/small/version_0", "reward/mean")) == [3, 4]
@@ -231,6 +237,7 @@ def test_a_time_limit_is_one_of_this_process(here, caplog):
         assert list(column(run, "reward/mean")) == list(range(start_step + 1, end + 1))
         assert end > start_step
         assert list(column(run, "val/avg@2"))[-1] == end
+    for end in (first, second):
         assert f"Stopped at step {end}, before trainer.max_steps (500)." in caplog.text
 
 

@@ -200,7 +200,7 @@ def kept_best(checkpoint: dict[str, Any], monitor: str | None, mode: str, path: 
     gone is looked for where it would lie if runs were moved along with ``path``, and else left out, with a word."""
     found: dict[str, Any] = {}
     for state in checkpoint.get("callbacks", {}).values():
-        if "best_k_models" in state and state["monitor"] == monitor and state.get("mode", mode) == mode:
+        if (state.get("monitor"), state.get("mode")) == (monitor, mode) and "best_k_models" in state:
             found |= state["best_k_models"] if monitor else {state["best_model_path"]: None}
     kept, folder = {}, Path(path).resolve().parent
     for file, score in sorted(found.items(), key=lambda item: item[1] or 0, reverse=mode == "max"):
