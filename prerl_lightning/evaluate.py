@@ -28,10 +28,10 @@ from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.evaluation import answer_number, bootstrap, per_problem, percentiles, summary
 from prerl_lightning.policy.model import model_path
+from prerl_lightning.resume import load
 from prerl_lightning.rewards.pool import RewardPool
 from prerl_lightning.rollout.engine import Place
 from prerl_lightning.rollout.sampler import Group, sample_for_evaluation
-from prerl_lightning.resume import load
 from prerl_lightning.run import PrerlCLI
 from prerl_lightning.types import Prompt
 
