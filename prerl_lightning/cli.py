@@ -38,7 +38,8 @@ Reinforcement learning with verifiable rewards in pre-train and post-train space
   prerl fit --help            every option (takes some seconds)
   prerl fit --print_config    the whole configuration as YAML
   --config may be given several times: later files and options win; `callbacks+:` appends
-  --ckpt_path last            resume from the newest checkpoint of this configuration's runs
+  --ckpt_path last            resume from the newest checkpoint of this configuration's runs; best: the best one
+  --allow_changes true        resume under a configuration in which a step or the order of the data is another
   PRERL_DEBUG=1               full tracebacks and the start-up messages of vLLM and transformers
 """
 

@@ -28,6 +28,7 @@ from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.evaluation import answer_number, bootstrap, per_problem, percentiles, summary
 from prerl_lightning.policy.model import model_path
+from prerl_lightning.resume import load
 from prerl_lightning.rewards.pool import RewardPool
 from prerl_lightning.rollout.engine import Place
 from prerl_lightning.rollout.sampler import Group, sample_for_evaluation
@@ -179,10 +180,7 @@ def _checkpoint_weights(path: str) -> Iterator[tuple[str, Tensor]]:
     """Of a training checkpoint, by their Hugging Face names, tied ones once."""
     if not Path(path).is_file():
         raise InputError(f"--ckpt_path: {path}: no such file.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["state_dict"]
-    except Exception as error:  # pickle, zip and torch each raise their own
-        raise InputError(f"--ckpt_path: {path} is no training checkpoint: {error}") from error
+    state = load(path).get("state_dict", {})
     prefix = "policy.model."
     found = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     if not found:

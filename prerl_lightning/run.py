@@ -16,18 +16,22 @@ import prerl_lightning.data.named
 import prerl_lightning.data.procedural
 import prerl_lightning.data.readers
 import prerl_lightning.strategies  # noqa: F401  (registers fsdp2)
+from prerl_lightning import resume
 from prerl_lightning.callbacks.alignment import GradientAlignment
+from prerl_lightning.callbacks.monitors import check_monitors
 from prerl_lightning.callbacks.progress import StepBar, StepLines
 from prerl_lightning.callbacks.record import RunRecord
-from prerl_lightning.callbacks.reincarnation import PolicyReincarnation  # noqa: F401  (known by its short name)
+from prerl_lightning.callbacks.reincarnation import PolicyReincarnation
 from prerl_lightning.callbacks.samples import Samples
 from prerl_lightning.callbacks.saving import ExportModel, RunCheckpoint
 from prerl_lightning.callbacks.thoughts import Thoughts
+from prerl_lightning.callbacks.watcher import callbacks_of
 from prerl_lightning.callbacks.weights import WeightChange
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives import PolicyModule
 from prerl_lightning.policy.model import load_config
+from prerl_lightning.resume import KeepConfig
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +62,7 @@ class PrerlCLI(LightningCLI):
             subclass_mode_model=True,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
+            save_config_callback=KeepConfig,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -70,6 +75,13 @@ class PrerlCLI(LightningCLI):
         return {k: v for k, v in LightningCLI.subcommands().items() if k != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--allow_changes",
+            type=bool,
+            default=False,
+            help="resume with --ckpt_path also where the order of the data or the meaning of a step is another than in "
+            "the checkpoint's configuration (seed, prompts_per_step, reward, lr ...); what differs is listed",
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Thoughts, "thoughts")
         parser.add_lightning_class_args(GradientAlignment, "alignment")
@@ -78,6 +90,9 @@ class PrerlCLI(LightningCLI):
         parser.add_lightning_class_args(ExportModel, "export")
 
     def before_instantiate_classes(self) -> None:
+        subconfig = self.config[self.subcommand]
+        # said once: in config.yaml it would hold for all resumes to come
+        self.allow_changes, subconfig["allow_changes"] = subconfig["allow_changes"], False
         trainer = self._get(self.config, "trainer")
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
@@ -121,22 +136,32 @@ class PrerlCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         subconfig = self.config_init[self.subcommand]
+        if self.trainer is not None and self.subcommand == "fit":
+            lives = [c.successor for c in callbacks_of(self.trainer, PolicyReincarnation)]
+            check_monitors(self.trainer, [self.model, *lives], self.datamodule)
         if subconfig.get("ckpt_path") == "last":
-            subconfig["ckpt_path"] = str(self._newest_checkpoint())
+            subconfig["ckpt_path"] = str(resume.newest(self._runs))
             log.info("Resuming from %s", subconfig["ckpt_path"])
-        path = str(subconfig.get("ckpt_path") or "last")
-        if path not in ("last", "best", "hpc") and "://" not in path and not Path(path).exists():
-            raise InputError(f"--ckpt_path: there is no {path}. Give a checkpoint, or last for the newest one.")
+        elif subconfig.get("ckpt_path") == "best":
+            checkpoint = subconfig["checkpoint"]
+            subconfig["ckpt_path"] = resume.best(self._runs, checkpoint.monitor, checkpoint.mode)
+        path = str(subconfig.get("ckpt_path") or "hpc")
+        if path == "hpc" or "://" in path:
+            return
+        if not Path(path).exists():
+            raise InputError(
+                f"--ckpt_path: there is no {path}. Give a checkpoint, last for the newest one, or best for the best."
+            )
+        if self.subcommand == "fit":
+            present = resume.plain(self._parser("fit"), self.config["fit"])
+            resume.compare(path, present, self.allow_changes)
 
-    def _newest_checkpoint(self) -> Path:
-        """Of all runs of this name: a resumed run gets a folder of its own, so that no log is overwritten."""
+    @property
+    def _runs(self) -> Path:
+        """The folder of all runs of this name."""
         logger = self.trainer.logger
         root = Path(getattr(logger, "save_dir", None) or self.trainer.default_root_dir)
-        named = root / str(getattr(logger, "name", "") or "")
-        found = sorted(named.glob("**/last.ckpt"), key=lambda p: p.stat().st_mtime)
-        if not found:
-            raise InputError(f"--ckpt_path last: there is no last.ckpt below {named}. Leave it out to start anew.")
-        return found[-1]
+        return root / str(getattr(logger, "name", "") or "")
 
 
 def default_precision(accelerator: str, model: Any) -> str:

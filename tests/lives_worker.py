@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from parity import parity_reward
 from torch.optim import SGD
@@ -18,7 +19,7 @@ from prerl_lightning.callbacks import PolicyReincarnation
 from prerl_lightning.callbacks.alignment import GradientAlignment
 from prerl_lightning.callbacks.record import RunRecord
 from prerl_lightning.callbacks.samples import Samples
-from prerl_lightning.callbacks.saving import RunCheckpoint
+from prerl_lightning.callbacks.saving import ExportModel, RunCheckpoint
 from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.callbacks.weights import WeightChange
 from prerl_lightning.data.arithmetic import ArithmeticProblems
@@ -31,7 +32,9 @@ SWITCH, END = 2, 4
 ENGINE = VLLMEngine(max_model_len=64, kv_cache_mib=32)
 
 
-def fit(folder: Path, strategy: str, model: PolicyModule, callbacks, steps=END, ckpt_path=None) -> PolicyModule:
+def fit(
+    folder: Path, strategy: str, model: PolicyModule, callbacks, steps=END, ckpt_path=None, **checkpoint
+) -> PolicyModule:
     L.seed_everything(0)
     data = RolloutDataModule(
         train=ArithmeticProblems("train", 64),
@@ -42,7 +45,7 @@ def fit(folder: Path, strategy: str, model: PolicyModule, callbacks, steps=END, 
         prompts_per_step=4,
         val_samples=2,
     )
-    checkpoint = RunCheckpoint(every_n_train_steps=1, save_top_k=-1, dirpath=str(folder / "checkpoints"))
+    checkpoint = {"every_n_train_steps": 1, "save_top_k": -1, **checkpoint}
     trainer = L.Trainer(
         accelerator="cpu",
         devices=int(os.environ.get("WORLD_SIZE", 1)),
@@ -50,7 +53,7 @@ def fit(folder: Path, strategy: str, model: PolicyModule, callbacks, steps=END, 
         max_steps=steps,
         max_epochs=-1,
         logger=CSVLogger(folder, name="", version=""),
-        callbacks=[*callbacks, checkpoint],
+        callbacks=[*callbacks, RunCheckpoint(**checkpoint, dirpath=str(folder / "checkpoints"))],
         val_check_interval=2,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
@@ -117,6 +120,15 @@ def main(out: Path, model: str, strategy: str) -> None:
     path = out / "watched" / "checkpoints" / "step=3.ckpt"
     fit(out / "watched_resumed", strategy, first(), [*watchers(families), *lives()], ckpt_path=path)
     fit(out / "sketched", strategy, first(), [GradientAlignment(every_n_steps=1, sketch=8191)], steps=1)
+
+    # checkpoints written in front of the validation of their step, as if the run had been killed between the two; and
+    # the best of validations, at which none is due
+    early = ModelCheckpoint(out / "early", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    best = {"monitor": "val/length", "every_n_train_steps": 100, "save_top_k": 1}
+    fit(out / "odd", strategy, first(), [*lives(), early], steps=3, **best)
+    for step in (2, 3):
+        path = out / "early" / f"step={step}.ckpt"
+        fit(out / f"owed_{step}", strategy, first(), [*lives(), RunRecord(), ExportModel()], 3, path, **best)
 
 
 if __name__ == "__main__":

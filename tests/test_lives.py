@@ -108,6 +108,20 @@ class TestLives:
         assert _column(file, "optim/lr") == pytest.approx([1e-3, 1e-3, 2e-3, 2e-3])
         assert [int(x) for x in _column(runs(strategy) / "resumed_2" / "metrics.csv", "step")] == [3, 4, 4]
 
+    def test_no_validation_is_lost(self, runs, strategy):
+        """Of the last step, and of one whose checkpoint was written before it."""
+        out = runs(strategy)
+        steps, odd = (_column(out / "odd" / "metrics.csv", name) for name in ("val/step", "val/length"))
+        assert steps == [0, 2, 3]
+        for first, validated in ((2, [2, 3]), (3, [3])):
+            found = out / f"owed_{first}"
+            assert _column(found / "metrics.csv", "val/step") == validated
+            assert _column(found / "metrics.csv", "val/length") == pytest.approx(odd[-len(validated) :], rel=1e-3)
+            assert json.loads((found / "run.json").read_text())["status"] == "finished"
+            assert (found / "model" / "model.safetensors").is_file()
+        best = torch.load(out / "odd" / "checkpoints" / f"step={2 if odd[1] >= odd[2] else 3}.ckpt", weights_only=False)
+        assert best["validation"] == {"step": best["global_step"], "due": False}
+
     def test_engine_and_trainer_agree(self, runs, strategy):
         differences = _column(runs(strategy) / "whole" / "metrics.csv", "mismatch/log_prob_difference")
         assert len(differences) == 4

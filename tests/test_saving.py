@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from prerl_lightning.callbacks.saving import RunCheckpoint
+from prerl_lightning.errors import InputError
 
 
 class Counting(L.LightningModule):
@@ -160,3 +161,45 @@ def test_where_a_file_system_has_no_hard_links(tmp_path, monkeypatch):
     assert names(tmp_path) == ["last.ckpt", "step=2.ckpt"]
     assert not (tmp_path / "last.ckpt").samefile(tmp_path / "step=2.ckpt")
     assert load(tmp_path / "last.ckpt")["global_step"] == 2
+
+
+def test_validations_at_which_none_is_due_are_judged(tmp_path):
+    scores = {3: 5.0, 6: 1.0}
+    fit(tmp_path, steps=7, val=3, monitor="val/score", every_n_train_steps=5, score=lambda step: scores.get(step, 0.0))
+    assert names(tmp_path) == ["last.ckpt", "step=3.ckpt"]
+    assert load(tmp_path / "step=3.ckpt")["global_step"] == 3
+    assert load(tmp_path / "last.ckpt")["global_step"] == 7
+
+
+@pytest.mark.parametrize("save_top_k", [1, 2, -1])
+@pytest.mark.parametrize("interval", [2, 4])
+def test_a_resumed_run_goes_on_comparing(tmp_path, recwarn, save_top_k, interval):
+    """With the best of the run before, in whose folder nothing is deleted; also where runs have been moved."""
+    scores = {2: 5.0, 4: 4.0, 6: 3.0, 8: 6.0}
+    options = {"monitor": "val/score", "save_top_k": save_top_k}
+    first, second, moved = (tmp_path / run / "version_0" / "checkpoints" for run in ("a", "b", "moved"))
+    fit(first, 4, score=scores.get, **options)
+    before = names(first)
+    options["every_n_train_steps"] = interval
+    checkpoint = fit(second, 6, scores.get, ckpt_path=first / "last.ckpt", **options)
+    assert (float(checkpoint.best_model_score), checkpoint.best_model_path) == (5.0, str(first / "step=2.ckpt"))
+    assert names(second) == ["last.ckpt", *(["step=6.ckpt"] if (save_top_k, interval) == (-1, 2) else [])]
+    (tmp_path / "a").rename(tmp_path / "moved")
+    checkpoint = fit(second, 8, scores.get, ckpt_path=moved / "last.ckpt", **options)
+    assert (float(checkpoint.best_model_score), checkpoint.best_model_path) == (6.0, str(second / "step=8.ckpt"))
+    assert names(moved) == before
+    assert not [w for w in recwarn if "won't be reloaded" in str(w.message)]
+
+
+def test_a_best_that_is_gone_is_said(tmp_path, caplog):
+    fit(tmp_path / "a", 4, monitor="val/score", score={2: 5.0, 4: 4.0}.get)
+    (tmp_path / "a" / "step=2.ckpt").unlink()
+    again = {"monitor": "val/score", "ckpt_path": tmp_path / "a" / "last.ckpt"}
+    checkpoint = fit(tmp_path / "b", 6, {6: 3.0}.get, **again)
+    assert "step=2.ckpt, kept for its val/score of 5, is not there any more." in caplog.text
+    assert checkpoint.best_model_path == str(tmp_path / "b" / "step=6.ckpt")
+
+
+def test_a_held_out_monitor_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"no metric val/scroe\. Did you mean val/score\?"):
+        fit(tmp_path, monitor="val/scroe")

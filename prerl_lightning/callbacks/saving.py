@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from prerl_lightning.callbacks.monitors import check_monitor
 from prerl_lightning.compat import validation_follows
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.policy.model import Policy, load_tokenizer
@@ -58,11 +59,14 @@ class RunCheckpoint(ModelCheckpoint):
     in that validation, or Ctrl-C, has it written first (one process); a kill loses the steps since the one before. Runs
     that share a ``dirpath`` share ``last.ckpt``.
 
+    A resumed run goes on comparing with the best of the runs before it, which stays where it is: what is overtaken is
+    deleted in this run's ``dirpath`` alone.
+
     Args:
         every_n_train_steps: optimizer steps between checkpoints; one more is written at the end. None: at validations.
         dirpath: default: ``checkpoints`` in the run's folder.
-        monitor: keep the best by this metric, e.g. ``val/avg@8``, rather than the newest. By a held-out one only
-            checkpoints of validated steps are judged; of others ``last.ckpt`` alone is written.
+        monitor: keep the best by this metric, e.g. ``val/avg@8``, rather than the newest. By a held-out one validated
+            steps are judged, all of them, due or not; of others ``last.ckpt`` alone is written.
         mode: whether ``monitor`` is to be large or small.
         save_top_k: so many are kept, besides ``last.ckpt``; -1: all.
         save_weights_only: no optimizer state: smaller, and not to be resumed from.
@@ -92,11 +96,38 @@ class RunCheckpoint(ModelCheckpoint):
             train_time_interval=train_time_interval,
             save_on_train_epoch_end=False,
         )
+        self._resumed_at: int | None = None  # the step whose checkpoint this process began with
+
+    @property
+    def held_out(self) -> bool:
+        return (self.monitor or "").startswith("val/")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if "://" not in str(self.dirpath):
+            self.dirpath = os.path.abspath(str(self.dirpath))  # of the best, a resume elsewhere is to know it
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFileIO()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"mode": self.mode}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lightning's forgets the best where ``dirpath`` is another, and its state where the interval is."""
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        found = trainer.strategy.broadcast(kept_best(checkpoint, self.monitor, self.mode, str(trainer.ckpt_path)))
+        if self.monitor is None:
+            self.best_model_path = next(iter(found), "")
+        elif found and self.save_top_k:
+            best = list(found.items())[: self.save_top_k if self.save_top_k > 0 else None]
+            self.best_k_models = dict(best)
+            self.best_model_path, self.best_model_score = best[0]
+            self.kth_best_model_path, self.kth_value = best[-1]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._resumed_at = trainer.global_step if trainer.ckpt_path else None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self._due(trainer) and not self._should_skip_saving_checkpoint(trainer):
@@ -105,9 +136,18 @@ class RunCheckpoint(ModelCheckpoint):
                 self._save(trainer, validated=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._defer_save_until_validation and not self._should_skip_saving_checkpoint(trainer):
-            self._defer_save_until_validation = False
+        if self.held_out and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            check_monitor(self, trainer.callback_metrics)
+        due, self._defer_save_until_validation = self._defer_save_until_validation, False
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        if due or trainer.global_step == self._resumed_at:  # what it was resumed from does not know this validation
             self._save(trainer, validated=True)
+        elif self.held_out and (self.save_top_k > 0 or self._best_so_far(trainer)):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            if self._last_global_step_saved == trainer.global_step:
+                self._save_last_checkpoint(trainer, candidates)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._defer_save_until_validation and trainer.world_size == 1:  # of several, one alone may have failed
@@ -116,8 +156,15 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step != self._last_global_step_saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        written = (self._last_global_step_saved, self._resumed_at)
+        if trainer.global_step not in written and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self.monitor and self.best_model_score is not None:
+            log.info("Best by %s: %.4g, in %s", self.monitor, self.best_model_score, self.best_model_path)
+
+    def _best_so_far(self, trainer: L.Trainer) -> bool:
+        score, best = trainer.callback_metrics[str(self.monitor)], self.best_model_score
+        return best is None or bool(score > best if self.mode == "max" else score < best)
 
     def _due(self, trainer: L.Trainer) -> bool:
         if self._train_time_interval is None:
@@ -133,7 +180,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _save(self, trainer: L.Trainer, validated: bool) -> None:
         candidates = self._monitor_candidates(trainer)
-        if validated or not (self.monitor or "").startswith("val/"):
+        if validated or not self.held_out:
             self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
 
@@ -146,6 +193,25 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, self.last_model_path)
         elif trainer.is_global_zero and saved != self.last_model_path:
             _link(Path(saved), Path(self.last_model_path))
+
+
+def kept_best(checkpoint: dict[str, Any], monitor: str | None, mode: str, path: str) -> dict[str, Any]:
+    """Files that the run of the checkpoint at ``path`` kept by ``monitor``, with their scores, the best first. What is
+    gone is looked for where it would lie if runs were moved along with ``path``, and else left out, with a word."""
+    found: dict[str, Any] = {}
+    for state in checkpoint.get("callbacks", {}).values():
+        if (state.get("monitor"), state.get("mode")) == (monitor, mode) and "best_k_models" in state:
+            found |= state["best_k_models"] if monitor else {state["best_model_path"]: None}
+    kept, folder = {}, Path(path).resolve().parent
+    for file, score in sorted(found.items(), key=lambda item: item[1] or 0, reverse=mode == "max"):
+        parts = Path(file).parts
+        places = (Path(file), folder.joinpath(*parts[-1:]), folder.parent.parent.joinpath(*parts[-3:]))
+        there = file if "://" in file else next((str(p) for p in places if p.is_file()), None)
+        if there is not None:
+            kept[there] = score
+        elif monitor:
+            log.warning("%s, kept for its %s of %.4g, is not there any more.", file, monitor, score)
+    return kept
 
 
 def _link(file: Path, name: Path) -> None:

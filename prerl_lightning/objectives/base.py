@@ -23,7 +23,6 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from prerl_lightning.compat import validate_now
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.evaluation import EvaluationMetric
@@ -32,6 +31,7 @@ from prerl_lightning.objectives import agreement, memory
 from prerl_lightning.objectives.losses import Aggregation, KLEstimator
 from prerl_lightning.objectives.schedule import Schedule, learning_rate_factor
 from prerl_lightning.objectives.update import Term, Update, gathered
+from prerl_lightning.objectives.validations import Validations
 from prerl_lightning.policy.model import Policy, load_config, load_tokenizer, prefix_token
 from prerl_lightning.policy.reference import Reference
 from prerl_lightning.rollout.engine import Engine
@@ -150,6 +150,7 @@ class PolicyModule(L.LightningModule):
         self.policy: Policy | None = None
         self.reference: Reference | None = None
         self.evaluation = EvaluationMetric()
+        self.validations = Validations()
         # for callbacks: this rank's last rollout, the one of all ranks (`gathered`), and the seconds they took
         self.rollout: Rollout | None = None
         self.whole_rollout: Rollout | None = None
@@ -198,6 +199,7 @@ class PolicyModule(L.LightningModule):
             "alive": self.acting.life,
             "reference": reference.state_dict(self.live_policy) if reference is not None else None,
         }
+        self.validations.on_save_checkpoint(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":
@@ -211,11 +213,7 @@ class PolicyModule(L.LightningModule):
             )
         if found["alive"] == 1:
             self.restore_reference(found["reference"])
-        if 0 < self.trainer.max_steps <= checkpoint["global_step"]:
-            log.warning(
-                "The checkpoint is at step %d and trainer.max_steps is %d: nothing is left to train.",
-                *(checkpoint["global_step"], self.trainer.max_steps),
-            )
+        self.validations.on_load_checkpoint(self.trainer, checkpoint)
 
     def restore_reference(self, state: dict[str, Tensor] | None) -> None:
         if state is not None:
@@ -360,8 +358,10 @@ class PolicyModule(L.LightningModule):
         self._started = time.perf_counter()
 
     def on_train_start(self) -> None:
-        if self.trainer.global_step == 0 and self.trainer.enable_validation:
-            validate_now(self.trainer)
+        self.validations.on_train_start(self.trainer)
+
+    def on_train_epoch_end(self) -> None:
+        self.validations.on_train_epoch_end(self.trainer)
 
     def training_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
         if self.acting is not self:
@@ -390,6 +390,7 @@ class PolicyModule(L.LightningModule):
             self.log(key, float(value), batch_size=1, logger=False)
         if self.host.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             self.host.record(metrics)
+        self.validations.after_step(self.trainer)
         return None
 
     def sync(self) -> float:
@@ -464,6 +465,7 @@ class PolicyModule(L.LightningModule):
             self.log(f"{stage}/{key}", value, batch_size=1, logger=False)  # the same on all ranks
             self.record({f"{stage}/{key}": value})
         self.evaluation.reset()
+        self.validations.step = self.trainer.global_step
         self.record({f"{stage}/step": self.trainer.global_step})
         self._write_row()
 

@@ -140,8 +140,10 @@ class VLLMEngine(Engine):
         except Exception as error:  # of vLLM, of pydantic, of the model's code
             said = " ".join(str(error).split())
             if "KV cache" in said or "cache blocks" in said:
-                said = f"no room here: {said[:400]} What helps: a larger data.engine.init_args.gpu_memory_utilization, or a"
-                said += " smaller max_model_len."
+                said = (
+                    f"no room here: {said[:400]} What helps: a larger data.engine.init_args.gpu_memory_utilization, or "
+                    "a smaller max_model_len."
+                )
             raise InputError(f"data.engine: vLLM cannot run {model!r}: {type(error).__name__}: {said[:600]}") from error
         self.weights_dtype = cast(torch.dtype, llm.llm_engine.vllm_config.model_config.dtype)
         _skip_ranks()

@@ -1,0 +1,147 @@
+"""What a run is resumed from: which file `last` and `best` are, and its configuration against the present one."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml  # type: ignore[import-untyped]
+from lightning.pytorch.cli import SaveConfigCallback
+
+from prerl_lightning.callbacks.saving import kept_best
+from prerl_lightning.errors import InputError
+
+log = logging.getLogger(__name__)
+
+# what neither orders the data nor gives a step another meaning: where, how fast, how well watched. Of model, data and
+# lives all else does; of the Trainer what BOUND names.
+FREE = (
+    *(f"model.init_args.{name}" for name in ("max_tokens_per_microbatch", "micro_batch_size", "packing")),
+    *(f"model.init_args.{name}" for name in ("share_prompts", "chunked_head", "gradient_checkpointing")),
+    *(f"model.init_args.{name}" for name in ("mismatch_samples", "entropy", "peak_flops", "attn_implementation")),
+    *(f"data.engine.init_args.{name}" for name in ("kv_cache_mib", "gpu_memory_utilization", "max_num_seqs")),
+    *(f"data.engine.init_args.{name}" for name in ("enforce_eager", "sleep_between_rollouts")),
+    *("data.val_batch", "data.verification"),
+)
+BOUND = ("seed_everything", "model", "data", "lives", "trainer.limit_train_batches", "trainer.overfit_batches")
+UNLISTED = ("ckpt_path", "allow_changes")
+
+
+class KeepConfig(SaveConfigCallback):
+    """config.yaml in the run's folder, and the same in each checkpoint, which may be moved."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["configuration"] = plain(self.parser, self.config)
+
+
+def plain(parser: Any, config: Any) -> dict[str, Any]:
+    """As config.yaml has it."""
+    return yaml.safe_load(parser.dump(config, skip_none=False))
+
+
+def load(path: str) -> dict[str, Any]:
+    """A checkpoint whose tensors stay on disk. Raises InputError where it is none."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    except Exception as error:  # pickle, zip and torch each raise their own
+        raise InputError(f"--ckpt_path: {path} is no training checkpoint: {error}") from error
+
+
+def newest(folder: Path) -> Path:
+    """The last.ckpt of all runs below: a resumed run gets a folder of its own, so that no log is overwritten."""
+    found = sorted(folder.glob("**/last.ckpt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise InputError(f"--ckpt_path: there is no last.ckpt below {folder}. Leave it out to start anew.")
+    return found[-1]
+
+
+def best(folder: Path, monitor: str | None, mode: str) -> str:
+    """The best of the newest run below, and of those that it was resumed from."""
+    last = newest(folder)
+    checkpoint = load(str(last))
+    if monitor is None:  # that of the run
+        judged = [state for state in checkpoint.get("callbacks", {}).values() if state.get("best_k_models")]
+        monitor, mode = next(((state["monitor"], state.get("mode", mode)) for state in judged), (None, mode))
+    found = kept_best(checkpoint, monitor, mode, str(last)) if monitor else {}
+    if not found:
+        raise InputError(
+            f"--ckpt_path best: {last} knows none{f' by {monitor}' if monitor else ''}. Runs keep the best with "
+            "--checkpoint.monitor, e.g. val/avg@8."
+        )
+    path, score = next(iter(found.items()))
+    log.info("The best by %s: %.4g, in %s", monitor, score, path)
+    return path
+
+
+def compare(path: str, present: Mapping[str, Any], allow_changes: bool) -> None:
+    """Say what is not as in the configuration that the checkpoint at ``path`` was written with.
+
+    Raises:
+        InputError: one of it orders the data otherwise or gives a step another meaning, and ``allow_changes`` is False.
+    """
+    found = load(path).get("configuration")
+    if found is None:
+        log.warning("%s holds no configuration that the present one could be compared with.", path)
+        return
+    before, now = dict(_flat(_with_lives(found))), dict(_flat(_with_lives(present)))
+    keys = [k for k in (before | now) if before.get(k) != now.get(k) and k not in UNLISTED]
+    lines = {k: f"  {k}: {_short(before.get(k))} in the checkpoint, {_short(now.get(k))} now" for k in keys}
+    bound = [line for key, line in lines.items() if _is_bound(key)]
+    free = [line for key, line in lines.items() if not _is_bound(key)]
+    if bound and not allow_changes:
+        also = ["These differ too, and may:", *free] if free else []
+        raise InputError(
+            "\n".join(
+                [
+                    f"--ckpt_path: {path} was written by a run in which a step or the order of the data was another:",
+                    *bound,
+                    *also,
+                    "Resume with the configuration it was made with (config.yaml beside its checkpoints' folder), or "
+                    "write --allow_changes true to go on from its weights and optimizer with this one.",
+                ]
+            )
+        )
+    if lines:
+        log.info("Not as in the checkpoint:\n%s", "\n".join(bound + free))
+
+
+def _is_bound(key: str) -> bool:
+    of_successor = key.partition(".successor.")[2]  # lives.2.successor.init_args.packing is free as the model's is
+    free = any(_below(f"model.{of_successor}" if of_successor else key, name) for name in FREE)
+    return not free and any(_below(key, name) for name in BOUND)
+
+
+def _short(value: Any) -> str:
+    return text if len(text := repr(value)) <= 80 else f"{text[:77]}..."
+
+
+def _below(key: str, name: str) -> bool:
+    return key == name or key.startswith(f"{name}.")
+
+
+def _with_lives(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with its lives, from the second on, by number, and other callbacks by name."""
+    trainer = dict(config["trainer"])
+    callbacks = trainer.pop("callbacks", None) or []
+    lives: list[Mapping[str, Any]] = []
+    others = {}
+    for i, callback in enumerate(callbacks if isinstance(callbacks, list) else [callbacks]):
+        name, arguments = callback["class_path"].rpartition(".")[2], callback.get("init_args") or {}
+        if name == "PolicyReincarnation":
+            lives.append(arguments)
+        else:
+            others[name if name not in others else f"{name} {i}"] = arguments
+    lives.sort(key=lambda life: life["at_step"])
+    by_number = {str(i): life for i, life in enumerate(lives, start=2)}
+    return {**config, "trainer": {**trainer, "callbacks": others}, "lives": by_number}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves by dotted keys; None, which is absent, is none."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield f"{prefix}{name}", value
