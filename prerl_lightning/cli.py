@@ -53,7 +53,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point; exits with 2 on bad input, after one message."""
+    """Entry point; exits with 2 on bad input, and with 3 where a run was given up, after one message."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     if not debug:
         _quiet()
     _log_to_stdout()
-    from prerl_lightning.errors import InputError
+    from prerl_lightning.errors import InputError, RunError
 
     if args[0] in COMMANDS:
         run: Callable[[list[str]], Any] = getattr(import_module(COMMANDS[args[0]]), args[0])
@@ -82,11 +82,11 @@ def main(argv: list[str] | None = None) -> None:
             logging.getLogger(name).setLevel(logging.WARNING)
     try:
         run(args)
-    except InputError as error:
+    except (InputError, RunError) as error:
         if debug:
             raise
         print(f"prerl: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(3 if isinstance(error, RunError) else 2)
 
 
 class _Stdout(logging.StreamHandler):

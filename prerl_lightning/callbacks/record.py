@@ -57,7 +57,8 @@ class RunRecord(L.Callback):
         }
         self._write()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
+        self.record |= {"lives": [list(life) for life in pl_module.lives]}  # one may have ended ahead of its time
         self._end("interrupted" if trainer.interrupted else "finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
