@@ -208,8 +208,8 @@ class RunHealth(L.Callback):
             message += f" The batch that did it is in {self.folder / BATCH_FILE}."
         module.on_train_batch_end()
         raise RunError(
-            f"{message} Checkpoints are of steps before it, and no model is exported. Lower the learning rate, set "
-            "gradient_clip, or write trainer.precision: 32-true, and resume with --ckpt_path last."
+            f"{message} Checkpoints are of steps before it, and no model is exported. Lower lr or gradient_clip; "
+            "--ckpt_path last goes on from the newest checkpoint."
         )
 
     def _say(self, trainer: L.Trainer, message: str) -> None:

@@ -314,7 +314,9 @@ class Update:
             norm = total.full_tensor() if isinstance(total, DTensor) else total
             self.last["optim/grad_norm"] = float(norm)
             if not torch.isfinite(norm):
-                log.warning("Step %d: the gradient norm is %s; the step is skipped.", m.trainer.global_step, norm)
+                log.warning(
+                    "Step %d: the gradient norm is %s; the step is skipped.", m.trainer.global_step, float(norm)
+                )
                 self.policy.zero_grad(set_to_none=True)
                 skipped, finite = True, False
             elif 0 < m.gradient_clip < norm:
