@@ -82,11 +82,13 @@ def main(argv: list[str] | None = None) -> None:
             logging.getLogger(name).setLevel(logging.WARNING)
     try:
         run(args)
-    except (InputError, RunError) as error:
-        if debug:
+    except Exception as error:
+        # jsonargparse wraps what an objective or a callback raises about its arguments
+        said = error if isinstance(error, (InputError, RunError)) else error.__cause__
+        if debug or not isinstance(said, (InputError, RunError)):
             raise
-        print(f"prerl: error: {error}", file=sys.stderr)
-        sys.exit(3 if isinstance(error, RunError) else 2)
+        print(f"prerl: error: {said}", file=sys.stderr)
+        sys.exit(3 if isinstance(said, RunError) else 2)
 
 
 class _Stdout(logging.StreamHandler):

@@ -144,6 +144,10 @@ def test_a_prefix_means_the_same_in_yaml_and_on_the_command_line(parse, tmp_path
         (["fit", "--config", CONFIGS / "dsrl.yaml", "--trainer.precision=16-mixed"], "scales the loss"),
         (["fit", "--config", CONFIGS / "dsrl.yaml", "--model.init_args.lr=.nan"], "NSRPreRL.lr: nan must be a finite"),
         (
+            ["fit", "--config", CONFIGS / "dsrl.yaml", "--trainer.callbacks.init_args.successor.init_args.lr=-1"],
+            "prerl: error: GRPO.lr: -1.0 must be a finite number of at least 0.\n",
+        ),
+        (
             ["fit", "--config", CONFIGS / "dsrl.yaml", "--data.sampling.temperature=.inf"],
             "data.sampling.temperature: inf",
         ),
