@@ -54,7 +54,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point; exits with 2 on bad input, after one message."""
+    """Entry point; exits with 2 on bad input, and with 3 where a run was given up, after one message."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     if not debug:
         _quiet()
     _log_to_stdout()
-    from prerl_lightning.errors import InputError
+    from prerl_lightning.errors import InputError, RunError
 
     if args[0] in COMMANDS:
         run: Callable[[list[str]], Any] = getattr(import_module(COMMANDS[args[0]]), args[0])
@@ -83,11 +83,13 @@ def main(argv: list[str] | None = None) -> None:
             logging.getLogger(name).setLevel(logging.WARNING)
     try:
         run(args)
-    except InputError as error:
-        if debug:
+    except Exception as error:
+        # jsonargparse wraps what an objective or a callback raises about its arguments
+        said = error if isinstance(error, (InputError, RunError)) else error.__cause__
+        if debug or not isinstance(said, (InputError, RunError)):
             raise
-        print(f"prerl: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"prerl: error: {said}", file=sys.stderr)
+        sys.exit(3 if isinstance(said, RunError) else 2)
 
 
 class _Stdout(logging.StreamHandler):

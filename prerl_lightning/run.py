@@ -18,6 +18,7 @@ import prerl_lightning.data.readers
 import prerl_lightning.strategies  # noqa: F401  (registers fsdp2)
 from prerl_lightning import resume
 from prerl_lightning.callbacks.alignment import GradientAlignment
+from prerl_lightning.callbacks.health import RunHealth
 from prerl_lightning.callbacks.monitors import check_monitors
 from prerl_lightning.callbacks.progress import StepBar, StepLines
 from prerl_lightning.callbacks.record import RunRecord
@@ -30,6 +31,7 @@ from prerl_lightning.callbacks.weights import WeightChange
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives import PolicyModule
+from prerl_lightning.objectives.checks import check_precision
 from prerl_lightning.policy.model import load_config
 from prerl_lightning.resume import KeepConfig
 
@@ -87,6 +89,7 @@ class PrerlCLI(LightningCLI):
         parser.add_lightning_class_args(GradientAlignment, "alignment")
         parser.add_lightning_class_args(WeightChange, "weights")
         parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(RunHealth, "health")
         parser.add_lightning_class_args(ExportModel, "export")
 
     def before_instantiate_classes(self) -> None:
@@ -105,16 +108,8 @@ class PrerlCLI(LightningCLI):
                 f"trainer.strategy: {strategy} is Lightning's FSDP1, which this library does not use. Write fsdp2."
             )
 
-        if str(trainer.precision) in ("bf16-true", "16-true", "half"):
-            raise InputError(
-                f"trainer.precision: {trainer.precision} keeps the weights in 16 bits, where Adam's small steps are "
-                "lost to rounding. Write bf16-mixed: fp32 weights, bf16 arithmetic."
-            )
-        if str(trainer.precision) in ("16-mixed", "16"):
-            raise InputError(
-                f"trainer.precision: {trainer.precision} scales the loss, so that gradients would be clipped and "
-                "measured at a scale that changes. Write bf16-mixed, which needs none, or 32-true."
-            )
+        # here too, since on a CPU Lightning makes bf16-mixed of 16-mixed
+        check_precision(str(trainer.precision))
         if trainer.precision is None:
             trainer.precision = default_precision(trainer.accelerator, self._get(self.config, "model"))
 

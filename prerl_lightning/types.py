@@ -111,6 +111,7 @@ class Rollout:
         temperature: of sampling; the trainer's logits are divided by it too.
         timeouts: responses whose verification took too long; they count as 0 in ``rewards``.
         errors: responses whose verification failed; likewise.
+        answered: responses in which the verifier read an answer; 0 too where it does not say.
         seconds: wall-clock time by stage.
     """
 
@@ -126,6 +127,7 @@ class Rollout:
     temperature: float
     timeouts: int = 0
     errors: int = 0
+    answered: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod

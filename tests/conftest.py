@@ -88,7 +88,8 @@ def make_rollout():
 
 @pytest.fixture
 def refused(monkeypatch, tmp_path, capsys):
-    """A function that calls `prerl` with wrong input, in an empty folder, and gives what it wrote to stderr."""
+    """A function that calls `prerl` with wrong input, in an empty folder, and gives what it wrote to stderr; its exit
+    status must be ``code``."""
     from prerl_lightning.cli import main
 
     log, environment = logging.getLogger("prerl_lightning"), dict(os.environ)
@@ -96,10 +97,10 @@ def refused(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["prerl"])
 
-    def call(*args) -> str:
+    def call(*args, code=2) -> str:
         with pytest.raises(SystemExit) as ending:
             main(list(map(str, args)))
-        assert ending.value.code == 2
+        assert ending.value.code == code
         return capsys.readouterr().err
 
     yield call

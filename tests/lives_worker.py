@@ -17,6 +17,7 @@ from torch.optim import SGD
 import prerl_lightning.strategies  # noqa: F401
 from prerl_lightning.callbacks import PolicyReincarnation
 from prerl_lightning.callbacks.alignment import GradientAlignment
+from prerl_lightning.callbacks.health import RunHealth
 from prerl_lightning.callbacks.record import RunRecord
 from prerl_lightning.callbacks.samples import Samples
 from prerl_lightning.callbacks.saving import ExportModel, RunCheckpoint
@@ -24,6 +25,7 @@ from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.callbacks.weights import WeightChange
 from prerl_lightning.data.arithmetic import ArithmeticProblems
 from prerl_lightning.data.module import RolloutDataModule
+from prerl_lightning.errors import RunError
 from prerl_lightning.objectives import GRPO, MixedRL, NSRPreRL, PolicyModule
 from prerl_lightning.rollout.engine import Sampling
 from prerl_lightning.rollout.vllm_engine import VLLMEngine
@@ -119,6 +121,13 @@ def main(out: Path, model: str, strategy: str) -> None:
     fit(out / "watched", strategy, first(), [*watchers(families), *lives()])
     path = out / "watched" / "checkpoints" / "step=3.ckpt"
     fit(out / "watched_resumed", strategy, first(), [*watchers(families), *lives()], ckpt_path=path)
+    # a ruined policy: all ranks end together, and leave what was good
+    later = PolicyReincarnation(at_step=1, successor=GRPO(lr=1e38))
+    try:
+        fit(out / "ruined", strategy, GRPO(model=model), [RunHealth(), RunRecord(), ExportModel(), later])
+    except RunError as error:
+        (out / "ruined" / f"error_{os.environ.get('RANK', '0')}").write_text(str(error))
+
     fit(out / "sketched", strategy, first(), [GradientAlignment(every_n_steps=1, sketch=8191)], steps=1)
 
     # checkpoints written in front of the validation of their step, as if the run had been killed between the two; and

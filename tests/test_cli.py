@@ -122,6 +122,17 @@ def test_overrides(parse):
     assert found.checkpoint.every_n_train_steps == 5
 
 
+def test_a_prefix_means_the_same_in_yaml_and_on_the_command_line(parse, tmp_path):
+    from prerl_lightning.objectives import NSRPreRL
+
+    base = ("fit", "--config", CONFIGS / "dsrl.yaml")
+    for text, meant in (("5", 5), ("'\"#\"'", "#")):
+        (tmp_path / "prefix.yaml").write_text(f"model: {{init_args: {{prefix: {text}}}}}\n")
+        in_yaml = parse(*base, "--config", tmp_path / "prefix.yaml").model.init_args.prefix
+        typed = parse(*base, "--model.init_args.prefix", text.strip("'")).model.init_args.prefix
+        assert NSRPreRL(prefix=in_yaml).prefix == NSRPreRL(prefix=typed).prefix == meant
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -131,6 +142,20 @@ def test_overrides(parse):
         (["fit", "--config", CONFIGS / "dsrl.yaml", "--trainer.strategy=fsdp"], "Write fsdp2"),
         (["fit", "--config", CONFIGS / "dsrl.yaml", "--trainer.precision=bf16-true"], "Write bf16-mixed"),
         (["fit", "--config", CONFIGS / "dsrl.yaml", "--trainer.precision=16-mixed"], "scales the loss"),
+        (["fit", "--config", CONFIGS / "dsrl.yaml", "--model.init_args.lr=.nan"], "NSRPreRL.lr: nan must be a finite"),
+        (
+            ["fit", "--config", CONFIGS / "dsrl.yaml", "--trainer.callbacks.init_args.successor.init_args.lr=-1"],
+            "prerl: error: GRPO.lr: -1.0 must be a finite number of at least 0.\n",
+        ),
+        (
+            ["fit", "--config", CONFIGS / "dsrl.yaml", "--data.sampling.temperature=.inf"],
+            "data.sampling.temperature: inf",
+        ),
+        (["fit", "--config", CONFIGS / "dsrl.yaml", "--data.sampling.group_size=1"], "data.sampling.group_size: 1. A"),
+        (
+            ["fit", "--config", CONFIGS / "dsrl.yaml", "--model.init_args.minibatches=4"],
+            "at_step: 10. NSRPreRL takes 4",
+        ),
         (["fit", "--config", CONFIGS / "dsrl.yaml", "--ckpt_path=nope.ckpt"], "there is no nope.ckpt"),
         (
             ["fit", "--config", CONFIGS / "dsrl.yaml", "--model.init_args.model=./nowhere"],

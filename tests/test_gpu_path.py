@@ -254,7 +254,7 @@ def test_slurm_s_local_rank_reaches_the_engine(monkeypatch):
     monkeypatch.setattr(engine, "start", lambda model, seed, place: places.append(place))
     data = RolloutDataModule(ArithmeticProblems("train", 64), reward=arithmetic_reward, engine=engine)
     data.sampling = Sampling(max_new_tokens=16)
-    module = SimpleNamespace(model_name="embedded", plan_memory=lambda *args: None)
+    module = SimpleNamespace(model_name="embedded", check_run=lambda *args: None, plan_memory=lambda *args: None)
     data.trainer = SimpleNamespace(strategy=strategy, world_size=4, lightning_module=module, global_rank=3)
     try:
         data.setup("fit")

@@ -127,6 +127,15 @@ class TestLives:
         assert len(differences) == 4
         assert max(differences) < 1e-4
 
+    def test_a_ruined_policy_ends_all_ranks_together(self, runs, strategy):
+        folder = runs(strategy) / "ruined"
+        for rank in range(STRATEGIES[strategy]):
+            assert "the policy's weights are not finite any more" in (folder / f"error_{rank}").read_text()
+        assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+        assert len((folder / "ruin.jsonl").read_text().splitlines()) == 12  # of all ranks
+        assert not (folder / "model").exists()
+        assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == 1
+
     def test_watching_changes_nothing(self, runs, strategy):
         out = runs(strategy)
         watched, whole = (torch.load(out / name / "weights.pt") for name in ("watched", "whole"))

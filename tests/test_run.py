@@ -40,7 +40,7 @@ def test_what_a_run_shows_and_leaves(whole):
     run = folder / "runs" / "dsrl" / "version_0"
     lines = [line for line in output.splitlines() if line.startswith("step ")]
     assert len(lines) == 6
-    assert all(word in lines[5] for word in ("step 6/6", "life 2 GRPO", "reward", "tok/s", "rollout", "train"))
+    assert all(word in lines[5] for word in ("step 6/6", "life 2 GRPO", "reward", "mixed", "tok/s", "rollout", "train"))
     assert "life 1 NSRPreRL" in lines[2]
     assert "reborn as GRPO" in output
     assert output.count("held out at step") == 4

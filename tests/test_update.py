@@ -209,6 +209,88 @@ def test_kl_to_the_reference(model_folder, make_rollout):
     close(found, expected, 1e-4)
 
 
+def moved(module):
+    """The module's policy, moved away from its reference, and both as plain models in fp64."""
+    reference, policy = (AutoModelForCausalLM.from_pretrained(module.model_name, dtype=torch.float64) for _ in range(2))
+    module.anchored_reference()
+    with torch.no_grad():
+        for i, (p, q) in enumerate(zip(module.policy.model.parameters(), policy.parameters(), strict=True)):
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+            q.copy_(p)
+    return policy, reference
+
+
+@pytest.mark.parametrize("objective", [GRPO, NSRPreRL, MixedRL])
+def test_the_kl_penalty_is_added_once_in_the_first_term_s_space(model_folder, make_rollout, objective):
+    """In fp64 from its definition: with log p(y given x) over all responses for GRPO and the mixed form, whose second
+    term adds none; with log p(y) over the negatives alone for NSR-PreRL."""
+    folder, rollout = model_folder("llama-tied"), make_rollout()
+    options = {"pretrain_coefficient": 0.5} if objective is MixedRL else {}
+    module = attached(objective, folder, kl_coefficient=0.3, **options)
+    policy, reference = moved(module)
+    plain = attached(objective, folder, **options)
+    plain.policy = module.policy
+    found = gradient(module, rollout) - gradient(plain, rollout)
+
+    advantages = group_advantages(rollout.rewards, rollout.group_ids, "mean")
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for i, response in enumerate(rollout.responses):
+        context = rollout.prompts[int(rollout.group_ids[i])].token_ids
+        if objective is NSRPreRL:
+            if advantages[i] >= 0:
+                continue
+            context = (module.prefix_id,)
+        ids = torch.tensor([[*context, *response.token_ids]])
+        of = [F.log_softmax(m(ids).logits[0, len(context) - 1 : -1] / 0.7, -1) for m in (policy, reference)]
+        p, q = (t.gather(1, torch.tensor(response.token_ids).long()[:, None]) for t in of)
+        total = total + ((q.detach() - p).exp() - 1 - (q.detach() - p)).sum()
+        count += len(response.token_ids)
+    (0.3 * total / count).backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    assert float(expected.norm()) > 1e-3
+    close(found, expected, 1e-3)  # a difference of two gradients in fp32
+
+
+def test_masked_responses_stay_in_the_denominator(model_folder, make_rollout):
+    """sequence-mask: the gradient is that of the others, over all tokens."""
+    from dataclasses import replace
+
+    folder, rollout = model_folder("llama-tied"), make_rollout(1, 4, rewards=[1, 0, 0, 1])
+    true = Update(attached(GRPO, folder), rollout).log_probs("post-train", torch.ones(4, dtype=torch.bool))
+    first = int(rollout.lengths[0])
+    off = true.clone()
+    off[:first] -= 5.0  # the engine's of one response, beyond any cap
+    masked = gradient(attached(GRPO, folder, importance_sampling="sequence-mask"), replace(rollout, log_probs=off))
+    whole = gradient(attached(GRPO, folder), rollout)
+    alone = attached(GRPO, folder)
+    update = Update(alone, rollout)
+    work = update._work(GRPO.terms[0])
+    one = torch.tensor([True, False, False, False])
+    update.backward([replace(work, own=one, selected=one)], torch.ones(4, dtype=torch.bool), on_policy=True)
+    close(masked, whole - torch.cat([p.grad.flatten() for p in alone.policy.parameters()]).double())
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_weight_decay_spares_norms_and_biases(model_folder, everything):
+    def decaying(parameters):
+        return torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.5)
+
+    options = {"decay_norms_and_biases": True} if everything else {}
+    module = attached(GRPO, model_folder("qwen2-tied"), optimizer=decaying, **options)  # its attention has biases
+    before = {name: p.detach().clone() for name, p in module.policy.named_parameters()}
+    optimizer = module.make_optimizer()
+    for p in module.policy.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    kinds = {True: 0, False: 0}
+    for name, p in module.policy.named_parameters():
+        vector = "norm" in name or name.endswith("bias")
+        kinds[vector] += 1
+        kept = 1.0 if vector and not everything else 0.95
+        torch.testing.assert_close(p.detach(), kept * before[name])
+    assert min(kinds.values()) >= 5
+
+
 def test_learning_rate_schedules():
     from prerl_lightning.errors import InputError
     from prerl_lightning.objectives.schedule import learning_rate_factor as factor
@@ -231,6 +313,8 @@ def test_prefix_token():
     assert prefix_token(tokenizer, None) == tokenizer.bos_token_id
     assert prefix_token(tokenizer, "#") == tokenizer("#")["input_ids"][1]
     assert prefix_token(tokenizer, 7) == 7
+    for given, meant in (("5", 5), (5, 5), ('"5"', "5"), ('"#"', "#"), ("#", "#"), ("+5", "+5"), (None, None)):
+        assert GRPO(prefix=given).prefix == meant
     for wrong, word in ((999, "outside"), ("12", "must be one")):
         with pytest.raises(InputError, match=word):
             prefix_token(tokenizer, wrong)

@@ -1,6 +1,7 @@
 """What a person sees: a rich bar in a terminal, one plain line a step elsewhere."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -17,10 +18,13 @@ BOUNDS = ("/low", "/high")  # of a measure's interval
 def figures(trainer: L.Trainer, module: PolicyModule) -> dict[str, str]:
     """The step's figures, short; what has not been measured yet is left out."""
     metrics = trainer.callback_metrics
-    accuracy = next((k for k in metrics if k.startswith("val/avg@") and not k.endswith(BOUNDS)), "")
+    accuracy = accuracy_key(metrics)
+    skipped = metrics.get("optim/skipped")  # steps that changed nothing
     shown = {
         "life": f"{module.acting.life} {type(module.acting).__name__}",
         "reward": _number(metrics.get("reward/mean"), ".2f"),
+        "mixed": _number(metrics.get("rollout/groups_mixed"), ".2f"),
+        "skipped": _number(skipped, ".0f") if skipped else "",
         "held-out " + accuracy.removeprefix("val/"): _number(metrics.get(accuracy), ".3f"),
         "length": _number(metrics.get("rollout/response_length"), ".0f"),
         "tok/s": _number(metrics.get("rollout/tokens_per_second"), ".0f"),
@@ -29,6 +33,11 @@ def figures(trainer: L.Trainer, module: PolicyModule) -> dict[str, str]:
         "update": _number(metrics.get("time/update_weights"), ".2f", "s"),
     }
     return {k: v for k, v in shown.items() if v}
+
+
+def accuracy_key(metrics: Mapping[str, Any]) -> str:
+    """avg@k of the held-out problems among the metrics; empty where there is none."""
+    return next((k for k in metrics if k.startswith("val/avg@") and not k.endswith(BOUNDS)), "")
 
 
 def _sum(metrics: dict[str, Any], *keys: str) -> float | None:

@@ -57,6 +57,12 @@ class RunRecord(L.Callback):
         }
         self._write()
 
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: PolicyModule, *_: Any) -> None:  # type: ignore[override]
+        lives = [list(life) for life in pl_module.lives]  # one may have ended ahead of its time
+        if self.path is not None and self.record["lives"] != lives:
+            self.record["lives"] = lives
+            self._write()
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._end("interrupted" if trainer.interrupted else "finished")
 

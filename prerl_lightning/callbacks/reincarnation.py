@@ -24,7 +24,8 @@ class PolicyReincarnation(L.Callback):
     successor is used.
 
     Args:
-        at_step: optimizer steps that the life before ends with.
+        at_step: optimizer steps of the run that the life before ends with; the last of a rollout's, of which that life
+            takes minibatches x epochs.
         successor: the next objective. It leaves ``model`` out.
         optimizer: ``carry`` keeps the optimizer's state (Adam's moments), under the successor's settings; ``reset``
             starts with an empty one.
@@ -44,14 +45,6 @@ class PolicyReincarnation(L.Callback):
             raise InputError(
                 f"PolicyReincarnation needs an objective of prerl_lightning, not {type(pl_module).__name__}."
             )
-        callbacks = _reincarnations(trainer)
-        steps = [c.at_step for c in callbacks]
-        if len(set(steps)) < len(steps):
-            raise InputError(f"PolicyReincarnation.at_step: two lives begin at the same step ({steps}).")
-        modules = [pl_module, *(c.successor for c in callbacks)]
-        pl_module.lives = [(type(m).__name__, step) for m, step in zip(modules, [0, *steps], strict=True)]
-        for life, (module, first, end) in enumerate(zip(modules, [0, *steps], [*steps, None], strict=True), start=1):
-            module.life, module.first_step, module.end_step = life, first, end
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         """Refuse now what the switch would stumble over later."""
@@ -74,7 +67,7 @@ class PolicyReincarnation(L.Callback):
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: PolicyModule, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step >= self.at_step and pl_module.acting.life < self.successor.life:
+        if trainer.global_step >= self.successor.first_step and pl_module.acting.life < self.successor.life:
             before = pl_module.acting
             self.switch(trainer, pl_module, carry=self.optimizer == "carry")
             log.info(

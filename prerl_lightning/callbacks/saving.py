@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from prerl_lightning.callbacks.health import is_finite
 from prerl_lightning.callbacks.monitors import check_monitor
 from prerl_lightning.compat import validation_follows
 from prerl_lightning.objectives.base import PolicyModule
@@ -238,6 +239,9 @@ class ExportModel(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not is_finite(pl_module.live_policy):
+            log.warning("The trained model is not exported: its weights are not finite.")
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "model"
         export(pl_module, folder, getattr(torch, self.dtype), write=trainer.is_global_zero)

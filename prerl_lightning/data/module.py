@@ -11,7 +11,7 @@ import torch
 from prerl_lightning.data.loader import PromptLoader
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.data.prompts import PromptFormat, encode_all
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.policy.model import load_config, load_tokenizer, model_path
 from prerl_lightning.rewards.pool import RewardPool, Verification
 from prerl_lightning.rewards.score import Reward
@@ -74,6 +74,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.val_samples, self.val_greedy, self.val_batch = val_samples, val_greedy, val_batch
         self.max_prompt_tokens, self.on_bad_prompt = max_prompt_tokens, on_bad_prompt
         self.seed = seed
+        check_bounds(self, "data", {"prompts_per_step": 1, "val_samples": 1, "val_batch": 1, "max_prompt_tokens": 1})
         self._prompts: dict[str, list[Prompt]] = {}
         self._pools: dict[str, RewardPool] = {}
 
@@ -82,6 +83,8 @@ class RolloutDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the data and check every prompt, start the reward's workers, then the engine: the cheap errors first."""
         assert self.trainer is not None
+        if stage == "fit":
+            cast(Any, self.trainer.lightning_module).check_run(self)
         if not self._prompts:
             self._load()
         if not self._pools:
@@ -208,6 +211,7 @@ class RolloutDataModule(L.LightningDataModule):
             temperature=self.sampling.temperature,
             timeouts=failures.count("timeout"),
             errors=failures.count("error"),
+            answered=sum(v.answer is not None for v in verdicts),
             seconds=seconds,
         )
 

@@ -17,6 +17,7 @@ def rollout_statistics(rollout: Rollout) -> dict[str, float]:
     - rollout/entropy: of the policy in nats a token, estimated by the mean of -log p of the sampled tokens;
     - rollout/log_prob: mean log p(y given x) a token, as the engine gave it;
     - rollout/repetition: share of 4-grams that stood in the same response before;
+    - rollout/no_answer: share of responses without an answer, of a verifier that tells what it read;
     - rollout/pass@k: unbiased, from each prompt's responses.
     """
     lengths, rewards, n = rollout.lengths, rollout.rewards, len(rollout)
@@ -30,6 +31,8 @@ def rollout_statistics(rollout: Rollout) -> dict[str, float]:
         "rollout/response_length": float(lengths.double().mean()),
         "rollout/truncated": float(rollout.truncated.double().mean()),
     }
+    if rollout.answered:
+        found["rollout/no_answer"] = 1 - rollout.answered / n
     up_to = torch.nn.functional.pad(rollout.log_probs.double().cumsum(0), (1, 0))
     log_probs = up_to[lengths.cumsum(0)] - up_to[lengths.cumsum(0) - lengths]  # (N,), summed over tokens
     if tokens:

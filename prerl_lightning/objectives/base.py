@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
 import torch
@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from prerl_lightning.data.module import RolloutDataModule
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.metrics.evaluation import EvaluationMetric
 from prerl_lightning.metrics.utilisation import TrainingFlops, peak_flops
-from prerl_lightning.objectives import agreement, memory
+from prerl_lightning.objectives import agreement, checks, lives, memory
 from prerl_lightning.objectives.losses import Aggregation, KLEstimator
 from prerl_lightning.objectives.schedule import Schedule, learning_rate_factor
 from prerl_lightning.objectives.update import Term, Update, gathered
@@ -49,10 +49,14 @@ class PolicyModule(L.LightningModule):
     Args:
         model: Hugging Face folder or hub id, or ``embedded`` for the tiny model of the package. The successor in a
             PolicyReincarnation leaves it out: it takes over the policy.
-        prefix: the token that log p(y) starts from, as a string or id; default: the tokenizer's BOS, else the first
-            token of its chat format (``<|im_start|>`` for Qwen).
+        prefix: the token that log p(y) starts from, by its id or its text; default: the tokenizer's BOS, else the first
+            token of its chat format (``<|im_start|>`` for Qwen). Digits are an id everywhere, since a command line
+            cannot tell 5 from "5"; double quotes within the text, ``'"5"'`` or ``'"#"'``, make text of anything.
         lr: peak learning rate of this life; it overrides one given to ``optimizer``.
-        optimizer: its class, and arguments other than lr.
+        optimizer: its class, and arguments other than lr. A step in which nothing contributes leaves its state (Adam's
+            moments and step count) and the weights as they are, weight decay included, and counts all the same.
+        decay_norms_and_biases: whether the optimizer's weight decay takes in what has one dimension: norms' scales and
+            biases. False is the practice of Hugging Face's trainers.
         lr_schedule: over the optimizer steps of this life: ``constant``, or a ``linear`` or ``cosine`` decay to zero
             at its end.
         warmup_steps: of linear warm-up.
@@ -62,13 +66,17 @@ class PolicyModule(L.LightningModule):
         clip_dual: bound of the loss over -advantage, for negative advantages.
         aggregation: ``token-mean`` or ``seq-mean-token-mean``.
         gradient_clip: by global norm; 0: off.
-        minibatches: optimizer steps that a rollout is split into, by prompts.
+        minibatches: optimizer steps that a rollout is split into, by prompts. ``at_step``, ``trainer.max_steps`` and
+            every ``every_n_..._steps`` count optimizer steps, ``trainer.val_check_interval`` rollouts.
         epochs: passes over a rollout.
         kl_coefficient: of a KL penalty to a frozen reference, the weights at the start of this life; 0: no reference
-            is kept.
+            is kept. Added once, with the objective's first term: of that term's log-probs, over the responses that it
+            counts (for NSR-PreRL the negatives' log p(y), for MixedRL all responses' log p(y given x)), and over its
+            denominator.
         kl_estimator: ``k1`` or ``k3``.
         importance_sampling: correction for the engine's log-probs differing from the trainer's: ``none``, ``token``
-            (ratio truncated at ``importance_cap``), or ``sequence-mask`` (responses beyond the cap are left out).
+            (ratio truncated at ``importance_cap``), or ``sequence-mask`` (responses beyond the cap have no gradient,
+            but stay in the denominator, as in TRL: the others do not weigh more for it).
         importance_cap: > 1.
         mismatch_samples: an objective in pre-train space never computes log p(y given x); so many responses a step
             are forwarded without gradient to compare engine and trainer. 0: none.
@@ -92,12 +100,20 @@ class PolicyModule(L.LightningModule):
 
     terms: tuple[Term, ...] = ()
 
+    # of all objectives' options: the least value that is meant, and the value that it has to be above
+    LEAST: ClassVar = {
+        **{"lr": 0, "warmup_steps": 0, "gradient_clip": 0, "clip_low": 0, "clip_high": 0, "kl_coefficient": 0},
+        **{"mismatch_samples": 0, "minibatches": 1, "epochs": 1, "max_tokens_per_microbatch": 1, "micro_batch_size": 1},
+    }
+    ABOVE: ClassVar = {"loss_coefficient": 0, "clip_dual": 1, "importance_cap": 1, "peak_flops": 0}
+
     def __init__(
         self,
         model: str | None = None,
         prefix: str | int | None = None,
         lr: float = 1e-6,
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, weight_decay=0.0, fused=True),
+        decay_norms_and_biases: bool = False,
         lr_schedule: Schedule = "constant",
         warmup_steps: int = 0,
         loss_coefficient: float = 1.0,
@@ -127,8 +143,9 @@ class PolicyModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self._model = model
-        self.prefix = prefix
+        self.prefix = _prefix(prefix)
         self.lr, self.optimizer, self.lr_schedule, self.warmup_steps = lr, optimizer, lr_schedule, warmup_steps
+        self.decay_norms_and_biases = decay_norms_and_biases
         self.loss_coefficient, self.aggregation = loss_coefficient, aggregation
         self.clip_low, self.clip_high, self.clip_dual = clip_low, clip_high, clip_dual
         self.gradient_clip = gradient_clip
@@ -140,12 +157,7 @@ class PolicyModule(L.LightningModule):
         self.packing, self.share_prompts, self.chunked_head = packing, share_prompts, chunked_head
         self.peak_flops = peak_flops
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
-        least = {"lr": 0, "warmup_steps": 0, "gradient_clip": 0, "kl_coefficient": 0, "mismatch_samples": 0}
-        least |= {"minibatches": 1, "epochs": 1, "max_tokens_per_microbatch": 1, "clip_dual": 1, "importance_cap": 1}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise InputError(f"{type(self).__name__}.{name}: {value} is below {bound}.")
+        check_bounds(self, type(self).__name__, self.LEAST, self.ABOVE)
 
         self.policy: Policy | None = None
         self.reference: Reference | None = None
@@ -162,7 +174,9 @@ class PolicyModule(L.LightningModule):
         # in tuples, because a LightningModule as an attribute would be registered as a submodule
         self._host: tuple[PolicyModule] = (self,)
         self._acting: tuple[PolicyModule] = (self,)
+        self.successors: tuple[PolicyModule, ...] = ()  # of the host, in order
         self.lives: list[tuple[str, int]] = [(type(self).__name__, 0)]  # objective and first step, all of the run's
+        self.planned_lives = self.lives  # by the configuration; `objectives.lives.end_life` may end one ahead of it
         self.life = 1  # this module's place among them, from 1
         self.first_step = 0  # of this life, in optimizer steps of the run
         self.end_step: int | None = None  # None: the run's end
@@ -195,7 +209,8 @@ class PolicyModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         reference = self.acting.reference
         checkpoint["lives"] = {
-            "schedule": [list(life) for life in self.lives],
+            "schedule": [list(life) for life in self.planned_lives],
+            "began": [first for _, first in self.lives],
             "alive": self.acting.life,
             "reference": reference.state_dict(self.live_policy) if reference is not None else None,
         }
@@ -205,12 +220,13 @@ class PolicyModule(L.LightningModule):
         if self.trainer.state.fn != "fit":
             return
         found = checkpoint.get("lives", {"schedule": None})
-        if found["schedule"] != [list(life) for life in self.lives]:
+        if found["schedule"] != [list(life) for life in self.planned_lives]:
             raise InputError(
                 f"The checkpoint's lives are {_describe(found['schedule'])}, the configuration's "
-                f"{_describe(self.lives)}. Resume with the configuration it was made with (config.yaml beside its "
-                "run), or start a new run from its exported model folder."
+                f"{_describe(self.planned_lives)}. Resume with the configuration it was made with (config.yaml beside "
+                "its run), or start a new run from its exported model folder."
             )
+        lives.arrange([self, *self.successors], found["began"])
         if found["alive"] == 1:
             self.restore_reference(found["reference"])
         self.validations.on_load_checkpoint(self.trainer, checkpoint)
@@ -303,6 +319,10 @@ class PolicyModule(L.LightningModule):
         """Input tokens of one forward pass, padding included."""
         return self.max_tokens_per_microbatch or self.host._pack_tokens
 
+    def check_run(self, data: RolloutDataModule) -> None:
+        """See `objectives.checks`; the data module calls it before anything is read or started."""
+        checks.check_run(self, data)
+
     def plan_memory(self, engine: Engine, device: torch.device, longest: int) -> None:
         """See `objectives.memory.plan`; called before anything large is loaded."""
         pack = memory.plan(self, engine, device, longest)
@@ -317,7 +337,16 @@ class PolicyModule(L.LightningModule):
         return self.acting.make_optimizer()
 
     def make_optimizer(self) -> Optimizer:
-        return self.optimizer(cast(Iterable, self.live_policy.parameters()))
+        """Over two groups in all lives, what has several dimensions and what has one, so that a checkpoint's optimizer
+        fits whichever life's."""
+        parameters = list(self.live_policy.parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1]},
+        ]
+        if not self.decay_norms_and_biases:
+            groups[1]["weight_decay"] = 0.0
+        return self.optimizer(cast(Iterable, [group for group in groups if group["params"]]))
 
     def lr_at(self, step_of_life: int) -> float:
         end = self.end_step if self.end_step is not None else self.trainer.max_steps
@@ -468,6 +497,13 @@ class PolicyModule(L.LightningModule):
         self.validations.step = self.trainer.global_step
         self.record({f"{stage}/step": self.trainer.global_step})
         self._write_row()
+
+
+def _prefix(prefix: str | int | None) -> str | int | None:
+    if isinstance(prefix, str) and prefix.isdecimal():
+        return int(prefix)
+    quoted = isinstance(prefix, str) and len(prefix) > 2 and prefix[0] == prefix[-1] == '"'
+    return prefix[1:-1] if isinstance(prefix, str) and quoted else prefix
 
 
 def _describe(lives: Sequence[Sequence[Any]] | None) -> str:

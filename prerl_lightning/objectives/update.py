@@ -51,7 +51,7 @@ def gathered(rollout: Rollout) -> Rollout:
     own = (
         [(p.row, p.token_ids) for p in rollout.prompts],
         *(rollout.group_ids, rollout.tokens, rollout.log_probs, rollout.lengths, rollout.truncated, rollout.rewards),
-        (rollout.timeouts, rollout.errors),
+        (rollout.timeouts, rollout.errors, rollout.answered),
     )
     prompts: list[Prompt] = []
     parts = ranks.gather([own])
@@ -60,7 +60,7 @@ def gathered(rollout: Rollout) -> Rollout:
         group_ids.append(groups + len(prompts))
         prompts += [Prompt(row, ids, "", "") for row, ids in contexts]
     tokens, log_probs, lengths, truncated, rewards = (torch.cat([part[i] for part in parts]) for i in range(2, 7))
-    timeouts, errors = (sum(part[7][i] for part in parts) for i in (0, 1))
+    timeouts, errors, answered = (sum(part[7][i] for part in parts) for i in range(3))
     return replace(
         rollout,
         prompts=tuple(prompts),
@@ -73,12 +73,14 @@ def gathered(rollout: Rollout) -> Rollout:
         rewards=rewards,
         timeouts=timeouts,
         errors=errors,
+        answered=answered,
     )
 
 
 @dataclass(frozen=True)
 class Term:
-    """One term of an objective: ``coefficient`` * aggregated token loss."""
+    """One term of an objective: ``coefficient`` * aggregated token loss. The first one carries the KL penalty, if any,
+    which ``coefficient`` does not multiply."""
 
     space: Space
     normalisation: Normalisation
@@ -167,12 +169,13 @@ class Update:
         advantages = group_advantages(self.rollout.rewards, self.rollout.group_ids, term.normalisation)
         contributing = contributing_responses(advantages, term.contributing)
         contributing &= self.sound & (self.lengths > 0)
-        selected = contributing if m.kl_coefficient > 0 else contributing & (advantages != 0)
+        kl = m.kl_coefficient > 0 and term is m.terms[0]  # one penalty a loss
+        selected = contributing if kl else contributing & (advantages != 0)
         own = self.share(term.space, selected)
         many_updates = m.minibatches * m.epochs > 1
         old = self.log_probs(term.space, own) if many_updates else None
         reference = None
-        if m.kl_coefficient > 0:
+        if kl:
             with m.anchored_reference().in_place(self.policy):
                 reference = self.log_probs(term.space, own)
         correction = None
@@ -285,11 +288,12 @@ class Update:
         if m.importance_sampling != "none":
             correction = work.correction
             loss = loss * (self._correction(current, engine, sequence) if correction is None else correction[source])
+        loss = loss * work.term.coefficient
         if work.reference is not None:
             kl = losses.kl_penalty(log_probs, work.reference[source], m.kl_estimator)
             loss = loss + m.kl_coefficient * kl
             self.sums.add("optim/reference_kl", kl.detach().sum(), n_tokens)
-        coefficient = work.term.coefficient * m.loss_coefficient / denominator
+        coefficient = m.loss_coefficient / denominator
         loss = (loss * work.weights[sequence]).sum() * coefficient
 
         self.sums.add("optim/loss", loss.detach())
@@ -306,23 +310,25 @@ class Update:
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext()
 
     def _step(self, n_jobs: int) -> None:
-        """Clip and step. Without gradients, or with non-finite ones, the step counts and changes nothing: torch's
-        optimizers pass over parameters whose ``grad`` is None."""
+        """Clip and step. Without gradients, or with non-finite ones, the step counts and changes nothing, neither
+        weights nor moments: torch's optimizers pass over parameters whose ``grad`` is None."""
         m = self.module
         optimizer = cast(Any, m.host.optimizers())
         lr = m.lr_at(m.trainer.global_step - m.first_step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        skipped = n_jobs == 0
+        skipped, finite = n_jobs == 0, True
         if not skipped:
             gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
             total = torch.nn.utils.get_total_norm(gradients)
             norm = total.full_tensor() if isinstance(total, DTensor) else total
             self.last["optim/grad_norm"] = float(norm)
             if not torch.isfinite(norm):
-                log.warning("Step %d: the gradient norm is %s; the step is skipped.", m.trainer.global_step, norm)
+                log.warning(
+                    "Step %d: the gradient norm is %s; the step is skipped.", m.trainer.global_step, float(norm)
+                )
                 self.policy.zero_grad(set_to_none=True)
-                skipped = True
+                skipped, finite = True, False
             elif 0 < m.gradient_clip < norm:
                 torch.nn.utils.clip_grads_with_norm_(self.policy.parameters(), m.gradient_clip, total)
         start = time.perf_counter()  # reading the norm has waited for the device
@@ -333,6 +339,7 @@ class Update:
         self.seconds["optimizer"] += time.perf_counter() - start
         self.last["optim/lr"] = lr
         self.last["optim/skipped"] = self.last.get("optim/skipped", 0.0) + skipped
+        self.last["optim/non_finite"] = self.last.get("optim/non_finite", 0.0) + (not finite)
 
     # ------------------------------------------------------------------ what is measured
 

@@ -1,0 +1,61 @@
+"""The lives of a run: which objective trains the policy from which optimizer step on."""
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from prerl_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from prerl_lightning.objectives.base import PolicyModule
+
+log = logging.getLogger(__name__)
+
+
+def arrange(modules: "Sequence[PolicyModule]", steps: Sequence[int]) -> None:
+    """Tell each life's module its place in the run.
+
+    Args:
+        modules: the host, and its successors in order.
+        steps: the optimizer step that each begins at; 0 for the host.
+    """
+    modules[0].successors = tuple(modules[1:])
+    modules[0].lives = [(type(m).__name__, step) for m, step in zip(modules, steps, strict=True)]
+    ends = [*steps[1:], None]
+    for life, (module, first, end) in enumerate(zip(modules, steps, ends, strict=True), start=1):
+        module.life, module.first_step, module.end_step = life, first, end
+
+
+def check_steps(host: "PolicyModule", max_steps: int) -> None:
+    """Raises InputError where a life's end falls into the middle of a rollout's optimizer steps."""
+    for module in (host, *host.successors):
+        first, end, key = module.first_step, module.end_step, "PolicyReincarnation.at_step"
+        name, rollout_steps = type(module).__name__, module.minibatches * module.epochs
+        if 0 < max_steps <= first:
+            log.warning("%s, from step %d, never begins: trainer.max_steps is %d.", name, first, max_steps)
+            continue
+        if max_steps > 0 and (end is None or max_steps < end):
+            key, end = "trainer.max_steps", max_steps
+        beyond = 0 if end is None else (end - first) % rollout_steps
+        if end is not None and beyond:
+            fitting = [step for step in (end - beyond, end - beyond + rollout_steps) if step > first]
+            raise InputError(
+                f"{key}: {end}. {name} takes {rollout_steps} optimizer steps a rollout (minibatches x epochs) from "
+                f"step {first} on, so that it cannot end there. Write {' or '.join(map(str, fitting))}."
+            )
+
+
+def end_life(host: "PolicyModule", step: int) -> bool:
+    """Let the next life begin ahead of its time: at ``step``, or soon after, where its own end fits its rollouts'
+    optimizer steps. False where there is none."""
+    acting = host.acting
+    if acting.life > len(host.successors):
+        return False
+    following = host.successors[acting.life - 1]
+    candidates = range(step, following.first_step + 1, acting.minibatches * acting.epochs)
+    end = following.end_step if following.end_step is not None else max(host.trainer.max_steps, 0)
+    fits = (s for s in candidates if not end or (end - s) % (following.minibatches * following.epochs) == 0)
+    steps = [first for _, first in host.lives]
+    steps[acting.life] = next(fits, following.first_step)
+    arrange([host, *host.successors], steps)
+    return True
