@@ -4,6 +4,8 @@ Needed are the forward and twice that for the backward pass; recomputing for gra
 head, is not (PaLM's definition, arXiv 2204.02311, appendix B). Tokens are those forwarded, without padding.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,8 +57,8 @@ class TrainingFlops:
 
     def __init__(self, policy: Policy) -> None:
         config = policy.model.config.get_text_config()
-        embedding = policy.model.get_input_embeddings().weight
-        head = policy.model.get_output_embeddings().weight
+        embedding: Any = policy.model.get_input_embeddings().weight
+        head: Any = policy.model.get_output_embeddings().weight
         whole = sum(p.numel() for p in policy.parameters())
         self.head = head.numel()
         self.body = whole - embedding.numel() - (0 if head is embedding else head.numel())

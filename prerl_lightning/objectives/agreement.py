@@ -5,6 +5,8 @@ the trainer computes the log-probs of what it said. Rounding makes them differ b
 hundredths in 16 bits; weights that were taken over wrongly by 0.5 and more.
 """
 
+import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,8 @@ from prerl_lightning.types import Rollout
 
 if TYPE_CHECKING:
     from prerl_lightning.objectives.base import PolicyModule
+
+log = logging.getLogger(__name__)
 
 PROMPTS, TOKENS = 8, 64  # of each rank, at most
 BOUND_FP32, BOUND_16_BITS = 0.01, 0.2  # mean |difference| in nats a token
@@ -40,8 +44,8 @@ def check(module: "PolicyModule") -> None:
     """
     data, strategy = module.data, module.trainer.strategy
     prompts = data.some_prompts(PROMPTS)
-    options = {"group_size": 1, "top_p": 1.0, "top_k": 0}
-    sampling = replace(data.sampling, **options, max_new_tokens=min(TOKENS, data.sampling.max_new_tokens))
+    n_tokens = min(TOKENS, data.sampling.max_new_tokens)
+    sampling = replace(data.sampling, group_size=1, top_p=1.0, top_k=0, max_new_tokens=n_tokens)
     seeds = [mixed_seed(data.seed, "check", module.trainer.global_rank, i) for i in range(len(prompts))]
     try:
         groups = data.engine.generate([p.token_ids for p in prompts], sampling, seeds)
@@ -86,4 +90,22 @@ def check(module: "PolicyModule") -> None:
         f"the same tokens are {worst:.3g} nats apart on average, {bound:g} are allowed.{named} `prerl doctor` with "
         "this configuration looks closer; data.engine.init_args.dtype: float32 tells rounding from error; "
         "model.init_args.mismatch_bound moves the bound."
+    )
+
+
+def warn(module: "PolicyModule", metrics: Mapping[str, float]) -> None:
+    """Once a run, of a step whose samples differ by more than the bound."""
+    found, bound = metrics.get("mismatch/log_prob_difference", 0.0), mismatch_bound(module)
+    if found <= bound or module.host.warned_of_mismatch:
+        return
+    module.host.warned_of_mismatch = True
+    cut = module.data.sampling.top_p < 1 or module.data.sampling.top_k > 0
+    log.warning(
+        "Step %d: engine and trainer differ by %.3g nats a token on average (mismatch/log_prob_difference; %g are "
+        "expected at most): the loss is that of other samples. %s",
+        *(module.trainer.global_step, found, bound),
+        "data.sampling.top_p and top_k cut the engine's distribution, not the trainer's: leave them out, or use "
+        "model.init_args.importance_sampling."
+        if cut
+        else "model.init_args.importance_sampling corrects for it; `prerl doctor` shows where it comes from.",
     )

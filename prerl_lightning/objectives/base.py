@@ -414,7 +414,7 @@ class PolicyModule(L.LightningModule):
         if peak := self.peak_flops or peak_flops(self.compute_device):
             metrics["train/mfu"] = flops_per_second / (peak * self.trainer.world_size)
         metrics["life"] = self.life
-        self._warn_of_mismatch(metrics)
+        agreement.warn(self, metrics)
         for key, value in metrics.items():
             self.log(key, float(value), batch_size=1, logger=False)
         if self.host.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
@@ -429,21 +429,6 @@ class PolicyModule(L.LightningModule):
             agreement.check(self.acting)
             self.acting.agreed = True
         return seconds
-
-    def _warn_of_mismatch(self, metrics: Mapping[str, float]) -> None:
-        found = metrics.get("mismatch/log_prob_difference", 0.0)
-        if found > (bound := agreement.mismatch_bound(self)) and not self.host.warned_of_mismatch:
-            self.host.warned_of_mismatch = True
-            cut = self.data.sampling.top_p < 1 or self.data.sampling.top_k > 0
-            log.warning(
-                "Step %d: engine and trainer differ by %.3g nats a token on average (mismatch/log_prob_difference; "
-                "%g are expected at most): the loss is that of other samples. %s",
-                *(self.trainer.global_step, found, bound),
-                "data.sampling.top_p and top_k cut the engine's distribution, not the trainer's: leave them out, or "
-                "use model.init_args.importance_sampling."
-                if cut
-                else "model.init_args.importance_sampling corrects for it; `prerl doctor` shows where it comes from.",
-            )
 
     def update(self, rollout: Rollout) -> tuple[dict[str, float], dict[str, float]]:
         """Optimise on one rollout, ``minibatches`` * ``epochs`` optimizer steps; returns metrics, and seconds by stage.

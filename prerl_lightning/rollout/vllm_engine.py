@@ -321,7 +321,7 @@ def _reload(worker: Any, named_weights: Iterable[tuple[str, Tensor]]) -> list[st
             module.quant_method.process_weights_after_loading(module)
         if isinstance(method := getattr(module, "quant_method", None), UnquantizedFusedMoEMethod):
             # it packs experts when it makes its kernel, which is once
-            method.moe_kernel.fused_experts.process_weights_after_loading(module)
+            cast(Any, method.moe_kernel).fused_experts.process_weights_after_loading(module)
     return []
 
 
@@ -343,7 +343,7 @@ def _said_by(name: str) -> Iterator[list[str]]:
         logger.propagate = propagate
 
 
-def _fingerprints(worker: Any) -> dict[str, tuple[float, ...]]:
+def _fingerprints(worker: Any) -> dict[str, tuple[float, float]]:
     """Of each tensor of vLLM's model, sums that depend on the order of its values."""
     found = {}
     for name, tensor in worker.get_model().state_dict().items():
