@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 FREE = (
     *(f"model.init_args.{name}" for name in ("max_tokens_per_microbatch", "micro_batch_size", "packing")),
     *(f"model.init_args.{name}" for name in ("share_prompts", "chunked_head", "gradient_checkpointing")),
-    *(f"model.init_args.{name}" for name in ("mismatch_samples", "entropy", "peak_flops", "attn_implementation")),
+    *(f"model.init_args.{name}" for name in ("mismatch_samples", "mismatch_bound", "entropy", "peak_flops")),
+    "model.init_args.attn_implementation",
     *(f"data.engine.init_args.{name}" for name in ("kv_cache_mib", "gpu_memory_utilization", "max_num_seqs")),
     *(f"data.engine.init_args.{name}" for name in ("enforce_eager", "sleep_between_rollouts")),
     *("data.val_batch", "data.verification"),

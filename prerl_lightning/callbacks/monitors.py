@@ -17,7 +17,7 @@ from prerl_lightning.types import Prompt, Response, Rollout
 
 # of a step, besides what its rollout and its sums tell; tests/test_monitors.py compares with real runs
 STEP = (
-    *("life", "optim/grad_norm", "optim/lr", "optim/skipped"),
+    *("life", "optim/grad_norm", "optim/lr", "optim/skipped", "optim/non_finite", "rollout/not_finite"),
     *("rollout/tokens_per_second", "train/tokens_per_second", "train/mfu"),
     *(f"time/{stage}" for stage in ("update_weights", "rollout", "reward", "statistics", "forward_backward")),
     *(f"time/{stage}" for stage in ("optimizer", "other", "step", "since_start")),

@@ -76,7 +76,7 @@ class PolicyModule(L.LightningModule):
         kl_estimator: ``k1`` or ``k3``.
         importance_sampling: correction for the engine's log-probs differing from the trainer's: ``none``, ``token``
             (ratio truncated at ``importance_cap``), or ``sequence-mask`` (responses beyond the cap have no gradient,
-            but stay in the denominator, as in TRL: the others do not weigh more for it).
+            but stay in the denominator: the others do not weigh more for it).
         importance_cap: > 1.
         mismatch_samples: an objective in pre-train space never computes log p(y given x); so many responses a step
             are forwarded without gradient to compare engine and trainer. 0: none.
@@ -105,7 +105,7 @@ class PolicyModule(L.LightningModule):
         **{"lr": 0, "warmup_steps": 0, "gradient_clip": 0, "clip_low": 0, "clip_high": 0, "kl_coefficient": 0},
         **{"mismatch_samples": 0, "minibatches": 1, "epochs": 1, "max_tokens_per_microbatch": 1, "micro_batch_size": 1},
     }
-    ABOVE: ClassVar = {"loss_coefficient": 0, "clip_dual": 1, "importance_cap": 1, "peak_flops": 0}
+    ABOVE: ClassVar = {"loss_coefficient": 0, "clip_dual": 1, "importance_cap": 1, "peak_flops": 0, "mismatch_bound": 0}
 
     def __init__(
         self,
@@ -382,7 +382,8 @@ class PolicyModule(L.LightningModule):
     def on_fit_start(self) -> None:
         # an engine that outlived an earlier fit of this process knows other weights by the same version numbers
         self.data.engine.policy_version = None
-        self.agreed = False
+        for module in (self, *self.successors):
+            module.agreed = False
         self.lr_at(self.warmup_steps)  # a decay without an end is refused here, not after the first rollout
         self._started = time.perf_counter()
 
