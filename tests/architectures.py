@@ -62,7 +62,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("packed", {}),
     "arcee": ("packed", {}),
     "bamba": ("padded", {}),
-    "bert": (f"refused: {BOTH_WAYS}", {}),
+    "bert": (f"refused: {HEAD}", {"is_decoder": True}),
     "bert-generation": (f"refused: {BOTH_WAYS}", {}),
     "biogpt": ("packed", {}),
     "bitnet": ("packed", {}),
@@ -139,6 +139,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# experts as vLLM on a CPU samples them behind updates; tests/test_agreement.py
+MIXTURES = {
+    "ernie4_5_moe": "agrees",
+    "glm4_moe": "agrees",
+    "gpt_oss": "refused",
+    "granitemoe": "agrees",
+    "mixtral": "agrees",
+    "olmoe": "agrees",
+    "qwen2_moe": "agrees",
+    "qwen3_moe": "agrees",
+}
+
+
 def make(family: str, **more: Any) -> PreTrainedModel:
     """With every kind of dropout and noise that its configuration knows switched on."""
     default = AutoConfig.for_model(family)
@@ -163,6 +176,9 @@ def table() -> str:
     lines = [f"| outcome | families ({len(FAMILIES)}) |", "| --- | --- |"]
     for outcome in sorted(by_outcome):
         lines.append(f"| {words.get(outcome, outcome)} | {', '.join(by_outcome[outcome])} |")
+    for outcome, words in (("agrees", "agree with vLLM behind updates"), ("refused", "not: vLLM keeps old weights")):
+        names = [family for family, found in MIXTURES.items() if found == outcome]
+        lines.append(f"| mixtures of experts: {words} | {', '.join(names)} |")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from architectures import make
+from architectures import MIXTURES, make
 from parity import parity_reward
 from test_update import attached, close, gradient
 
@@ -64,7 +64,17 @@ def small_engine():
     return VLLMEngine(max_model_len=64, kv_cache_mib=32)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+SOON = "mixtral"  # the others take half a minute each
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if family == SOON else pytest.mark.slow)
+        for family, outcome in MIXTURES.items()
+        if outcome == "agrees"
+    ],
+)
 def test_a_mixture_of_experts_is_sampled_as_it_is_trained(folder, caplog, family):
     """Over several updates, of which vLLM's own reload makes noise on a CPU."""
     model = GRPO(model=folder(family), lr=1e-2, mismatch_samples=4)
