@@ -27,7 +27,7 @@ from prerl_lightning.data.named import SETS, NamedProblems
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.evaluation import answer_number, bootstrap, per_problem, percentiles, summary
-from prerl_lightning.policy.model import model_path
+from prerl_lightning.policy.model import as_on_disk, empty_model, model_path
 from prerl_lightning.resume import load
 from prerl_lightning.rewards.pool import RewardPool
 from prerl_lightning.rollout.engine import Place
@@ -102,7 +102,7 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
     # with --data alone, the configuration's reward is for its own problems
     given = data.val_reward if own.reward or not own.data else None
     rewards = {key: first_reward(key, given, problems.reward, data.train.reward) for key, problems in sets.items()}
-    weights = _checkpoint_weights(own.ckpt_path) if own.ckpt_path else None
+    weights = _checkpoint_weights(own.ckpt_path, model) if own.ckpt_path else None
     prompts = data.encode(model, sets)
     folder = Path(own.out or Path("evaluations") / _name(model, own.ckpt_path))
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,8 +176,8 @@ def _name(model: str, checkpoint: str | None) -> str:
     return name if checkpoint is None else f"{name}-{Path(checkpoint).stem}"
 
 
-def _checkpoint_weights(path: str) -> Iterator[tuple[str, Tensor]]:
-    """Of a training checkpoint, by their Hugging Face names, tied ones once."""
+def _checkpoint_weights(path: str, model: str) -> Iterator[tuple[str, Tensor]]:
+    """Of a training checkpoint, by their names in the folder of ``model``, tied ones once."""
     if not Path(path).is_file():
         raise InputError(f"--ckpt_path: {path}: no such file.")
     state = load(path).get("state_dict", {})
@@ -186,7 +186,8 @@ def _checkpoint_weights(path: str) -> Iterator[tuple[str, Tensor]]:
     if not found:
         raise InputError(f"--ckpt_path: {path} holds no weights of a policy: it is not one of ours.")
     once = {(t.data_ptr(), t.shape): name for name, t in reversed(found.items())}
-    return ((name, tensor) for name, tensor in found.items() if name in set(once.values()))
+    names = set(once.values())
+    return as_on_disk(empty_model(model), ((name, tensor) for name, tensor in found.items() if name in names))
 
 
 def _fingerprint(path: str) -> list[Any]:

@@ -1,16 +1,20 @@
 """The engine samples from the policy that is trained, or the run does not start."""
 
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
 from architectures import MIXTURES, make
 from parity import parity_reward
+from safetensors.torch import load_file
 from test_update import attached, close, gradient
 
 from prerl_lightning.data.arithmetic import ArithmeticProblems
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.data.pretrain import make_tokenizer
 from prerl_lightning.errors import InputError
+from prerl_lightning.evaluate import _checkpoint_weights
 from prerl_lightning.objectives import GRPO, NSRPreRL
 from prerl_lightning.objectives.update import Update
 from prerl_lightning.policy.model import Policy
@@ -197,14 +201,13 @@ def test_responses_whose_log_probs_are_not_finite_are_left_out(model_folder, mak
     assert int((~Update(module, given).sound).sum()) == 1
 
 
-def test_untrained_folders_are_read_as_they_are(folder):
-    """What the engine is given at version 0 is what lies on disk, by name and value."""
-    from pathlib import Path
-
-    from safetensors.torch import load_file
-
+def test_untrained_weights_have_the_folder_s_names_and_values(tmp_path, folder):
+    """What the engine is given, in a run and by `prerl evaluate --ckpt_path`."""
     path = folder("mixtral")
     disk = load_file(Path(path) / "model.safetensors")
-    given = dict(Policy.from_pretrained(path).named_weights())
-    assert given.keys() == disk.keys()
-    assert all(torch.equal(given[name], disk[name]) for name in disk)
+    policy = Policy.from_pretrained(path)
+    checkpoint = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {f"policy.{name}": t for name, t in policy.state_dict().items()}}, checkpoint)
+    for given in (dict(policy.named_weights()), dict(_checkpoint_weights(str(checkpoint), path))):
+        assert given.keys() == disk.keys()
+        assert all(torch.equal(given[name], disk[name]) for name in disk)

@@ -5,7 +5,7 @@ module they wrap: an output head called from outside would see a shard.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -95,6 +95,13 @@ def load_model(model: str, attn_implementation: str | None = None) -> PreTrained
     return lm
 
 
+def empty_model(model: str) -> PreTrainedModel:
+    """Without weights, on the meta device."""
+    config = _load(AutoConfig, model)
+    with torch.device("meta"):
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
+
+
 def prefix_token(tokenizer: PreTrainedTokenizerBase, prefix: str | int | None) -> int:
     """The id of the token in front of y in log p(y).
 
@@ -121,6 +128,24 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase, prefix: str | int | None) -
     if len(ids) != 1:
         raise InputError(f"prefix: {prefix!r} is {len(ids)} tokens for this tokenizer; it must be one.")
     return int(ids[0])
+
+
+def as_on_disk(
+    lm: PreTrainedModel, weights: Iterable[tuple[str, Tensor]], made: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of ``lm``, which may be on the meta device, by their names on disk, each behind ``made``.
+
+    A layer's are made at a time, since transformers may hold in one parameter what is several on disk (experts).
+    """
+    by_layer = sorted(weights, key=lambda entry: _layer(entry[0]))
+    for _, layer in groupby(by_layer, key=lambda entry: _layer(entry[0])):
+        yield from revert_weight_conversion(lm, {name: made(held) for name, held in layer}).items()
+
+
+def _layer(name: str) -> str:
+    """``model.layers.3`` of ``model.layers.3.mlp.weight``; of what is in no layer the name itself."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found[0] if found else name
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -240,28 +265,21 @@ class Policy(nn.Module):
         """The weights by the names that they have on disk, full tensors, tied ones once: parameters in ``dtype``, and
         persistent buffers as they are.
 
-        A layer's are made at a time, since transformers may hold in one parameter what is several on disk (experts).
         Under FSDP2 each is cast on its shard and then gathered, so that no second full copy of the model exists.
         The gathers are collective: every rank iterates to the end.
         """
         entries: list[tuple[str, Tensor]] = [*self.model.named_parameters(), *self._persistent_buffers()]
-        for _, layer in groupby(sorted(entries, key=lambda e: _layer(e[0])), key=lambda e: _layer(e[0])):
-            state = {}
-            for name, held in layer:
-                tensor = held.detach()
-                if dtype is not None and isinstance(held, nn.Parameter):
-                    tensor = tensor.to(dtype)
-                state[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            yield from revert_weight_conversion(self.model, state).items()
+
+        def whole(held: Tensor) -> Tensor:
+            tensor = held.detach()
+            if dtype is not None and isinstance(held, nn.Parameter):
+                tensor = tensor.to(dtype)
+            return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+        return as_on_disk(self.model, entries, whole)
 
     def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
         for prefix, module in self.model.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if name not in module._non_persistent_buffers_set:
                     yield f"{prefix}.{name}" if prefix else name, buffer
-
-
-def _layer(name: str) -> str:
-    """``model.layers.3`` of ``model.layers.3.mlp.weight``; of what is in no layer the name itself."""
-    found = re.match(r".*?\.\d+(?=\.)", name)
-    return found[0] if found else name
