@@ -18,6 +18,7 @@ from prerl_lightning.evaluate import _checkpoint_weights
 from prerl_lightning.objectives import GRPO, NSRPreRL
 from prerl_lightning.objectives.update import Update
 from prerl_lightning.policy.model import Policy
+from prerl_lightning.rewards.pool import Verification
 from prerl_lightning.rollout import vllm_engine
 from prerl_lightning.rollout.engine import Sampling
 from prerl_lightning.rollout.vllm_engine import VLLMEngine
@@ -42,6 +43,7 @@ def fit(model, engine, steps=1, val=None, **sampling):
     data = RolloutDataModule(
         train=ArithmeticProblems("train", 64),
         reward=parity_reward,
+        verification=Verification(workers=0),
         val=val,
         sampling=Sampling(group_size=3, max_new_tokens=12, **sampling),
         engine=engine,
@@ -140,6 +142,7 @@ def test_each_life_is_checked_and_the_bound_is_a_setting(model_folder, llama_eng
     data = RolloutDataModule(
         train=ArithmeticProblems("train", 64),
         reward=parity_reward,
+        verification=Verification(workers=0),
         sampling=Sampling(group_size=3, max_new_tokens=12),
         engine=llama_engine,
         prompts_per_step=4,
