@@ -187,7 +187,7 @@ START, END = "<!-- tests/architectures.py -->\n", "\n<!-- end -->"
 if __name__ == "__main__":
     readme = Path(__file__).parents[1] / "README.md"
     text = readme.read_text(encoding="utf-8")
-    if START not in text:
-        sys.exit(f"README.md has no {START}")
+    if START not in text or END not in text:
+        sys.exit(f"README.md lacks {START.strip()} or {END.strip()}")
     before, _, rest = text.partition(START)
     readme.write_text(before + START + table() + END + rest.partition(END)[2], encoding="utf-8")
