@@ -24,7 +24,7 @@ FREE = (
     "model.init_args.attn_implementation",
     *(f"data.engine.init_args.{name}" for name in ("kv_cache_mib", "gpu_memory_utilization", "max_num_seqs")),
     *(f"data.engine.init_args.{name}" for name in ("enforce_eager", "sleep_between_rollouts")),
-    *("data.val_batch", "data.verification"),
+    *("data.val", "data.val_samples", "data.val_greedy", "data.val_reward", "data.val_batch", "data.verification"),
 )
 BOUND = ("seed_everything", "model", "data", "lives", "trainer.limit_train_batches", "trainer.overfit_batches")
 UNLISTED = ("ckpt_path", "allow_changes")
@@ -89,8 +89,10 @@ def compare(path: str, present: Mapping[str, Any], allow_changes: bool) -> None:
     before, now = dict(_flat(_with_lives(found))), dict(_flat(_with_lives(present)))
     keys = [k for k in (before | now) if before.get(k) != now.get(k) and k not in UNLISTED]
     lines = {k: f"  {k}: {_short(before.get(k))} in the checkpoint, {_short(now.get(k))} now" for k in keys}
-    bound = [line for key, line in lines.items() if _is_bound(key)]
-    free = [line for key, line in lines.items() if not _is_bound(key)]
+    # a decay ends where the run does
+    decays = any(key.endswith("init_args.lr_schedule") and value != "constant" for key, value in now.items())
+    bound = [line for key, line in lines.items() if _is_bound(key) or (decays and key == "trainer.max_steps")]
+    free = [line for line in lines.values() if line not in bound]
     if bound and not allow_changes:
         also = ["These differ too, and may:", *free] if free else []
         raise InputError(

@@ -130,8 +130,10 @@ class PrerlCLI(LightningCLI):
         return self._instantiate_trainer({**config, **kwargs}, extra)
 
     def after_instantiate_classes(self) -> None:
+        if self.trainer is None:  # `prerl evaluate` and `prerl doctor` take a run's parts, and do not resume it
+            return
         subconfig = self.config_init[self.subcommand]
-        if self.trainer is not None and self.subcommand == "fit":
+        if self.subcommand == "fit":
             lives = [c.successor for c in callbacks_of(self.trainer, PolicyReincarnation)]
             check_monitors(self.trainer, [self.model, *lives], self.datamodule)
         if subconfig.get("ckpt_path") == "last":

@@ -214,3 +214,27 @@ def test_untrained_weights_have_the_folder_s_names_and_values(tmp_path, folder):
     for given in (dict(policy.named_weights()), dict(_checkpoint_weights(str(checkpoint), path))):
         assert given.keys() == disk.keys()
         assert all(torch.equal(given[name], disk[name]) for name in disk)
+
+
+def test_the_check_is_no_inference(model_folder, monkeypatch):
+    """Lightning validates in inference mode on a GPU, where FSDP2's first forward would spoil all that follow."""
+    from plain_engine import PlainEngine
+
+    from prerl_lightning.objectives import agreement
+
+    seen = []
+
+    class Seeing(PlainEngine):
+        def generate(self, *args, **kwargs):
+            seen.append(torch.is_inference_mode_enabled())
+            return super().generate(*args, **kwargs)
+
+    plain = agreement.check
+
+    def as_on_a_gpu(module):
+        with torch.inference_mode():
+            plain(module)
+
+    monkeypatch.setattr(agreement, "check", as_on_a_gpu)
+    fit(GRPO(model=model_folder("llama-tied")), Seeing())
+    assert seen == [False, False]

@@ -91,6 +91,26 @@ def test_the_readme_has_the_table():
         assert f"\n## {heading}\n" in readme
 
 
+@pytest.mark.parametrize(("family", "cap"), [("gemma2", 30.0), ("nanochat", 15.0)])
+def test_a_cap_is_found_under_small_logits_too(tmp_path, family, cap):
+    """Those of a model that is not trained yet change by less than the tolerance."""
+    make(family, initializer_range=0.02, final_logit_softcapping=cap).save_pretrained(tmp_path)
+    assert Policy.from_pretrained(str(tmp_path)).logit_softcap == cap
+
+
+def test_masks_that_old_folders_hold_are_let_through(tmp_path):
+    make("gpt2").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    layer = next(name for name in weights if name.endswith("h.0.attn.c_attn.bias")).removesuffix("c_attn.bias")
+    weights |= {f"{layer}bias": torch.ones(1, 1, 8, 8), f"{layer}masked_bias": torch.zeros(1)}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    Policy.from_pretrained(str(tmp_path))
+    weights["h.0.attn.c_attn.extra"] = torch.zeros(1)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"c_attn\.extra"):
+        Policy.from_pretrained(str(tmp_path))
+
+
 # ---------------------------------------------------------------------- flash attention, rotary frequencies
 
 

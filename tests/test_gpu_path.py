@@ -152,6 +152,7 @@ class Recorder:
     def collective_rpc(self, function, args=()):
         if args:
             self.calls.append(("update", {name: t.dtype for name, t in args[0]}))
+            return [[]]
         return [self.device]
 
     def sleep(self, level):

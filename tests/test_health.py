@@ -280,13 +280,16 @@ def test_a_cause_may_end_the_run(tmp_path):
 
 
 def test_a_cause_may_end_a_life(tmp_path):
-    """The next one begins where its own end fits, and a checkpoint of it resumes in it under the same configuration."""
+    """The next one begins where its own end fits, and a checkpoint of it resumes in it under the same configuration;
+    the last life's end is the run's."""
 
     def run(folder, **options):
         health = RunHealth(no_signal=2, stop_on=["no_signal"], stop="life")
         later = PolicyReincarnation(at_step=9, successor=GRPO(lr=2e-3, minibatches=2))
         model = NSRPreRL(model="embedded", lr=1e-3)
-        return fit(folder, model, health, later, reward=always(0.0), steps=11, **options).lightning_module
+        with pytest.raises(RunError, match=r"Step [79]: .* rewards differed in 2 rollouts.* The run ends here"):
+            fit(folder, model, health, later, reward=always(0.0), steps=11, **options)
+        return model
 
     whole = run(tmp_path / "whole")
     # two rollouts without a signal end life 1 after step 2; life 2 takes two steps a rollout and ends at 11, so at 3
@@ -296,7 +299,16 @@ def test_a_cause_may_end_a_life(tmp_path):
     with (tmp_path / "whole" / "metrics.csv").open() as lines:
         rows = [(int(r["step"]), float(r["life"]), float(r["optim/lr"])) for r in csv.DictReader(lines)]
     assert rows[:3] == [(1, 1, 1e-3), (2, 1, 1e-3), (3, 1, 1e-3)]
-    assert rows[3:] == [(step, 2, 2e-3) for step in (5, 7, 9, 11)]
+    assert rows[3:] == [(step, 2, 2e-3) for step in (5, 7)]
+    # resumed, it has seen one rollout without a signal less
     resumed = run(tmp_path / "resumed", ckpt_path=tmp_path / "whole" / "checkpoints" / "step=5.ckpt")
     assert resumed.acting.life == 2
     assert resumed.lives == whole.lives
+
+
+def test_a_cause_that_was_warned_of_ends_a_run_that_is_resumed_to_do_so(tmp_path):
+    fit(tmp_path / "first", GRPO(model="embedded"), RunHealth(no_signal=2), reward=always(0.0), steps=3)
+    health = RunHealth(no_signal=2, stop_on=["no_signal"])
+    last = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    with pytest.raises(RunError, match="Step 5"):
+        fit(tmp_path / "second", GRPO(model="embedded"), health, reward=always(0.0), steps=8, ckpt_path=last)

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from prerl_lightning.callbacks.saving import RunCheckpoint
+from prerl_lightning.compat import validate_now
 from prerl_lightning.errors import InputError
 
 
@@ -203,3 +204,40 @@ def test_a_best_that_is_gone_is_said(tmp_path, caplog):
 def test_a_held_out_monitor_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match=r"no metric val/scroe\. Did you mean val/score\?"):
         fit(tmp_path, monitor="val/scroe")
+
+
+def test_the_best_may_be_what_max_epochs_ends_with(tmp_path):
+    """Its validation is behind its last save."""
+    checkpoint = RunCheckpoint(dirpath=str(tmp_path), every_n_train_steps=2, monitor="val/score")
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        limit_train_batches=4,
+        logger=False,
+        callbacks=[checkpoint],
+        val_check_interval=3,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+    class Late(Counting):
+        def on_train_epoch_end(self):
+            validate_now(self.trainer)
+
+    trainer.fit(Late(), DataLoader(range(100)), DataLoader(range(1)))
+    assert trainer.global_step == 4
+    assert float(checkpoint.best_model_score) == 4
+    assert checkpoint.best_model_path.endswith("step=4.ckpt")
+
+
+def test_intervals_are_kept_where_a_batch_makes_several_steps(tmp_path, monkeypatch):
+    class Thrice(Counting):
+        def training_step(self, batch, batch_idx):
+            for _ in range(3):
+                super().training_step(batch, batch_idx)
+
+    monkeypatch.setitem(globals(), "Counting", Thrice)
+    fit(tmp_path, 30, val=100, every_n_train_steps=10, save_top_k=-1)
+    assert [n for n in names(tmp_path) if "=" in n] == ["step=12.ckpt", "step=21.ckpt", "step=30.ckpt"]

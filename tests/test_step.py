@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plain_engine import PlainEngine
-from torch.optim import SGD
+from torch.optim import SGD, AdamW
 from transformers import AutoModelForCausalLM
 
 from prerl_lightning.data.arithmetic import ArithmeticProblems
@@ -25,15 +25,11 @@ def alternating_reward(prompt, response, ground_truth, extra):
     return float(len(response) % 2)
 
 
-def broken_reward(prompt, response, ground_truth, extra):
-    return float("inf") if len(response) % 2 else 0.0
-
-
-def fit(model, steps=1, reward=alternating_reward, **options):
+def fit(model, steps=1, ckpt_path=None, **options):
     L.seed_everything(0)
     data = RolloutDataModule(
         train=ArithmeticProblems("train", 64),
-        reward=reward,
+        reward=alternating_reward,
         verification=Verification(workers=0),  # a worker would import this module, and with it Lightning
         sampling=Sampling(group_size=G, max_new_tokens=8, temperature=0.9),
         engine=PlainEngine(),
@@ -50,7 +46,7 @@ def fit(model, steps=1, reward=alternating_reward, **options):
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(model, datamodule=data)
+    trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -180,3 +176,15 @@ def test_each_step_samples_from_the_weights_of_the_step_before(model_folder):
     trainer = fit(model, steps=3)
     assert trainer.datamodule.engine.n_updates == 3
     assert float(trainer.callback_metrics["mismatch/log_prob_difference"]) < 1e-5
+
+
+def test_the_optimizer_s_settings_are_the_configuration_s_on_resume(model_folder, tmp_path):
+    """torch's optimizers bring those of the checkpoint back with their state."""
+    folder = model_folder("llama-untied")
+    trainer = fit(GRPO(model=folder, optimizer=lambda p: AdamW(p, betas=(0.5, 0.9))), steps=1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    model = GRPO(model=folder, optimizer=lambda p: AdamW(p, weight_decay=0.1, betas=(0.8, 0.9)))
+    resumed = fit(model, steps=2, ckpt_path=tmp_path / "one.ckpt")
+    groups = resumed.optimizers[0].param_groups
+    assert [(g["weight_decay"], g["betas"]) for g in groups] == [(0.1, (0.8, 0.9)), (0.0, (0.8, 0.9))]
+    assert all(float(s["step"]) == 2 for s in resumed.optimizers[0].state.values())

@@ -6,18 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
-from prerl_lightning import ranks
 from prerl_lightning.callbacks.progress import accuracy_key
 from prerl_lightning.callbacks.watcher import append_lines, run_folder
 from prerl_lightning.errors import InputError, RunError, check_bounds
 from prerl_lightning.objectives.advantages import group_advantages
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.objectives.lives import end_life
-from prerl_lightning.policy.model import Policy
 from prerl_lightning.types import Rollout
 
 log = logging.getLogger(__name__)
@@ -90,7 +85,7 @@ class RunHealth(L.Callback):
         skipped: optimizer steps in a row, at least 1.
         stop_on: causes that are more than a warning.
         stop: what they end: the ``run``, as a ruined policy does but for its file, or the ``life``, whose successor
-            then takes over; in the last life the run.
+            then takes over, and is measured by its own start; in the last life the run.
 
     Raises:
         RunError: the run ends.
@@ -117,12 +112,15 @@ class RunHealth(L.Callback):
         self.warned: list[str] = []
         self.drought = Drought()
         self.skipped_in_a_row = 0
+        self.life = 0  # that the drought is of
+        self.ended_life = 0  # by stop_on, the last one
 
     def state_dict(self) -> dict[str, Any]:
-        return {"at_start": self.at_start, "warned": self.warned}
+        return {"at_start": self.at_start, "warned": self.warned, "ended_life": self.ended_life}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.at_start, self.warned = state_dict["at_start"], state_dict["warned"]
+        self.ended_life = state_dict["ended_life"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         self.folder = run_folder(trainer)
@@ -137,12 +135,14 @@ class RunHealth(L.Callback):
         self.skipped_in_a_row = (
             0 if skipped < acting.minibatches * acting.epochs else self.skipped_in_a_row + not_finite
         )
-        if not is_finite(pl_module.live_policy):
+        if not pl_module.live_policy.is_finite():
             self._ruined(trainer, pl_module, rollout, "the policy's weights are not finite any more")
         if self.skipped_in_a_row >= self.skipped:
             words = f"{self.skipped_in_a_row} optimizer steps in a row were skipped over a gradient that is not finite"
             self._ruined(trainer, pl_module, rollout, words)
 
+        if self.life != acting.life:
+            self.life, self.drought = acting.life, Drought()
         if group_advantages(rollout.rewards, rollout.group_ids, "mean").any():
             self.drought = Drought()
         else:
@@ -184,13 +184,15 @@ class RunHealth(L.Callback):
             self._found(trainer, module, cause, f"{words} {advice}")
 
     def _found(self, trainer: L.Trainer, module: PolicyModule, cause: Cause, message: str) -> None:
-        if cause in self.warned:
-            return
-        self.warned.append(cause)
         message = f"Step {trainer.global_step}: {message}"
         if cause not in self.stop_on:
-            self._say(trainer, message)
+            if cause not in self.warned:
+                self.warned.append(cause)
+                self._say(trainer, message)
+        elif self.stop == "life" and self.ended_life == module.acting.life:
+            return  # the next one begins with the next rollout that fits
         elif self.stop == "life" and end_life(module, trainer.global_step):
+            self.ended_life, self.at_start = module.acting.life, {}
             self._say(trainer, f"{message} This life ends here, as health.stop_on has it.")
         else:
             module.on_train_batch_end()  # the row of this step
@@ -232,12 +234,3 @@ def batch_rows(rollout: Rollout, step: int) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-@torch.no_grad()
-def is_finite(policy: Policy) -> bool:
-    """Whether all weights are: by their norm, which keeps no copy. The same on all ranks; collective."""
-    total = torch.nn.utils.get_total_norm(list(policy.parameters()))
-    norm = total.full_tensor() if isinstance(total, DTensor) else total
-    broken = (~torch.isfinite(norm)).to("cpu", torch.int64)
-    return not int(ranks.all_reduce(broken, dist.ReduceOp.MAX))

@@ -15,7 +15,7 @@ from prerl_lightning.metrics.rollout import rollout_statistics
 from prerl_lightning.metrics.sums import Sums
 from prerl_lightning.types import Prompt, Response, Rollout
 
-# of a step, besides what its rollout and its sums tell; tests/test_monitors.py compares with real runs
+# of a step, besides what its rollout and its sums tell; tests/test_resume.py compares with real runs
 STEP = (
     *("life", "optim/grad_norm", "optim/lr", "optim/skipped", "optim/non_finite", "rollout/not_finite"),
     *("rollout/tokens_per_second", "train/tokens_per_second", "train/mfu"),

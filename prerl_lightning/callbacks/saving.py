@@ -13,9 +13,9 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from prerl_lightning.callbacks.health import is_finite
 from prerl_lightning.callbacks.monitors import check_monitor
 from prerl_lightning.compat import validation_follows
+from prerl_lightning.errors import RunError
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.policy.model import Policy, load_tokenizer
 
@@ -97,6 +97,8 @@ class RunCheckpoint(ModelCheckpoint):
             train_time_interval=train_time_interval,
             save_on_train_epoch_end=False,
         )
+        self._seen_step = 0  # by the batch before
+        self._last_judged = -1  # the step of the last weights that a score was compared for
         self._resumed_at: int | None = None  # the step whose checkpoint this process began with
 
     @property
@@ -129,9 +131,11 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._resumed_at = trainer.global_step if trainer.ckpt_path else None
+        self._seen_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if self._due(trainer) and not self._should_skip_saving_checkpoint(trainer):
+        due, self._seen_step = self._due(trainer), trainer.global_step
+        if due and not self._should_skip_saving_checkpoint(trainer):
             self._defer_save_until_validation = validation_follows(trainer)
             if not self._defer_save_until_validation:
                 self._save(trainer, validated=False)
@@ -140,18 +144,24 @@ class RunCheckpoint(ModelCheckpoint):
         if self.held_out and trainer.state.fn == "fit" and not trainer.sanity_checking:
             check_monitor(self, trainer.callback_metrics)
         due, self._defer_save_until_validation = self._defer_save_until_validation, False
+        # max_epochs ends a run behind its last save, and has it validated then
+        unjudged = self.held_out and self._last_judged != trainer.global_step
+        if unjudged and self._last_global_step_saved == trainer.global_step and trainer.state.fn == "fit":
+            self._last_global_step_saved, due = -1, True
         if self._should_skip_saving_checkpoint(trainer):
             return
         if due or trainer.global_step == self._resumed_at:  # what it was resumed from does not know this validation
             self._save(trainer, validated=True)
         elif self.held_out and (self.save_top_k > 0 or self._best_so_far(trainer)):
+            self._last_judged = trainer.global_step
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             if self._last_global_step_saved == trainer.global_step:
                 self._save_last_checkpoint(trainer, candidates)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self._defer_save_until_validation and trainer.world_size == 1:  # of several, one alone may have failed
+        # of several ranks one alone may have failed; what RunHealth ends is not worth a checkpoint
+        if self._defer_save_until_validation and trainer.world_size == 1 and not isinstance(exception, RunError):
             self._defer_save_until_validation = False
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         super().on_exception(trainer, pl_module, exception)
@@ -171,7 +181,8 @@ class RunCheckpoint(ModelCheckpoint):
         if self._train_time_interval is None:
             if self._every_n_epochs >= 1:  # Lightning's reading of None
                 return validation_follows(trainer)
-            return self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
+            n, before = self._every_n_train_steps, self._seen_step  # a rollout may make several steps
+            return n > 0 and trainer.global_step // n > before // n
         now = time.monotonic()
         since = now - (self._last_time_checked or 0.0)
         due = trainer.strategy.broadcast(since >= self._train_time_interval.total_seconds())
@@ -182,6 +193,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _save(self, trainer: L.Trainer, validated: bool) -> None:
         candidates = self._monitor_candidates(trainer)
         if validated or not self.held_out:
+            self._last_judged = trainer.global_step
             self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
 
@@ -240,7 +252,7 @@ class ExportModel(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if not is_finite(pl_module.live_policy):
+        if not pl_module.live_policy.is_finite():
             log.warning("The trained model is not exported: its weights are not finite.")
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "model"

@@ -16,7 +16,7 @@ from prerl_lightning import ranks
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives.update import Update, gathered
 from prerl_lightning.rollout.sampler import mixed_seed
-from prerl_lightning.types import Rollout
+from prerl_lightning.types import Response, Rollout
 
 if TYPE_CHECKING:
     from prerl_lightning.objectives.base import PolicyModule
@@ -35,6 +35,8 @@ def mismatch_bound(module: "PolicyModule") -> float:
     return BOUND_FP32 if exact else BOUND_16_BITS
 
 
+# within Lightning's validations there may be inference mode, in which FSDP2's first forward would spoil all later ones
+@torch.inference_mode(False)
 @torch.no_grad()
 def check(module: "PolicyModule") -> None:
     """Every rank's own engine, which holds the policy's present weights. Collective.
@@ -47,13 +49,15 @@ def check(module: "PolicyModule") -> None:
     n_tokens = min(TOKENS, data.sampling.max_new_tokens)
     sampling = replace(data.sampling, group_size=1, top_p=1.0, top_k=0, max_new_tokens=n_tokens)
     seeds = [mixed_seed(data.seed, "check", module.trainer.global_rank, i) for i in range(len(prompts))]
+    groups: list[list[Response]] = []
+    failure = None
     try:
         groups = data.engine.generate([p.token_ids for p in prompts], sampling, seeds)
     except Exception as error:  # whatever the engine's code for this model stumbles over
-        said = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"data.engine: it cannot sample from this model here: {type(error).__name__}: {said}"
-        ) from error
+        failure = error
+    failures = ranks.gather([f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"] if failure else [])
+    if failures:  # on one rank or all: none is to wait for another
+        raise InputError(f"data.engine: it cannot sample from this model here: {failures[0]}") from failure
     data.engine.forget()  # a resumed run has checked once more than one that went through
     rollout = Rollout.of(
         prompts,
@@ -63,9 +67,9 @@ def check(module: "PolicyModule") -> None:
         policy_version=module.trainer.global_step,
         temperature=sampling.temperature,
     )
-    update = Update(module, gathered(rollout))
-    own = update.share("post-train", torch.ones(len(update.lengths), dtype=torch.bool))
     with strategy.precision_plugin.forward_context():
+        update = Update(module, gathered(rollout))
+        own = update.share("post-train", torch.ones(len(update.lengths), dtype=torch.bool))
         trainer = update.log_probs("post-train", own)
     apart = (trainer - update.engine_log_probs).abs().cpu()
     response = torch.arange(len(own)).repeat_interleave(update.lengths)
@@ -78,7 +82,8 @@ def check(module: "PolicyModule") -> None:
     if worst <= bound:  # not NaN
         return
     rank = f" on rank {int(of_rank.nan_to_num(torch.inf).argmax())}" if len(of_rank) > 1 else ""
-    suspects = data.engine.suspects
+    # where the weights were not the folder's, all of them have changed
+    suspects = data.engine.suspects if module.trainer.global_step == 0 and not module.trainer.ckpt_path else ()
     named = (
         f" Its update has changed {', '.join(suspects[:4])}{' and more' if len(suspects) > 4 else ''}, although it was "
         "given the weights of its own folder: they are suspected."

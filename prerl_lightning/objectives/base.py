@@ -348,6 +348,12 @@ class PolicyModule(L.LightningModule):
             groups[1]["weight_decay"] = 0.0
         return self.optimizer(cast(Iterable, [group for group in groups if group["params"]]))
 
+    def _take_settings(self) -> None:
+        """A checkpoint brings its optimizer's settings back with the state; those of the configuration hold."""
+        fresh = self.acting.make_optimizer().param_groups
+        for group, new in zip(self.trainer.optimizers[0].param_groups, fresh, strict=True):
+            group.update({key: value for key, value in new.items() if key != "params"})
+
     def lr_at(self, step_of_life: int) -> float:
         end = self.end_step if self.end_step is not None else self.trainer.max_steps
         total = end - self.first_step if end > 0 else None
@@ -388,6 +394,8 @@ class PolicyModule(L.LightningModule):
         self._started = time.perf_counter()
 
     def on_train_start(self) -> None:
+        if self.trainer.ckpt_path:
+            self._take_settings()
         self.validations.on_train_start(self.trainer)
 
     def on_train_epoch_end(self) -> None:

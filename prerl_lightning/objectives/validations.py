@@ -37,7 +37,8 @@ class Validations:
         if 0 < trainer.max_steps <= step:
             self.due = self.step != step
             run_ends_of_training(trainer)
-            todo = " Its weights were not validated yet, and are now." if self.due else ""
+            validates = self.due and trainer.enable_validation and cast(Any, trainer).datamodule.val is not None
+            todo = " Its weights were not validated yet, and are now." if validates else ""
             log.warning(
                 "The checkpoint is at step %d and trainer.max_steps is %d: nothing is left to train.%s",
                 *(step, trainer.max_steps, todo),
@@ -57,6 +58,7 @@ class Validations:
         step, last_step = trainer.global_step, 0 < trainer.max_steps <= trainer.global_step
         last_epoch = 0 < cast(int, trainer.max_epochs) <= trainer.current_epoch + 1
         if trainer.should_stop and not last_step:
-            log.info("Stopped at step %d, before trainer.max_steps (%d).", step, trainer.max_steps)
+            before = f", before trainer.max_steps ({trainer.max_steps})" if trainer.max_steps > 0 else ""
+            log.info("Stopped at step %d%s.", step, before)
         if (last_step or last_epoch or trainer.should_stop) and self.step != step:
             validate_now(trainer)

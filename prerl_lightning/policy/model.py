@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -26,6 +27,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from prerl_lightning import ranks
 from prerl_lightning.errors import InputError
 from prerl_lightning.policy import attention, probe
 from prerl_lightning.policy.head import head_log_probs, log_probs_of
@@ -81,9 +83,12 @@ def load_model(model: str, attn_implementation: str | None = None) -> PreTrained
     shapes = [n if isinstance(n, str) else n[0] for n in found["mismatched_keys"]]
     wrong = {
         "are missing": found["missing_keys"],
-        "are none of this model's": found["unexpected_keys"],
+        # causal masks, which GPT-2 and GPT-J once stored
+        "are none of this model's": [
+            n for n in found["unexpected_keys"] if not re.search(r"\.attn\.(masked_)?bias$", n)
+        ],
         "have another shape than its config.json says": shapes,
-        "are not finite": [name for name, p in lm.named_parameters() if not p.isfinite().all()],
+        "are not finite": [name for name, p in _held(lm) if p.is_floating_point() and not p.isfinite().all()],
     }
     for what, names in wrong.items():
         if names:
@@ -128,6 +133,15 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase, prefix: str | int | None) -
     if len(ids) != 1:
         raise InputError(f"prefix: {prefix!r} is {len(ids)} tokens for this tokenizer; it must be one.")
     return int(ids[0])
+
+
+def _held(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, tied ones once, and persistent buffers."""
+    yield from lm.named_parameters()
+    for prefix, module in lm.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def as_on_disk(
@@ -207,6 +221,14 @@ class Policy(nn.Module):
         """Eval mode, always."""
         return super().train(False)
 
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether all weights are: by their norm, which keeps no copy. The same on all ranks; collective."""
+        total = torch.nn.utils.get_total_norm(list(self.parameters()))
+        norm = total.full_tensor() if isinstance(total, DTensor) else total
+        broken = (~torch.isfinite(norm)).to("cpu", torch.int64)
+        return not int(ranks.all_reduce(broken, dist.ReduceOp.MAX))
+
     def checkpoint_activations(self, enabled: bool) -> None:
         """Recompute activations in the backward pass, or keep them. Of transformers' layers, but without its own
         switch, which asks for training mode."""
@@ -268,7 +290,6 @@ class Policy(nn.Module):
         Under FSDP2 each is cast on its shard and then gathered, so that no second full copy of the model exists.
         The gathers are collective: every rank iterates to the end.
         """
-        entries: list[tuple[str, Tensor]] = [*self.model.named_parameters(), *self._persistent_buffers()]
 
         def whole(held: Tensor) -> Tensor:
             tensor = held.detach()
@@ -276,10 +297,4 @@ class Policy(nn.Module):
                 tensor = tensor.to(dtype)
             return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-        return as_on_disk(self.model, entries, whole)
-
-    def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        for prefix, module in self.model.named_modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if name not in module._non_persistent_buffers_set:
-                    yield f"{prefix}.{name}" if prefix else name, buffer
+        return as_on_disk(self.model, _held(self.model), whole)

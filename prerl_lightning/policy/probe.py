@@ -156,13 +156,15 @@ def _choose_head(policy: "Policy", probe: Probe, own: Tensor) -> None:
         if isinstance(value, int | float) and value > 0:
             scales += [float(value), 1 / value]
     caps = [None, *(float(c) for c in (getattr(config, name, None) for name in CAPS) if c)]
-    nearest = float("inf")
-    for cap, scale in product(caps, scales) if policy.chunked_head else [(None, 1.0)]:
+    found = []
+    for scale, cap in product(dict.fromkeys(scales), caps) if policy.chunked_head else [(1.0, None)]:
         policy.logit_scale, policy.logit_softcap = scale, cap
-        worst = far(_tried(type(policy.model).__name__, probe.padded), own)
-        if not worst:
-            return
-        nearest = min(nearest, worst)
+        ours = _tried(type(policy.model).__name__, probe.padded)
+        found.append((float((ours - own).abs().max()), far(ours, own), scale, cap))
+    # the nearest: small logits, as of a model that is not trained yet, hardly show what a cap does to large ones
+    _, nearest, policy.logit_scale, policy.logit_softcap = min(found, key=lambda f: f[0])
+    if not nearest:
+        return
     mend = (
         "The model changes its logits, or its last hidden states, in a way that is not known here. Give "
         "model.init_args.chunked_head: false: then its own logits are used, which takes memory for tokens x "
