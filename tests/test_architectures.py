@@ -87,7 +87,7 @@ def test_the_readme_has_the_table():
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     assert readme.partition(START)[2].partition(END)[0] == table()
     assert len(FAMILIES) >= 40
-    for heading in ("Which models", "Rewards", "GPUs", "How it works"):
+    for heading in ("Which models", "Rewards", "GPUs", "How it works, in reading order"):
         assert f"\n## {heading}\n" in readme
 
 
