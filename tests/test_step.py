@@ -15,6 +15,7 @@ from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.objectives import GRPO, NSRPreRL
 from prerl_lightning.objectives.advantages import group_advantages
 from prerl_lightning.objectives.update import Update
+from prerl_lightning.rewards.pool import Verification
 from prerl_lightning.rollout.engine import Sampling
 
 G, P = 4, 2
@@ -33,6 +34,7 @@ def fit(model, steps=1, reward=alternating_reward, **options):
     data = RolloutDataModule(
         train=ArithmeticProblems("train", 64),
         reward=reward,
+        verification=Verification(workers=0),  # a worker would import this module, and with it Lightning
         sampling=Sampling(group_size=G, max_new_tokens=8, temperature=0.9),
         engine=PlainEngine(),
         prompts_per_step=P,
