@@ -141,6 +141,50 @@ def test_rewards_whose_float_mean_misses_them_have_no_advantage():
     torch.testing.assert_close(single, torch.tensor([0.5], dtype=torch.float64), rtol=1e-5, atol=0)
 
 
+def test_advantages_are_those_of_each_group_alone():
+    """Groups of 1 to 4 responses in any order, against Python's statistics."""
+    from statistics import mean, stdev
+
+    groups = [7, 2, 7, 5, 2, 7, 2, 2, 9, 9]
+    rewards = [0.0, 1.0, 1.0, 0.3, 0.0, 0.25, 0.5, -1.0, 0.5, 2.5]
+    expected = {"mean": [], "std": []}
+    for group, reward in zip(groups, rewards, strict=True):
+        own = [r for r, g in zip(rewards, groups, strict=True) if g == group]
+        centre, spread = (mean(own), stdev(own)) if len(own) > 1 else (0.0, 1.0)
+        expected["mean"].append(reward - centre)
+        expected["std"].append((reward - centre) / (spread + 1e-6))
+    for kind, values in expected.items():
+        found = group_advantages(torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups), kind)
+        torch.testing.assert_close(found, torch.tensor(values, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_the_surrogate_token_by_token():
+    """Ratios on both sides of bounds that differ, under either sign; gradients by the chain rule."""
+    from math import exp, log
+
+    from prerl_lightning.objectives.losses import clipped_surrogate
+
+    low, high, dual = 0.1, 0.4, 3.0
+    cases = [(r, a) for r in (0.5, 0.92, 1.0, 1.2, 1.7, 4.0) for a in (1.5, -0.5, 0.0)]
+    log_probs = torch.tensor([log(r) - 2 for r, _ in cases], dtype=torch.float64, requires_grad=True)
+    old = torch.full((len(cases),), -2.0, dtype=torch.float64)
+    found = clipped_surrogate(log_probs, old, torch.tensor([a for _, a in cases]), low, high, dual)
+    found.loss.sum().backward()
+    for i, (r, a) in enumerate(cases):
+        inside = min(max(r, 1 - low), 1 + high)
+        pessimistic = min(r * a, inside * a)
+        bounded = a < 0 and pessimistic < dual * a
+        moves = pessimistic == r * a and not bounded
+        assert float(found.loss.detach()[i]) == pytest.approx(-dual * a if bounded else -pessimistic), (r, a)
+        assert float(log_probs.grad[i]) == pytest.approx(-r * a if moves else 0.0), (r, a)
+        assert bool(found.clipped[i]) == (inside * a < r * a), (r, a)
+        assert bool(found.dual_clipped[i]) == bounded, (r, a)
+        assert float(found.approx_kl[i]) == pytest.approx(-log(r))
+    # beyond e^20 nothing grows any more
+    far = clipped_surrogate(torch.tensor([25.0]), torch.tensor([0.0]), torch.tensor([-1.0]), low, high, 1e12)
+    assert float(far.loss) == pytest.approx(exp(20))
+
+
 def test_zero_advantages_count_in_grpo_s_denominator(model_folder, make_rollout):
     """Doubling the batch by groups without a gradient halves GRPO's gradient, and leaves NSR-PreRL's alone."""
     folder = model_folder("llama-tied")
