@@ -147,4 +147,7 @@ def test_a_model_whose_attention_packs_cannot_express_is_padded(tmp_path, caplog
         module = attached(GRPO, str(tmp_path))
     assert not module.policy.can_pack
     assert "instead of packed" in caplog.text
+    assert (
+        "not all of its layers have full attention (sliding_window)" in caplog.text
+    )  # looked up, whatever a probe says
     assert gradient(module, make_rollout()).isfinite().all()

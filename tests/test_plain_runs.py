@@ -154,7 +154,8 @@ def test_validations_are_of_the_weights_of_their_step_each_alone(folder, tmp_pat
     """Of the first weights, at the interval, of the last; and a step's that a checkpoint was written in front of."""
     notes, engine = Notes(), Engine()
     early = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    fit(tmp_path, GRPO(model=folder, lr=0.01), notes, early, engine=engine, val=True)
+    behind = RunCheckpoint(every_n_train_steps=1, dirpath=str(tmp_path / "behind"))
+    fit(tmp_path, GRPO(model=folder, lr=0.01), notes, early, behind, engine=engine, val=True)
     assert [step for step, _ in notes.validations] == [0, 2, 3]
     for step, found in notes.validations:
         groups = [group for of, group in notes.groups if of == step]
@@ -163,10 +164,10 @@ def test_validations_are_of_the_weights_of_their_step_each_alone(folder, tmp_pat
         rewards = [alternating_reward("", r.text, "", {}) for g in groups for r in g.responses]
         assert found == pytest.approx(sum(rewards) / 8)
         assert [v.score for g in groups for v in g.verdicts] == rewards
-    (last,) = notes.greedy  # of the second batch, which has one problem
-    (response,) = last.responses
-    ids = [*last.prompt.token_ids, *response.token_ids.tolist()]
-    best = engine.log_probs(ids, 1.0).argmax(-1)[len(last.prompt.token_ids) - 1 : -1]
+    (group,) = notes.greedy  # of the second batch, which has one problem
+    (response,) = group.responses
+    ids = [*group.prompt.token_ids, *response.token_ids.tolist()]
+    best = engine.log_probs(ids, 1.0).argmax(-1)[len(group.prompt.token_ids) - 1 : -1]
     assert best.tolist() == response.token_ids.tolist()
 
     sampled = [c for c in engine.calls if not c.greedy and c.sampling.group_size == 2]
@@ -174,6 +175,8 @@ def test_validations_are_of_the_weights_of_their_step_each_alone(folder, tmp_pat
     assert luck[0] == luck[1] == luck[2]  # the same at each step
     assert len(set(luck[0])) == 4  # another for each problem
 
+    last = torch.load(tmp_path / "behind" / "last.ckpt", weights_only=False)
+    assert last["validation"] == {"step": 3, "due": False}
     again = Notes()
     fit(tmp_path, GRPO(model=folder, lr=0.01), again, val=True, ckpt_path=tmp_path / "step=2.ckpt")
     assert again.validations == notes.validations[1:]
@@ -214,14 +217,14 @@ def test_luck_depends_on_the_step_and_the_place_among_all_ranks():
 
 def test_a_prompt_leaves_room_for_its_response(folder):
     def lengths(limit):
-        data = RolloutDataModule(
-            train=ArithmeticProblems("train", 64), engine=Engine(limit=limit), sampling=Sampling(max_new_tokens=8)
-        )
-        return [len(p.token_ids) for p in data.encode(folder, {"data.train": data.train})["data.train"]]
+        problems = ArithmeticProblems("train", 64)
+        data = RolloutDataModule(train=problems, engine=Engine(limit=limit), sampling=Sampling(max_new_tokens=8))
+        return [len(p.token_ids) for p in data.encode(folder, {"data.train": problems})["data.train"]]
 
-    every = sorted(lengths(200))
-    limit = every[20] + 8
-    assert sorted(lengths(limit)) == [n for n in every if n + 8 <= limit]
+    longest = max(lengths(200))
+    assert len(lengths(longest + 8)) == 64
+    with pytest.raises(InputError, match=f"has {longest} tokens, {longest - 1} are allowed"):
+        lengths(longest + 7)
 
 
 def test_an_engine_that_outlives_a_fit_gets_the_next_one_s_weights(folder, tmp_path, monkeypatch):

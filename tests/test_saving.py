@@ -105,6 +105,8 @@ def test_only_validated_steps_are_judged_by_a_held_out_score(tmp_path):
     checkpoint = fit(tmp_path, val=3, monitor="val/score", every_n_train_steps=1, score=lambda step: -step)
     assert checkpoint.best_k_models.keys() == {str(tmp_path / "step=3.ckpt")}
     assert load(tmp_path / "last.ckpt")["global_step"] == 6
+    fit(tmp_path / "all", val=3, monitor="val/score", every_n_train_steps=1, save_top_k=-1)
+    assert names(tmp_path / "all") == ["last.ckpt", "step=3.ckpt", "step=6.ckpt"]
 
 
 def test_none_means_at_validations(tmp_path):

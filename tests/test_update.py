@@ -135,8 +135,11 @@ def test_nothing_is_forwarded_without_a_gradient(model_folder, make_rollout):
 
 
 def test_rewards_whose_float_mean_misses_them_have_no_advantage():
-    rewards = torch.full((7,), 0.1)  # 0.1 + ... + 0.1, divided by 7, is not 0.1
-    assert torch.equal(group_advantages(rewards, torch.zeros(7).long(), "std"), torch.zeros(7).double())
+    rewards = torch.full((6,), 0.1, dtype=torch.float64)
+    total = torch.zeros(1, dtype=torch.float64).index_add_(0, torch.zeros(6).long(), rewards)
+    assert float(total / 6) != 0.1
+    for kind in ("std", "mean"):
+        assert torch.equal(group_advantages(rewards, torch.zeros(6).long(), kind), torch.zeros(6).double())
     single = group_advantages(torch.tensor([0.5]), torch.tensor([3]), "std")
     torch.testing.assert_close(single, torch.tensor([0.5], dtype=torch.float64), rtol=1e-5, atol=0)
 
@@ -341,7 +344,13 @@ def test_learning_rate_schedules():
 
     assert [factor("constant", s, 4, None) for s in (0, 3, 4, 99)] == [0.25, 1.0, 1.0, 1.0]
     assert [factor("linear", s, 0, 10) for s in (0, 5, 10)] == [1.0, 0.5, 0.0]
-    assert factor("cosine", 5, 0, 10) == pytest.approx(0.5)
+    assert [factor("cosine", s, 0, 10) for s in (0, 5, 10)] == pytest.approx([1.0, 0.5, 0.0])
+    # behind a warm-up the decay has the steps that are left, and beyond its end nothing
+    assert [factor("linear", s, 2, 10) for s in (0, 1, 2, 4, 10, 12)] == [0.5, 1.0, 1.0, 0.75, 0.0, 0.0]
+    assert [factor("cosine", s, 2, 10) for s in (2, 4, 6, 12)] == pytest.approx(
+        [1, (1 + 0.5**0.5) / 2, 0.5, 0], abs=1e-12
+    )
+    assert factor("linear", 5, 5, 5) == 1.0
     with pytest.raises(InputError, match="max_steps"):
         factor("cosine", 5, 0, None)
 
