@@ -161,6 +161,31 @@ def test_advantages_are_those_of_each_group_alone():
         torch.testing.assert_close(found, torch.tensor(values, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
+def test_which_responses_contribute():
+    from prerl_lightning.objectives.advantages import contributing_responses
+
+    advantages = torch.tensor([-0.5, 0.0, 1e-9, -1e-9, 2.0])
+    for which, expected in (("all", "11111"), ("positive", "00101"), ("negative", "10010")):
+        assert "".join(str(int(c)) for c in contributing_responses(advantages, which)) == expected
+
+
+def test_estimators_of_the_kl_and_weights_of_sequences():
+    from math import exp
+
+    from prerl_lightning.objectives.losses import denominator, kl_penalty, sequence_weights
+
+    p, q = torch.tensor([-1.0, -2.0, -0.5, -30.0]), torch.tensor([-1.0, -1.5, -2.0, -1.0])
+    assert kl_penalty(p, q, "k1").tolist() == pytest.approx([0, -0.5, 1.5, -29])
+    k3 = [0, exp(0.5) - 1 - 0.5, exp(-1.5) - 1 + 1.5, exp(20) - 1 - 29]  # the ratio's exponent is at most 20
+    assert kl_penalty(p, q, "k3").tolist() == pytest.approx(k3)
+
+    lengths, contributing = torch.tensor([3, 0, 7, 2]), torch.tensor([True, True, False, True])
+    for kind, weights, total in (("token-mean", [1, 0, 0, 1], 5), ("seq-mean-token-mean", [1 / 3, 0, 0, 1 / 2], 2)):
+        found = sequence_weights(lengths, contributing, kind)
+        torch.testing.assert_close(found, torch.tensor(weights, dtype=torch.float64), rtol=0, atol=0)
+        assert denominator(lengths, contributing, kind) == total
+
+
 def test_the_surrogate_token_by_token():
     """Ratios on both sides of bounds that differ, under either sign; gradients by the chain rule."""
     from math import exp, log
@@ -350,7 +375,7 @@ def test_learning_rate_schedules():
     assert [factor("cosine", s, 2, 10) for s in (2, 4, 6, 12)] == pytest.approx(
         [1, (1 + 0.5**0.5) / 2, 0.5, 0], abs=1e-12
     )
-    assert factor("linear", 5, 5, 5) == 1.0
+    assert [factor("linear", s, 5, t) for s, t in ((5, 5), (5, 6), (6, 6))] == [1.0, 1.0, 0.0]
     with pytest.raises(InputError, match="max_steps"):
         factor("cosine", 5, 0, None)
 
