@@ -97,6 +97,22 @@ def test_order_and_batches_change_no_digit():
     assert empty.compute() == {}
 
 
+def test_order_changes_no_digit_of_any_interval():
+    """Rewards that are all different: the resampled means are of the same problems in the same places."""
+
+    def scored(row, k):
+        verdicts = tuple(Verdict(((row * 37 + j * 11) % 101) / 101, None) for j in range(k))
+        return Group(Prompt(row, (1,), "", ""), (Response((1,), (), "", False),) * k, verdicts)
+
+    def found(rows):
+        metric = EvaluationMetric()
+        metric.update([scored(r, 2) for r in rows], [scored(r, 1) for r in rows], 2)
+        return metric.compute()
+
+    assert found(range(9)) == found((4, 0, 8, 2, 6, 1, 3, 7, 5))
+    assert found(range(9))["greedy"] == pytest.approx(sum((r * 37) % 101 for r in range(9)) / 101 / 9)
+
+
 def _rank(rank, path, queue):
     import torch.distributed as dist
 

@@ -284,6 +284,12 @@ def test_offload_to_the_cpu_is_refused():
         FSDP2Strategy(cpu_offload=True).setup_environment()
 
 
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-true", "64-true"])
+def test_precisions_that_sharding_does_not_know_are_refused(precision):
+    with pytest.raises(InputError, match=f"fsdp2 takes one of 32-true, bf16-mixed, not {precision}"):
+        FSDP2Strategy().setup(SimpleNamespace(precision=precision))
+
+
 @pytest.mark.parametrize(
     ("said", "words"),
     [

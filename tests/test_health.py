@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -22,6 +23,7 @@ from prerl_lightning.data.arithmetic import ArithmeticProblems
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, RunError
 from prerl_lightning.objectives import GRPO, MixedRL, NSRPreRL
+from prerl_lightning.objectives.lives import arrange, end_life
 from prerl_lightning.rewards import arithmetic_reward
 from prerl_lightning.rewards.pool import Verification
 from prerl_lightning.rollout.engine import Sampling
@@ -312,3 +314,27 @@ def test_a_cause_that_was_warned_of_ends_a_run_that_is_resumed_to_do_so(tmp_path
     last = tmp_path / "first" / "checkpoints" / "last.ckpt"
     with pytest.raises(RunError, match="Step 5"):
         fit(tmp_path / "second", GRPO(model="embedded"), health, reward=always(0.0), steps=8, ckpt_path=last)
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "steps", "max_steps", "ended_at", "begins"),
+    [
+        ((1, 1), (0, 9), 11, 3, 3),
+        ((1, 2), (0, 9), 11, 3, 3),
+        ((1, 2), (0, 9), 11, 4, 5),  # two steps a rollout, from 4 to 11, would end amid one
+        ((1, 2), (0, 9), -1, 4, 4),  # no end, which anything fits
+        ((2, 3), (0, 8), 17, 4, 8),  # 13 and 11 steps are no multiple of 3
+        ((1, 2, 1), (0, 6, 10), 11, 3, 4),  # a life that ends itself
+    ],
+)
+def test_where_the_next_life_may_begin(rollouts, steps, max_steps, ended_at, begins):
+    modules = [GRPO(minibatches=n) for n in rollouts]
+    for module in modules:
+        module._trainer = SimpleNamespace(max_steps=max_steps)
+    arrange(modules, steps)
+    assert end_life(modules[0], ended_at)
+    assert [first for _, first in modules[0].lives] == [0, begins, *steps[2:]]
+    assert (modules[0].end_step, modules[1].first_step) == (begins, begins)
+    assert modules[-1].end_step is None
+    modules[0]._acting = (modules[-1],)
+    assert not end_life(modules[0], ended_at + 1)

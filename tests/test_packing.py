@@ -82,15 +82,19 @@ def test_sharing_follows_its_rule_and_the_budget(monkeypatch):
     monkeypatch.setattr(packing, "SHARE_MIN_TOKENS", 64)
     long, short = tuple(range(100)), (1, 2)
 
-    def shared(context, n, max_tokens=10_000):
+    def shared(context, n, max_tokens=10_000, max_keys=None):
         responses = Sequences.of([(3,) * 20] * n)
-        made = families(Sequences.of([context]), [0] * n, responses, range(n), True, max_tokens)
+        made = families(Sequences.of([context]), [0] * n, responses, range(n), True, max_tokens, max_keys)
         return [(f.shared, len(f.numbers)) for f in made]
 
     assert shared(long, 8) == [(True, 8)]
     assert shared(short, 8) == [(False, 1)] * 8
     assert shared(long, 1) == [(False, 1)]
     assert shared(long, 8, 200) == [(True, 5), (True, 3)]
+    full = 100 + 8 * 19  # the last token of a response is no input
+    assert [shared(long, 8, n) for n in (full, full - 1)] == [[(True, 8)], [(True, 7), (False, 1)]]
+    keys = full + 8 * 100  # each has the prompt's keys
+    assert [shared(long, 8, max_keys=n) for n in (keys, keys - 1)] == [[(True, 8)], [(True, 7), (False, 1)]]
     assert families(Sequences.of([long]), [0, 0], Sequences.of([(), ()]), [0, 1], True, 100) == []
 
 
@@ -107,6 +111,11 @@ def test_packs_keep_to_the_budget_and_lose_nothing():
         assert counts == lengths
         assert sorted(torch.cat([b.source for b in batches]).tolist()) == list(range(sum(lengths)))
     assert len(micro_batches(made, responses, 200, max_responses=1)) == 50
+    equal = families(Sequences.of([(1,)]), [0] * 5, Sequences.of([(7,) * 100] * 5), range(5), False, 200)
+    for packed in (True, False):  # full to the last token
+        assert len(micro_batches(equal, Sequences.of([(7,) * 100] * 5), 200, packed=packed)) == 3
+    (widest,) = micro_batches(made[:1], responses, 200, packed=False)
+    assert widest.input_ids.shape == (1, 30 + lengths[0] - 1)  # no column of padding alone
 
 
 def test_ranks_get_equal_tokens():
@@ -147,4 +156,7 @@ def test_a_model_whose_attention_packs_cannot_express_is_padded(tmp_path, caplog
         module = attached(GRPO, str(tmp_path))
     assert not module.policy.can_pack
     assert "instead of packed" in caplog.text
+    assert (
+        "not all of its layers have full attention (sliding_window)" in caplog.text
+    )  # looked up, whatever a probe says
     assert gradient(module, make_rollout()).isfinite().all()

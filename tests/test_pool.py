@@ -81,6 +81,17 @@ def test_a_worker_killed_from_outside_is_replaced_and_its_answer_verified(pool, 
     assert not set(pool.pids) & set(before)
 
 
+def test_the_death_of_one_answer_is_not_blamed_on_the_next(tmp_path):
+    """Both in one message: the first kills two workers, the second one, and is verified by the next."""
+    pool = RewardPool(awkward, Verification(workers=1, timeout=0.5, max_failed=1.0))
+    try:
+        # the first keeps the worker busy until all of them wait
+        found = pool.verify(items("sleep", "exit", "once", *["fine"] * 9, flag=str(tmp_path / "flag")))
+    finally:
+        pool.close()
+    assert [v.failure for v in found] == ["timeout", "error", *[None] * 10]
+
+
 def test_too_many_failures_stop_the_run(caplog):
     pool = RewardPool(awkward, Verification(workers=1, timeout=5, max_failed=0.25))
     try:

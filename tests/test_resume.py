@@ -16,7 +16,7 @@ from lives_worker import ENGINE
 from prerl_lightning.callbacks.monitors import held_out_names, training_names
 from prerl_lightning.errors import InputError
 from prerl_lightning.report.reading import read_run
-from prerl_lightning.resume import compare
+from prerl_lightning.resume import compare, newest
 from prerl_lightning.rollout.vllm_engine import VLLMEngine
 
 TESTS = Path(__file__).parent
@@ -210,6 +210,31 @@ def test_each_of_these_alone_is_refused(killed, tmp_path, key):
     place[name] = 5
     with pytest.raises(InputError, match=f"{name}: .* in the checkpoint, 5 now"):
         compare(str(tmp_path / "alone.ckpt"), present, allow_changes=False)
+
+
+def test_lives_are_compared_by_their_steps(tmp_path):
+    """In whatever order they stand in the file."""
+
+    def configuration(*steps):
+        lives = [
+            {"class_path": "PolicyReincarnation", "init_args": {"at_step": s, "successor": f"of {s}"}} for s in steps
+        ]
+        return {"model": {}, "data": {}, "trainer": {"callbacks": lives}}
+
+    path = str(tmp_path / "any.ckpt")
+    torch.save({"configuration": configuration(3, 8)}, path)
+    compare(path, configuration(8, 3), allow_changes=False)
+    with pytest.raises(InputError, match=r"lives\.3\.at_step: 8 in the checkpoint, 9 now"):
+        compare(path, configuration(9, 3), allow_changes=False)
+
+
+def test_last_is_the_newest_file(tmp_path):
+    paths = [tmp_path / run / "checkpoints" / "last.ckpt" for run in ("b", "c", "a")]
+    for age, path in enumerate(paths):
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (10**9 - age, 10**9 - age))
+    assert newest(tmp_path) == paths[0]
 
 
 def test_what_changes_no_step_is_free_and_the_rest_may_be_allowed(whole, here, caplog):

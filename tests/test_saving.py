@@ -106,6 +106,8 @@ def test_only_validated_steps_are_judged_by_a_held_out_score(tmp_path):
     checkpoint = fit(tmp_path, val=3, monitor="val/score", every_n_train_steps=1, score=lambda step: -step)
     assert checkpoint.best_k_models.keys() == {str(tmp_path / "step=3.ckpt")}
     assert load(tmp_path / "last.ckpt")["global_step"] == 6
+    fit(tmp_path / "all", val=3, monitor="val/score", every_n_train_steps=1, save_top_k=-1)
+    assert names(tmp_path / "all") == ["last.ckpt", "step=3.ckpt", "step=6.ckpt"]
 
 
 def test_none_means_at_validations(tmp_path):
@@ -199,6 +201,32 @@ def test_a_best_that_is_gone_is_said(tmp_path, caplog):
     checkpoint = fit(tmp_path / "b", 6, {6: 3.0}.get, **again)
     assert "step=2.ckpt, kept for its val/score of 5, is not there any more." in caplog.text
     assert checkpoint.best_model_path == str(tmp_path / "b" / "step=6.ckpt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_export_has_the_dtype_asked_for(tmp_path, model_folder, dtype):
+    from safetensors.torch import load_file
+
+    from prerl_lightning.callbacks.saving import export_policy
+    from prerl_lightning.policy.model import Policy
+
+    folder = model_folder("llama-tied")
+    export_policy(Policy.from_pretrained(folder), tmp_path, dtype)
+    before, after = (load_file(f"{path}/model.safetensors") for path in (folder, tmp_path))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name].to(dtype)) for name in before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_weight_that_is_not_finite_is_seen(model_folder, value):
+    from prerl_lightning.callbacks.health import is_finite
+    from prerl_lightning.policy.model import Policy
+
+    policy = Policy.from_pretrained(model_folder("llama-tied"))
+    assert is_finite(policy)
+    with torch.no_grad():
+        list(policy.parameters())[-1].view(-1)[-1] = value
+    assert not is_finite(policy)
 
 
 def test_a_held_out_monitor_that_is_not_there(tmp_path):

@@ -26,7 +26,7 @@ def sharded(tmp_path_factory, folders, make_rollout):
     # of one prompt, two responses contribute, and one of them, a negative, under NSR-PreRL: a rank has nothing to do
     rollout = make_rollout(2, 2, rewards=[1, 0, 1, 1])
     torch.save((folders, rollout), out / "input")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(Path(__file__).with_name("sharded_worker.py"))]
     running = [
         subprocess.Popen([*command, str(rank), str(out)], env=env, stderr=subprocess.PIPE, text=True)

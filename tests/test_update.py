@@ -135,10 +135,82 @@ def test_nothing_is_forwarded_without_a_gradient(model_folder, make_rollout):
 
 
 def test_rewards_whose_float_mean_misses_them_have_no_advantage():
-    rewards = torch.full((7,), 0.1)  # 0.1 + ... + 0.1, divided by 7, is not 0.1
-    assert torch.equal(group_advantages(rewards, torch.zeros(7).long(), "std"), torch.zeros(7).double())
+    rewards = torch.full((6,), 0.1, dtype=torch.float64)
+    total = torch.zeros(1, dtype=torch.float64).index_add_(0, torch.zeros(6).long(), rewards)
+    assert float(total / 6) != 0.1
+    for kind in ("std", "mean"):
+        assert torch.equal(group_advantages(rewards, torch.zeros(6).long(), kind), torch.zeros(6).double())
     single = group_advantages(torch.tensor([0.5]), torch.tensor([3]), "std")
     torch.testing.assert_close(single, torch.tensor([0.5], dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+def test_advantages_are_those_of_each_group_alone():
+    """Groups of 1 to 4 responses in any order, against Python's statistics."""
+    from statistics import mean, stdev
+
+    groups = [7, 2, 7, 5, 2, 7, 2, 2, 9, 9]
+    rewards = [0.0, 1.0, 1.0, 0.3, 0.0, 0.25, 0.5, -1.0, 0.5, 2.5]
+    expected = {"mean": [], "std": []}
+    for group, reward in zip(groups, rewards, strict=True):
+        own = [r for r, g in zip(rewards, groups, strict=True) if g == group]
+        centre, spread = (mean(own), stdev(own)) if len(own) > 1 else (0.0, 1.0)
+        expected["mean"].append(reward - centre)
+        expected["std"].append((reward - centre) / (spread + 1e-6))
+    for kind, values in expected.items():
+        found = group_advantages(torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups), kind)
+        torch.testing.assert_close(found, torch.tensor(values, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_which_responses_contribute():
+    from prerl_lightning.objectives.advantages import contributing_responses
+
+    advantages = torch.tensor([-0.5, 0.0, 1e-9, -1e-9, 2.0])
+    for which, expected in (("all", "11111"), ("positive", "00101"), ("negative", "10010")):
+        assert "".join(str(int(c)) for c in contributing_responses(advantages, which)) == expected
+
+
+def test_estimators_of_the_kl_and_weights_of_sequences():
+    from math import exp
+
+    from prerl_lightning.objectives.losses import denominator, kl_penalty, sequence_weights
+
+    p, q = torch.tensor([-1.0, -2.0, -0.5, -30.0]), torch.tensor([-1.0, -1.5, -2.0, -1.0])
+    assert kl_penalty(p, q, "k1").tolist() == pytest.approx([0, -0.5, 1.5, -29])
+    k3 = [0, exp(0.5) - 1 - 0.5, exp(-1.5) - 1 + 1.5, exp(20) - 1 - 29]  # the ratio's exponent is at most 20
+    assert kl_penalty(p, q, "k3").tolist() == pytest.approx(k3)
+
+    lengths, contributing = torch.tensor([3, 0, 7, 2]), torch.tensor([True, True, False, True])
+    for kind, weights, total in (("token-mean", [1, 0, 0, 1], 5), ("seq-mean-token-mean", [1 / 3, 0, 0, 1 / 2], 2)):
+        found = sequence_weights(lengths, contributing, kind)
+        torch.testing.assert_close(found, torch.tensor(weights, dtype=torch.float64), rtol=0, atol=0)
+        assert denominator(lengths, contributing, kind) == total
+
+
+def test_the_surrogate_token_by_token():
+    """Ratios on both sides of bounds that differ, under either sign; gradients by the chain rule."""
+    from math import exp, log
+
+    from prerl_lightning.objectives.losses import clipped_surrogate
+
+    low, high, dual = 0.1, 0.4, 3.0
+    cases = [(r, a) for r in (0.5, 0.92, 1.0, 1.2, 1.7, 4.0) for a in (1.5, -0.5, 0.0)]
+    log_probs = torch.tensor([log(r) - 2 for r, _ in cases], dtype=torch.float64, requires_grad=True)
+    old = torch.full((len(cases),), -2.0, dtype=torch.float64)
+    found = clipped_surrogate(log_probs, old, torch.tensor([a for _, a in cases]), low, high, dual)
+    found.loss.sum().backward()
+    for i, (r, a) in enumerate(cases):
+        inside = min(max(r, 1 - low), 1 + high)
+        pessimistic = min(r * a, inside * a)
+        bounded = a < 0 and pessimistic < dual * a
+        moves = pessimistic == r * a and not bounded
+        assert float(found.loss.detach()[i]) == pytest.approx(-dual * a if bounded else -pessimistic), (r, a)
+        assert float(log_probs.grad[i]) == pytest.approx(-r * a if moves else 0.0), (r, a)
+        assert bool(found.clipped[i]) == (inside * a < r * a), (r, a)
+        assert bool(found.dual_clipped[i]) == bounded, (r, a)
+        assert float(found.approx_kl[i]) == pytest.approx(-log(r))
+    # beyond e^20 nothing grows any more
+    far = clipped_surrogate(torch.tensor([25.0]), torch.tensor([0.0]), torch.tensor([-1.0]), low, high, 1e12)
+    assert float(far.loss) == pytest.approx(exp(20))
 
 
 def test_zero_advantages_count_in_grpo_s_denominator(model_folder, make_rollout):
@@ -297,7 +369,13 @@ def test_learning_rate_schedules():
 
     assert [factor("constant", s, 4, None) for s in (0, 3, 4, 99)] == [0.25, 1.0, 1.0, 1.0]
     assert [factor("linear", s, 0, 10) for s in (0, 5, 10)] == [1.0, 0.5, 0.0]
-    assert factor("cosine", 5, 0, 10) == pytest.approx(0.5)
+    assert [factor("cosine", s, 0, 10) for s in (0, 5, 10)] == pytest.approx([1.0, 0.5, 0.0])
+    # behind a warm-up the decay has the steps that are left, and beyond its end nothing
+    assert [factor("linear", s, 2, 10) for s in (0, 1, 2, 4, 10, 12)] == [0.5, 1.0, 1.0, 0.75, 0.0, 0.0]
+    assert [factor("cosine", s, 2, 10) for s in (2, 4, 6, 12)] == pytest.approx(
+        [1, (1 + 0.5**0.5) / 2, 0.5, 0], abs=1e-12
+    )
+    assert [factor("linear", s, 5, t) for s, t in ((5, 5), (5, 6), (6, 6))] == [1.0, 1.0, 0.0]
     with pytest.raises(InputError, match="max_steps"):
         factor("cosine", 5, 0, None)
 
