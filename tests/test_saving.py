@@ -219,14 +219,13 @@ def test_an_export_has_the_dtype_asked_for(tmp_path, model_folder, dtype):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_one_weight_that_is_not_finite_is_seen(model_folder, value):
-    from prerl_lightning.callbacks.health import is_finite
     from prerl_lightning.policy.model import Policy
 
     policy = Policy.from_pretrained(model_folder("llama-tied"))
-    assert is_finite(policy)
+    assert policy.is_finite()
     with torch.no_grad():
         list(policy.parameters())[-1].view(-1)[-1] = value
-    assert not is_finite(policy)
+    assert not policy.is_finite()
 
 
 def test_a_held_out_monitor_that_is_not_there(tmp_path):
