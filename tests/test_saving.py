@@ -268,3 +268,27 @@ def test_intervals_are_kept_where_a_batch_makes_several_steps(tmp_path, monkeypa
     monkeypatch.setitem(globals(), "Counting", Thrice)
     fit(tmp_path, 30, val=100, every_n_train_steps=10, save_top_k=-1)
     assert [n for n in names(tmp_path) if "=" in n] == ["step=12.ckpt", "step=21.ckpt", "step=30.ckpt"]
+
+
+def test_what_was_not_trained_is_not_the_best(tmp_path):
+    """A validation before the first step leaves no checkpoint, however good."""
+
+    class Early(Counting):
+        def on_train_start(self):
+            validate_now(self.trainer)
+
+    checkpoint = RunCheckpoint(dirpath=str(tmp_path), monitor="val/score", every_n_train_steps=100)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        max_epochs=-1,
+        logger=False,
+        callbacks=[checkpoint],
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Early(lambda step: -step), DataLoader(range(100)), DataLoader(range(1)))
+    assert names(tmp_path) == ["last.ckpt", "step=2.ckpt"]

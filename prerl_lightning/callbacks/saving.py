@@ -145,8 +145,8 @@ class RunCheckpoint(ModelCheckpoint):
             check_monitor(self, trainer.callback_metrics)
         due, self._defer_save_until_validation = self._defer_save_until_validation, False
         # max_epochs ends a run behind its last save, and has it validated then
-        unjudged = self.held_out and self._last_judged != trainer.global_step
-        if unjudged and self._last_global_step_saved == trainer.global_step and trainer.state.fn == "fit":
+        saved = self._last_checkpoint_saved and self._last_global_step_saved == trainer.global_step
+        if saved and self.held_out and self._last_judged != trainer.global_step and trainer.state.fn == "fit":
             self._last_global_step_saved, due = -1, True
         if self._should_skip_saving_checkpoint(trainer):
             return
