@@ -25,11 +25,11 @@ def alternating_reward(prompt, response, ground_truth, extra):
     return float(len(response) % 2)
 
 
-def fit(model, steps=1, ckpt_path=None, **options):
+def fit(model, steps=1, ckpt_path=None, reward=alternating_reward, **options):
     L.seed_everything(0)
     data = RolloutDataModule(
         train=ArithmeticProblems("train", 64),
-        reward=alternating_reward,
+        reward=reward,
         verification=Verification(workers=0),  # a worker would import this module, and with it Lightning
         sampling=Sampling(group_size=G, max_new_tokens=8, temperature=0.9),
         engine=PlainEngine(),
@@ -188,3 +188,16 @@ def test_the_optimizer_s_settings_are_the_configuration_s_on_resume(model_folder
     groups = resumed.optimizers[0].param_groups
     assert [(g["weight_decay"], g["betas"]) for g in groups] == [(0.1, (0.8, 0.9)), (0.0, (0.8, 0.9))]
     assert all(float(s["step"]) == 2 for s in resumed.optimizers[0].state.values())
+
+
+def test_the_mismatch_is_measured_where_the_first_minibatch_has_no_gradient(model_folder):
+    prompts, calls = [], iter(range(100))
+
+    def reward(prompt, response, ground_truth, extra):
+        prompts.append(prompt)
+        return 0.0 if prompt == prompts[0] else float(next(calls) % 2)
+
+    model = GRPO(model=model_folder("llama-untied"), minibatches=2, lr=0.1)
+    trainer = fit(model, steps=2, reward=reward)
+    assert float(trainer.callback_metrics["optim/skipped"]) == 1
+    assert 0 < float(trainer.callback_metrics["mismatch/log_prob_difference"]) < 1e-5

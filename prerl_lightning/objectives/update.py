@@ -151,7 +151,8 @@ class Update:
         statistics["rollout/not_finite"] = float(unsound)
         self.seconds["statistics"] = time.perf_counter() - start
         works = [self._work(term) for term in m.terms]
-        if m.mismatch_samples and not any(w.term.space == "post-train" and w.selected.any() for w in works):
+        first = torch.isin(rollout.group_ids, self.chunks[0])  # later ones see weights that did not sample
+        if m.mismatch_samples and not any(w.term.space == "post-train" and (w.selected & first).any() for w in works):
             self._measure_mismatch()
         for epoch in range(m.epochs):
             for number, prompts in enumerate(self.chunks):
