@@ -98,6 +98,27 @@ def test_a_cap_is_found_under_small_logits_too(tmp_path, family, cap):
     assert Policy.from_pretrained(str(tmp_path)).logit_softcap == cap
 
 
+def test_a_model_that_draws_in_its_forward_pass_is_refused(tmp_path, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    make("llama").save_pretrained(tmp_path)
+    plain = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plain(self, x + 0.1 * torch.randn_like(x)))
+    with pytest.raises(InputError, match="other logits each time"):
+        Policy.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_s_weight_is_announced_to_whoever_waits_for_its_gradient(tmp_path, tied):
+    """DDP and FSDP2 do, for each parameter once a backward pass."""
+    make("llama", tie_word_embeddings=tied).save_pretrained(tmp_path)
+    policy, seen = Policy.from_pretrained(str(tmp_path)), []
+    for name, parameter in policy.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.append(name))
+    by_policy(policy, 1.0).sum().backward()
+    assert sorted(seen) == sorted(name for name, _ in policy.named_parameters())
+
+
 def test_masks_that_old_folders_hold_are_let_through(tmp_path):
     make("gpt2").save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

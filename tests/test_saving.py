@@ -83,6 +83,15 @@ def test_one_write_a_save(tmp_path, monkeypatch, steps, val):
     assert load(step)["global_step"] == 6
 
 
+def test_one_write_a_save_that_is_judged(tmp_path, monkeypatch):
+    """Behind the validation of its step, not before and behind."""
+    written = []
+    plain = torch.save
+    monkeypatch.setattr("torch.save", lambda c, *args, **kw: (written.append(c["global_step"]), plain(c, *args, **kw)))
+    fit(tmp_path, 6, monitor="val/score")
+    assert written == [2, 4, 6]
+
+
 def test_the_score_is_that_of_the_weights(tmp_path):
     """Due where a validation is, a checkpoint is written behind it; the best is the best, and last the newest."""
     scores = {2: 1.0, 4: 5.0, 6: 3.0}
