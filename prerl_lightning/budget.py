@@ -36,6 +36,7 @@ class ModelShape:
         intermediate: width of the MLP; of a mixture of experts, of all that one token goes through.
         experts: that one token goes through; 0: no mixture.
         norms: of a layer, over the hidden size; ``qk_norm``: queries and keys have theirs too.
+        whole_logits: all at once, by the model itself (``chunked_head: false``).
     """
 
     parameters: int
@@ -53,6 +54,7 @@ class ModelShape:
     norms: int = 2
     qk_norm: bool = False
     softcap: bool = False
+    whole_logits: bool = False
 
     @classmethod
     def of_config(cls, config: PretrainedConfig) -> "ModelShape":
@@ -163,7 +165,9 @@ def weight_copy_bytes(shape: ModelShape, precision: str, checkpointing: bool = F
 
 def head_bytes(shape: ModelShape, tokens: int, block_elements: int) -> int:
     """The chunked head at its largest (policy/head.py). Either a block's logits and what is made of them; or, with few
-    tokens, the gradient of a block's weights."""
+    tokens, the gradient of a block's weights. Of the model's own logits a bound."""
+    if shape.whole_logits:
+        return 22 * tokens * shape.vocab  # in 16 bits, in fp32, scaled, their log-softmax, and gradients
     rows = min(max(1024, block_elements // tokens), BLOCK_ROWS, shape.vocab)
     per_logit = 20 if shape.softcap else 8
     block = max(per_logit * tokens, (per_logit - 2) * tokens + 8 * shape.hidden)

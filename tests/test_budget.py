@@ -3,6 +3,7 @@ that follow from it."""
 
 import itertools
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -217,6 +218,18 @@ def test_the_pack_on_80_gb(model, strategy, ranks, tokens, checkpointing):
     choice = choose_pack(shape, free, 4096, "bf16-mixed", sharded=strategy == "fsdp2")
     print(f"{model} {strategy} x {ranks}: {free / 1e9:.1f} GB free, {choice}")
     assert (choice.tokens, choice.checkpointing) == (tokens, checkpointing)
+    assert choice.bytes <= free
+
+
+def test_whole_logits_make_packs_smaller():
+    """`chunked_head: false`: tokens x vocabulary, several times over."""
+    shape = replace(QWEN3["0.6B"], whole_logits=True)
+    free = GB80 - training_bytes(shape, "single", 1, "bf16-mixed").total
+    choice = choose_pack(shape, free, 4096, "bf16-mixed", checkpointing=True)
+    assert 4096 <= choice.tokens < 16384
+    assert (
+        choice.bytes > choice.tokens * shape.vocab * 14
+    )  # fp32 logits, their log-softmax and its gradient, and 16 bits
     assert choice.bytes <= free
 
 

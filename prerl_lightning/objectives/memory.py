@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,7 @@ def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: 
     if device.type != "cuda":
         return None
     config, trainer = load_config(module.model_name), module.trainer
-    shape = ModelShape.of_config(config)
+    shape = replace(ModelShape.of_config(config), whole_logits=not module.chunked_head)
     engine.sleep()  # one that an earlier fit of this process has started
     free, total = torch.cuda.mem_get_info(device)
     free = int(ranks.all_reduce(torch.tensor(free), ReduceOp.MIN))
