@@ -33,3 +33,8 @@ def check_bounds(
             fine = value is None or (bound <= value < math.inf and (words != "above" or value > bound))
             if not fine:
                 raise InputError(f"{key}.{name}: {value} must be a finite number {words} {bound:g}.")
+
+
+def in_one_line(error: BaseException, most: int = 300) -> str:
+    """Its class and so many characters of what it says: of other libraries' errors, for a message of ours."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"

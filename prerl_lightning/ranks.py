@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def world_size() -> int:
@@ -46,3 +47,8 @@ def gather(rows: list[Any]) -> list[Any]:
 def gather_state(tensor: Tensor, group: Any = None) -> list[Tensor]:
     """Each rank's ``tensor``, of any sizes: for torchmetrics, whose own function leaves it on the CPU."""
     return [part.to(tensor.device) for part in gather([tensor.cpu()])]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP2 has sharded; another one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
-from prerl_lightning.callbacks.watcher import callbacks_of
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives.base import PolicyModule
 
@@ -49,8 +48,7 @@ class PolicyReincarnation(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         """Refuse now what the switch would stumble over later."""
         probe = [torch.nn.Parameter(torch.zeros(1))]
-        position = _reincarnations(trainer).index(self)
-        before = _reincarnations(trainer)[position - 1].successor if position else pl_module
+        before = (pl_module, *pl_module.successors)[self.successor.life - 2]
         old, new = type(before.optimizer(probe)), type(self.successor.optimizer(probe))  # type: ignore[arg-type]
         if old is not new and self.optimizer == "carry":
             raise InputError(
@@ -95,7 +93,3 @@ class PolicyReincarnation(L.Callback):
         if trainer.state.fn == "fit" and lives["alive"] == self.successor.life:
             self.switch(trainer, pl_module, carry=True)
             self.successor.restore_reference(lives["reference"])
-
-
-def _reincarnations(trainer: L.Trainer) -> list[PolicyReincarnation]:
-    return sorted(callbacks_of(trainer, PolicyReincarnation), key=lambda c: c.at_step)

@@ -153,9 +153,8 @@ class RunCheckpoint(ModelCheckpoint):
         if due or trainer.global_step == self._resumed_at:  # what it was resumed from does not know this validation
             self._save(trainer, validated=True)
         elif self.held_out and (self.save_top_k > 0 or self._best_so_far(trainer)):
-            self._last_judged = trainer.global_step
             candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
+            self._judge(trainer, candidates)
             if self._last_global_step_saved == trainer.global_step:
                 self._save_last_checkpoint(trainer, candidates)
 
@@ -193,9 +192,12 @@ class RunCheckpoint(ModelCheckpoint):
     def _save(self, trainer: L.Trainer, validated: bool) -> None:
         candidates = self._monitor_candidates(trainer)
         if validated or not self.held_out:
-            self._last_judged = trainer.global_step
-            self._save_topk_checkpoint(trainer, candidates)
+            self._judge(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
+
+    def _judge(self, trainer: L.Trainer, candidates: dict[str, Any]) -> None:
+        self._last_judged = trainer.global_step
+        self._save_topk_checkpoint(trainer, candidates)
 
     def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Any]) -> None:
         """Written only where this step has no file yet, as when it is not among the best."""

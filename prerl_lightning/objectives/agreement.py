@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from prerl_lightning import ranks
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, in_one_line
 from prerl_lightning.objectives.update import Update, gathered
 from prerl_lightning.rollout.sampler import mixed_seed
 from prerl_lightning.types import Response, Rollout
@@ -55,7 +55,7 @@ def check(module: "PolicyModule") -> None:
         groups = data.engine.generate([p.token_ids for p in prompts], sampling, seeds)
     except Exception as error:  # whatever the engine's code for this model stumbles over
         failure = error
-    failures = ranks.gather([f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"] if failure else [])
+    failures = ranks.gather([in_one_line(failure)] if failure else [])
     if failures:  # on one rank or all: none is to wait for another
         raise InputError(f"data.engine: it cannot sample from this model here: {failures[0]}") from failure
     data.engine.forget()  # a resumed run has checked once more than one that went through

@@ -28,7 +28,7 @@ def check_run(host: "PolicyModule", data: RolloutDataModule) -> None:
     """Learn the run's lives from the Trainer's callbacks, and raise InputError for what no life could learn under."""
     trainer: Any = host.trainer
     check_precision(str(trainer.precision))
-    switches = sorted((c for c in trainer.callbacks if hasattr(c, "successor")), key=lambda c: c.at_step)
+    switches = lives.reincarnations(trainer.callbacks)
     steps = [c.at_step for c in switches]
     if len(set(steps)) < len(steps):
         raise InputError(f"PolicyReincarnation.at_step: two lives begin at the same step ({steps}).")

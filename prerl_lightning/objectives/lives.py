@@ -1,8 +1,8 @@
 """The lives of a run: which objective trains the policy from which optimizer step on."""
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from prerl_lightning.errors import InputError
 
@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from prerl_lightning.objectives.base import PolicyModule
 
 log = logging.getLogger(__name__)
+
+
+def reincarnations(callbacks: Iterable[Any]) -> list[Any]:
+    """The `PolicyReincarnation`s among a run's callbacks, in the order of their lives."""
+    return sorted((c for c in callbacks if hasattr(c, "successor")), key=lambda c: c.at_step)
 
 
 def arrange(modules: "Sequence[PolicyModule]", steps: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ from torch.distributed import ReduceOp
 
 from prerl_lightning import ranks
 from prerl_lightning.budget import GIB, ModelShape, PackChoice, rank_budget
+from prerl_lightning.objectives.lives import reincarnations
 from prerl_lightning.policy.model import load_config
 from prerl_lightning.rollout.engine import Engine
 
@@ -22,8 +23,8 @@ log = logging.getLogger(__name__)
 
 def keeps_reference(module: "PolicyModule", callbacks: Iterable[Any]) -> bool:
     """Whether any life of a run keeps a copy of the weights for a KL penalty."""
-    lives = [module, *(c.successor for c in callbacks if hasattr(c, "successor"))]
-    return any(life.kl_coefficient > 0 for life in lives)
+    modules = [module, *(c.successor for c in reincarnations(callbacks))]
+    return any(life.kl_coefficient > 0 for life in modules)
 
 
 def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: int) -> PackChoice | None:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from prerl_lightning import ranks
@@ -120,6 +119,11 @@ class Update:
     equal on all ranks."""
 
     def __init__(self, module: "PolicyModule", rollout: Rollout) -> None:
+        self.sound = torch.ones(len(rollout), dtype=torch.bool)  # (N,) whose log-probs by the engine are finite
+        if not (finite := rollout.log_probs.isfinite()).all():
+            number = torch.arange(len(rollout)).repeat_interleave(rollout.lengths)
+            self.sound[number[~finite]] = False
+            rollout = replace(rollout, log_probs=torch.where(finite, rollout.log_probs, 0.0))
         self.module, self.rollout = module, rollout
         self.policy = module.live_policy
         self.device = module.compute_device
@@ -131,10 +135,7 @@ class Update:
         # memory is reckoned with so many keys; on a CPU it is not the matter
         self.max_keys = None if self.device.type == "cpu" else KEYS_PER_TOKEN * self.max_tokens
         self.lengths = rollout.lengths
-        number = torch.arange(len(self.lengths)).repeat_interleave(self.lengths)
-        finite = rollout.log_probs.isfinite()
-        self.sound = torch.ones(len(self.lengths), dtype=torch.bool).index_fill_(0, number[~finite], False)
-        self.engine_log_probs = torch.where(finite, rollout.log_probs, 0.0).to(self.device)
+        self.engine_log_probs = rollout.log_probs.to(self.device)
         self.sums = Sums(self.device)
         self.last: dict[str, float] = {}
         self.seconds = {"forward_backward": 0.0, "optimizer": 0.0}
@@ -142,7 +143,7 @@ class Update:
     def run(self) -> dict[str, float]:
         start = time.perf_counter()
         m, rollout = self.module, self.rollout
-        statistics = rollout_statistics(replace(rollout, log_probs=self.engine_log_probs.cpu()))
+        statistics = rollout_statistics(rollout)
         if unsound := int((~self.sound).sum()):
             log.warning(
                 "Step %d: the engine gave %d responses log-probs that are not finite; they are left out of the loss.",
@@ -322,7 +323,7 @@ class Update:
         if not skipped:
             gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
             total = torch.nn.utils.get_total_norm(gradients)
-            norm = total.full_tensor() if isinstance(total, DTensor) else total
+            norm = ranks.full(total)
             self.last["optim/grad_norm"] = float(norm)
             if not torch.isfinite(norm):
                 log.warning(

@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -225,8 +224,7 @@ class Policy(nn.Module):
     def is_finite(self) -> bool:
         """Whether all weights are: by their norm, which keeps no copy. The same on all ranks; collective."""
         total = torch.nn.utils.get_total_norm(list(self.parameters()))
-        norm = total.full_tensor() if isinstance(total, DTensor) else total
-        broken = (~torch.isfinite(norm)).to("cpu", torch.int64)
+        broken = (~torch.isfinite(ranks.full(total))).to("cpu", torch.int64)
         return not int(ranks.all_reduce(broken, dist.ReduceOp.MAX))
 
     def checkpoint_activations(self, enabled: bool) -> None:
@@ -295,6 +293,6 @@ class Policy(nn.Module):
             tensor = held.detach()
             if dtype is not None and isinstance(held, nn.Parameter):
                 tensor = tensor.to(dtype)
-            return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            return ranks.full(tensor)
 
         return as_on_disk(self.model, _held(self.model), whole)

@@ -7,14 +7,14 @@ packs), else the model is refused.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, in_one_line
 from prerl_lightning.policy import attention
 from prerl_lightning.policy.packing import Family, micro_batches
 from prerl_lightning.types import Sequences
@@ -37,7 +37,7 @@ class _WatchedPlan(attention.AttentionPlan):
     """Notes heads of queries and of keys, and their sizes."""
 
     plan: attention.AttentionPlan
-    shapes: set[tuple[int, int, int, int]] = field(default_factory=set)
+    shapes: set[tuple[int, int, int, int]]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         self.shapes.add((query.shape[1], key.shape[1], query.shape[2], value.shape[2]))
@@ -143,8 +143,7 @@ def _tried(name: str, forward: Callable[[], Tensor]) -> Tensor:
         return forward()
     except Exception as error:  # whatever a model's code stumbles over
         raise InputError(
-            f"model: {name} cannot be trained here: a forward pass over a few tokens ends with "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"model: {name} cannot be trained here: a forward pass over a few tokens ends with {in_one_line(error)}"
         ) from error
 
 
@@ -198,7 +197,7 @@ def _why_not_packed(policy: "Policy", probe: Probe, own: Tensor, implementation:
             policy.model.set_attn_implementation(attention.NAME)
             together = probe.packed(policy.head_shapes)
     except Exception as error:  # whatever a model's code stumbles over
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return in_one_line(error, 200)
     worst = far(together, own)
     return f"packed sequences come out differently, by up to {worst:.2g} nats" if worst else ""
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from prerl_lightning import ranks
 from prerl_lightning.policy.model import Policy
 
 
@@ -40,10 +41,7 @@ class Reference:
     def state_dict(self, policy: Policy) -> dict[str, Tensor]:
         """Full tensors on the CPU, one gathered at a time; collective under FSDP2."""
         with self.in_place(policy):
-            return {
-                name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu().clone()
-                for name, p in policy.named_parameters()
-            }
+            return {name: ranks.full(p).detach().cpu().clone() for name, p in policy.named_parameters()}
 
     @torch.no_grad()
     def load_state_dict(self, policy: Policy, state: Mapping[str, Tensor]) -> None:
