@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from parity import parity_reward
 from torch.optim import SGD
+from trainers import quiet_trainer
 
 import prerl_lightning.strategies  # noqa: F401
 from prerl_lightning.callbacks import PolicyReincarnation
@@ -48,20 +49,15 @@ def fit(
         val_samples=2,
     )
     checkpoint = {"every_n_train_steps": 1, "save_top_k": -1, **checkpoint}
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         devices=int(os.environ.get("WORLD_SIZE", 1)),
         strategy=strategy,
         max_steps=steps,
-        max_epochs=-1,
         logger=CSVLogger(folder, name="", version=""),
         callbacks=[*callbacks, RunCheckpoint(**checkpoint, dirpath=str(folder / "checkpoints"))],
         val_check_interval=2,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
         log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        enable_checkpointing=True,
     )
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     assert trainer.global_step == steps

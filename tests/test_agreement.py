@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from architectures import MIXTURES, make
 from parity import parity_reward
 from safetensors.torch import load_file
 from test_update import attached, close, gradient
+from trainers import quiet_trainer
 
 from prerl_lightning.data.arithmetic import ArithmeticProblems
 from prerl_lightning.data.module import RolloutDataModule
@@ -50,17 +50,9 @@ def fit(model, engine, steps=1, val=None, **sampling):
         prompts_per_step=4,
         val_samples=1,
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         max_steps=steps,
-        max_epochs=-1,
-        logger=False,
         val_check_interval=100,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(model, datamodule=data)
     return trainer
@@ -128,16 +120,9 @@ def test_each_life_is_checked_and_the_bound_is_a_setting(model_folder, llama_eng
     plain = agreement.check
     monkeypatch.setattr(agreement, "check", lambda module: (checked.append(type(module).__name__), plain(module)))
     first, second = NSRPreRL(model=model_folder("llama-tied"), lr=1e-3), GRPO(lr=1e-3)
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         max_steps=3,
-        max_epochs=-1,
-        logger=False,
         callbacks=[PolicyReincarnation(at_step=1, successor=second)],
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     data = RolloutDataModule(
         train=ArithmeticProblems("train", 64),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from trainers import quiet_trainer
 
 from prerl_lightning.callbacks import PolicyReincarnation
 from prerl_lightning.callbacks.health import RunHealth
@@ -51,19 +52,14 @@ def fit(folder, model, *callbacks, reward=arithmetic_reward, steps=2, group_size
         prompts_per_step=8,
         val_samples=2,
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         max_steps=steps,
-        max_epochs=-1,
         logger=CSVLogger(folder, name="", version=""),
         callbacks=[*callbacks, RunRecord(), RunCheckpoint(every_n_train_steps=1, save_top_k=-1), ExportModel()],
         val_check_interval=1,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
         log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         **options,
+        enable_checkpointing=True,
     )
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     assert trainer.global_step == steps

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from plain_engine import PlainEngine
 from test_step import alternating_reward, sgd, start, weights
+from trainers import quiet_trainer
 from transformers import AutoModelForCausalLM
 
 from prerl_lightning.callbacks import PolicyReincarnation
@@ -80,19 +81,12 @@ def fit(folder, model, *callbacks, engine=None, steps=3, reward=alternating_rewa
         val_samples=2,
         val_batch=3,
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         max_steps=steps,
-        max_epochs=-1,
-        logger=False,
         default_root_dir=folder,
         callbacks=[*callbacks],
         val_check_interval=2,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     assert trainer.global_step == steps

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from trainers import quiet_trainer
 
 from prerl_lightning.callbacks.saving import RunCheckpoint
 from prerl_lightning.compat import validate_now
@@ -33,23 +34,15 @@ class Counting(L.LightningModule):
         return torch.optim.Adam(self.parameters())
 
 
-def fit(folder, steps=6, score=lambda step: step, val=2, held_out=1, plugins=None, ckpt_path=None, **options):
+def fit(
+    folder, steps=6, score=lambda step: step, val=2, held_out=1, ckpt_path=None, module=Counting, trainer=(), **options
+):
+    """``trainer``: settings of its own."""
     checkpoint = RunCheckpoint(dirpath=str(folder), **{"every_n_train_steps": 2, **options})
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        max_epochs=-1,
-        logger=False,
-        callbacks=[checkpoint],
-        val_check_interval=val,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        plugins=plugins,
-    )
+    own = {"max_steps": steps, "val_check_interval": val, "callbacks": [checkpoint], "enable_checkpointing": True}
+    trainer = quiet_trainer(**(own | dict(trainer)))
     loaders = [DataLoader(range(100)), [] if held_out is None else DataLoader(range(held_out))]
-    trainer.fit(Counting(score), *loaders, ckpt_path=ckpt_path)
+    trainer.fit(module(score), *loaders, ckpt_path=ckpt_path)
     assert trainer.global_step == steps
     return checkpoint
 
@@ -138,7 +131,7 @@ def test_an_error_in_the_validation_does_not_lose_its_step(tmp_path):
 def test_a_plugin_that_writes_later(tmp_path):
     from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-    fit(tmp_path, plugins=[AsyncCheckpointIO()])
+    fit(tmp_path, trainer={"plugins": [AsyncCheckpointIO()]})
     assert load(tmp_path / "last.ckpt")["global_step"] == 6
 
 
@@ -244,38 +237,24 @@ def test_a_held_out_monitor_that_is_not_there(tmp_path):
 
 def test_the_best_may_be_what_max_epochs_ends_with(tmp_path):
     """Its validation is behind its last save."""
-    checkpoint = RunCheckpoint(dirpath=str(tmp_path), every_n_train_steps=2, monitor="val/score")
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        limit_train_batches=4,
-        logger=False,
-        callbacks=[checkpoint],
-        val_check_interval=3,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
 
     class Late(Counting):
         def on_train_epoch_end(self):
             validate_now(self.trainer)
 
-    trainer.fit(Late(), DataLoader(range(100)), DataLoader(range(1)))
-    assert trainer.global_step == 4
+    settings = {"max_epochs": 1, "max_steps": -1, "limit_train_batches": 4}
+    checkpoint = fit(tmp_path, 4, val=3, module=Late, trainer=settings, monitor="val/score")
     assert float(checkpoint.best_model_score) == 4
     assert checkpoint.best_model_path.endswith("step=4.ckpt")
 
 
-def test_intervals_are_kept_where_a_batch_makes_several_steps(tmp_path, monkeypatch):
+def test_intervals_are_kept_where_a_batch_makes_several_steps(tmp_path):
     class Thrice(Counting):
         def training_step(self, batch, batch_idx):
             for _ in range(3):
                 super().training_step(batch, batch_idx)
 
-    monkeypatch.setitem(globals(), "Counting", Thrice)
-    fit(tmp_path, 30, val=100, every_n_train_steps=10, save_top_k=-1)
+    fit(tmp_path, 30, val=100, module=Thrice, every_n_train_steps=10, save_top_k=-1)
     assert [n for n in names(tmp_path) if "=" in n] == ["step=12.ckpt", "step=21.ckpt", "step=30.ckpt"]
 
 
@@ -286,18 +265,5 @@ def test_what_was_not_trained_is_not_the_best(tmp_path):
         def on_train_start(self):
             validate_now(self.trainer)
 
-    checkpoint = RunCheckpoint(dirpath=str(tmp_path), monitor="val/score", every_n_train_steps=100)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=3,
-        max_epochs=-1,
-        logger=False,
-        callbacks=[checkpoint],
-        val_check_interval=2,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Early(lambda step: -step), DataLoader(range(100)), DataLoader(range(1)))
+    fit(tmp_path, 3, lambda step: -step, module=Early, monitor="val/score", every_n_train_steps=100)
     assert names(tmp_path) == ["last.ckpt", "step=2.ckpt"]

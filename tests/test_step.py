@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from plain_engine import PlainEngine
 from torch.optim import SGD, AdamW
+from trainers import quiet_trainer
 from transformers import AutoModelForCausalLM
 
 from prerl_lightning.data.arithmetic import ArithmeticProblems
@@ -35,15 +36,8 @@ def fit(model, steps=1, ckpt_path=None, reward=alternating_reward, **options):
         engine=PlainEngine(),
         prompts_per_step=P,
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         max_steps=steps,
-        max_epochs=-1,
-        logger=False,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         **options,
     )
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
