@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from prerl_lightning.report.runs import Run, chain
@@ -132,6 +133,25 @@ def inherited(key: str, sides: Sequence[Mapping[str, str]]) -> bool:
     _, found, name = key.partition(".successor.")
     given = [side for side in sides if key in side]
     return bool(found) and len(given) < len(sides) and all(s[key] in (s.get(f"model.{name}"), "null") for s in given)
+
+
+def target(curve: Mapping[int, float], share: float) -> float | None:
+    """The accuracy at ``share`` of what a curve gains from its first to its best value; None where it gains nothing."""
+    if not curve:
+        return None
+    first, best = curve[min(curve)], max(curve.values())
+    return first + share * (best - first) if best > first else None
+
+
+def steps_to(curve: Mapping[int, float], target: float) -> float | None:
+    """Where the curve, straight between evaluated steps, first has the target; None: never."""
+    points = sorted(curve.items())
+    if points and points[0][1] >= target:
+        return float(points[0][0])
+    for (a, low), (b, high) in pairwise(points):
+        if low < target <= high:
+            return a + (b - a) * (target - low) / (high - low)
+    return None
 
 
 @dataclass(frozen=True)
