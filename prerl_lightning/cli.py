@@ -23,6 +23,7 @@ USAGE = """usage: prerl {fit,validate,test} [--config FILE ...] [--KEY VALUE ...
        prerl report RUN [RUN ...] -o report.html
        prerl watch [RUN]
        prerl doctor [--config FILE ...] [--model MODEL] [--json]
+       prerl pretrain --config FILE --out FOLDER
 
 Reinforcement learning with verifiable rewards in pre-train and post-train space, on Lightning and vLLM.
 
@@ -34,6 +35,7 @@ Reinforcement learning with verifiable rewards in pre-train and post-train space
   report     one HTML page on runs: curves, thoughts, alignment, samples; opens from disk, asks no network
   watch      a run's figures in the terminal, live, from another shell; default: the newest below runs/
   doctor     does this machine run all this, and does that run fit? A self-test in under two minutes
+  pretrain   a tiny model from scratch on a corpus of your own, such as the embedded one
 
   prerl fit --help            every option (takes some seconds)
   prerl fit --print_config    the whole configuration as YAML
@@ -50,6 +52,7 @@ COMMANDS = {
     "report": "prerl_lightning.report.page",
     "watch": "prerl_lightning.report.watch",
     "doctor": "prerl_lightning.doctor",
+    "pretrain": "prerl_lightning.data.tasks.pretrain",
 }
 
 

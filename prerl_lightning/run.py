@@ -11,10 +11,11 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
-import prerl_lightning.data.arithmetic
 import prerl_lightning.data.named
 import prerl_lightning.data.procedural
 import prerl_lightning.data.readers
+import prerl_lightning.data.tasks.countdown
+import prerl_lightning.data.tasks.sums
 import prerl_lightning.strategies  # noqa: F401  (registers fsdp2)
 from prerl_lightning import resume
 from prerl_lightning.callbacks.alignment import GradientAlignment

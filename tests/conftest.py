@@ -26,7 +26,7 @@ def model_folder(tmp_path_factory):
     """A function from a name in SHAPES to a folder with such a model and the embedded tokenizer."""
     import transformers
 
-    from prerl_lightning.data.pretrain import make_tokenizer
+    from prerl_lightning.policy.model import load_tokenizer
 
     made = {}
 
@@ -34,7 +34,7 @@ def model_folder(tmp_path_factory):
         if name not in made:
             config_name, class_name, tied = SHAPES[name]
             torch.manual_seed(len(name))
-            tokenizer = make_tokenizer()
+            tokenizer = load_tokenizer("embedded-sums")
             options = {} if "qwen3" not in name else {"head_dim": 32}
             config = getattr(transformers, config_name)(
                 vocab_size=len(tokenizer),

@@ -24,8 +24,8 @@ from prerl_lightning.callbacks.samples import Samples
 from prerl_lightning.callbacks.saving import ExportModel, RunCheckpoint
 from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.callbacks.weights import WeightChange
-from prerl_lightning.data.arithmetic import ArithmeticProblems
 from prerl_lightning.data.module import RolloutDataModule
+from prerl_lightning.data.tasks.sums import ArithmeticProblems
 from prerl_lightning.errors import RunError
 from prerl_lightning.objectives import GRPO, MixedRL, NSRPreRL, PolicyModule
 from prerl_lightning.rollout.engine import Sampling

@@ -172,8 +172,8 @@ model:
   class_path: prerl_lightning.objectives.{"NSRPreRL" if switch else "GRPO"}
   init_args: {{model: embedded, lr: {lr}}}
 data:
-  train: {{class_path: prerl_lightning.data.arithmetic.ArithmeticProblems, init_args: {{split: train, size: 4096}}}}
-  val: {{class_path: prerl_lightning.data.arithmetic.ArithmeticProblems, init_args: {{split: held_out, size: 128}}}}
+  train: {{class_path: prerl_lightning.data.tasks.sums.ArithmeticProblems, init_args: {{split: train, size: 4096}}}}
+  val: {{class_path: prerl_lightning.data.tasks.sums.ArithmeticProblems, init_args: {{split: held_out, size: 128}}}}
   prompts_per_step: 32
   sampling: {{group_size: 8, max_new_tokens: 64}}
   seed: null

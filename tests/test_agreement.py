@@ -10,14 +10,13 @@ from safetensors.torch import load_file
 from test_update import attached, close, gradient
 from trainers import quiet_trainer
 
-from prerl_lightning.data.arithmetic import ArithmeticProblems
 from prerl_lightning.data.module import RolloutDataModule
-from prerl_lightning.data.pretrain import make_tokenizer
+from prerl_lightning.data.tasks.sums import ArithmeticProblems
 from prerl_lightning.errors import InputError
 from prerl_lightning.evaluate import _checkpoint_weights
 from prerl_lightning.objectives import GRPO, NSRPreRL
 from prerl_lightning.objectives.update import Update
-from prerl_lightning.policy.model import Policy
+from prerl_lightning.policy.model import Policy, load_tokenizer
 from prerl_lightning.rewards.pool import Verification
 from prerl_lightning.rollout import vllm_engine
 from prerl_lightning.rollout.engine import Sampling
@@ -31,7 +30,7 @@ def folder(tmp_path_factory):
 
     def found(family):
         path = tmp_path_factory.mktemp(family)
-        tokenizer = make_tokenizer()
+        tokenizer = load_tokenizer("embedded-sums")
         make(family, vocab_size=len(tokenizer), head_dim=32, hidden_size=128).save_pretrained(path)
         tokenizer.save_pretrained(path)
         return str(path)

@@ -7,13 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prerl_lightning.data.arithmetic import ArithmeticProblems, TwoDigitSums, is_held_out, solution
 from prerl_lightning.data.loader import PromptLoader
-from prerl_lightning.data.pretrain import make_tokenizer
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.data.prompts import PromptFormat, encode_all
 from prerl_lightning.data.readers import HubDataset, JSONLines, VerlParquet
+from prerl_lightning.data.tasks.sums import ArithmeticProblems, TwoDigitSums, is_held_out, solution
 from prerl_lightning.errors import InputError
+from prerl_lightning.policy.model import load_tokenizer
 from prerl_lightning.types import Problem, Prompt
 
 MATH = Path(__file__).parents[2] / "shared" / "data" / "math_train.parquet"
@@ -32,7 +32,9 @@ class Fixed(ProblemSet):
 
 
 def encode(problems, on_bad="error", max_tokens=20, vocab_size=30, fmt=None):
-    return encode_all(problems, "data.train", fmt or PromptFormat(), make_tokenizer(), max_tokens, vocab_size, on_bad)
+    return encode_all(
+        problems, "data.train", fmt or PromptFormat(), load_tokenizer("embedded-sums"), max_tokens, vocab_size, on_bad
+    )
 
 
 # ---------------------------------------------------------------------- readers
@@ -107,7 +109,7 @@ def test_bad_files_are_named(tmp_path, make, content, words):
 
 
 def test_formats():
-    tokenizer = make_tokenizer()
+    tokenizer = load_tokenizer("embedded-sums")
     plain = PromptFormat(template="1+1=2\n{prompt}").encode(Problem(0, "3+4=", "7"), tokenizer)
     assert plain.text == "1+1=2\n3+4="
     assert tokenizer.decode(plain.token_ids, skip_special_tokens=True) == plain.text
@@ -198,13 +200,13 @@ def test_the_splits_are_disjoint_and_pure():
 def test_careful_writers_are_right(monkeypatch):
     import random
 
-    from prerl_lightning.data import arithmetic
+    from prerl_lightning.data.tasks import sums
 
-    monkeypatch.setattr(arithmetic, "CARELESS", 0.0)
+    monkeypatch.setattr(sums, "CARELESS", 0.0)
     rng = random.Random(0)
     texts = []
     for _ in range(300):
-        chain, question = arithmetic.draw_problem(rng, "train")
+        chain, question = sums.draw_problem(rng, "train")
         text = solution(chain, rng)
         texts.append(text)
         assert text.rpartition("#")[2] == str(eval(question.removesuffix("=?")))
@@ -222,7 +224,7 @@ def test_two_digit_sums():
 
 
 def test_tokenizer_round_trip():
-    tokenizer = make_tokenizer()
+    tokenizer = load_tokenizer("embedded-sums")
     text = "43-36+17=?\n43-36=17 wait 43-36=7 check 7+36=43;7+17=24#24"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     assert tokenizer("§")["input_ids"] == [tokenizer.bos_token_id, tokenizer.unk_token_id]

@@ -15,7 +15,7 @@ from prerl_lightning.metrics.evaluation import interval
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = [
-    *("evaluate", "--config", str(ROOT / "configs" / "dsrl.yaml"), "--data.val.init_args.size=24"),
+    *("evaluate", "--config", str(ROOT / "configs" / "sums" / "dsrl.yaml"), "--data.val.init_args.size=24"),
     *("--data.val_batch=4", "--data.sampling.max_new_tokens=48", "--k", "4", "--out", "out"),
 ]
 
@@ -70,7 +70,7 @@ def test_killed_and_resumed_it_ends_as_if_it_had_never_stopped(whole, tmp_path):
 
 def test_a_checkpoint_s_weights_are_those_evaluated(whole, tmp_path):
     """One big step away from the shipped model: a checkpoint, its exported folder, and not the shipped model."""
-    config = ["--config", ROOT / "configs" / "dsrl.yaml"]
+    config = ["--config", ROOT / "configs" / "sums" / "dsrl.yaml"]
     small = ["--trainer.max_steps=1", "--model.init_args.lr=0.003", "--trainer.callbacks=null"]
     finish(start(tmp_path, "fit", *config, *small, "--data.val=null"))
     run = tmp_path / "runs" / "dsrl" / "version_0"

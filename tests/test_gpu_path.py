@@ -21,7 +21,7 @@ from prerl_lightning.objectives import GRPO, MixedRL, NSRPreRL
 from prerl_lightning.objectives.update import Update
 from prerl_lightning.policy import attention, packing
 from prerl_lightning.policy.attention import Segment, VarlenPlan, plan_attention
-from prerl_lightning.policy.model import EMBEDDED, Policy
+from prerl_lightning.policy.model import Policy, model_path
 from prerl_lightning.policy.packing import families, micro_batches
 from prerl_lightning.rollout.engine import Place, Sampling
 from prerl_lightning.rollout.vllm_engine import VLLMEngine, _ranks_in_environment
@@ -180,7 +180,7 @@ def on_gpu(monkeypatch):
     def start(place, seen=None, **options):
         monkeypatch.setattr(Recorder, "device", seen or str(place.device))
         engine = VLLMEngine(**options)
-        engine.start(str(EMBEDDED), 7, place)
+        engine.start(model_path("embedded-sums"), 7, place)
         return engine
 
     return start
@@ -241,8 +241,8 @@ def test_slurm_s_local_rank_reaches_the_engine(monkeypatch):
     from lightning.fabric.plugins.environments import SLURMEnvironment
     from lightning.pytorch.strategies import DDPStrategy
 
-    from prerl_lightning.data.arithmetic import ArithmeticProblems
     from prerl_lightning.data.module import RolloutDataModule
+    from prerl_lightning.data.tasks.sums import ArithmeticProblems
     from prerl_lightning.rewards import arithmetic_reward
 
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -255,7 +255,7 @@ def test_slurm_s_local_rank_reaches_the_engine(monkeypatch):
     monkeypatch.setattr(engine, "start", lambda model, seed, place: places.append(place))
     data = RolloutDataModule(ArithmeticProblems("train", 64), reward=arithmetic_reward, engine=engine)
     data.sampling = Sampling(max_new_tokens=16)
-    module = SimpleNamespace(model_name="embedded", check_run=lambda *args: None, plan_memory=lambda *args: None)
+    module = SimpleNamespace(model_name="embedded-sums", check_run=lambda *args: None, plan_memory=lambda *args: None)
     data.trainer = SimpleNamespace(strategy=strategy, world_size=4, lightning_module=module, global_rank=3)
     try:
         data.setup("fit")
@@ -275,8 +275,13 @@ def test_an_engine_over_several_gpus_is_refused(key):
 def test_a_cache_without_room_for_one_sequence_is_refused_before_the_start(monkeypatch):
     monkeypatch.setattr("vllm.LLM", None)
     with pytest.raises(InputError, match=r"kv_cache_mib: 1 MiB hold 256 tokens of this model.* max_model_len \(2000\)"):
-        VLLMEngine(kv_cache_mib=1, max_model_len=2000).start(str(EMBEDDED), 0, Place(device=torch.device("cpu")))
-    assert VLLMEngine(max_model_len=100_000)._kv_cache_bytes(str(EMBEDDED), "float32", None) >= 100_000 * 4096
+        VLLMEngine(kv_cache_mib=1, max_model_len=2000).start(
+            model_path("embedded-sums"), 0, Place(device=torch.device("cpu"))
+        )
+    assert (
+        VLLMEngine(max_model_len=100_000)._kv_cache_bytes(model_path("embedded-sums"), "float32", None)
+        >= 100_000 * 4096
+    )
 
 
 def test_offload_to_the_cpu_is_refused():
@@ -308,7 +313,7 @@ def test_what_vllm_says_of_memory_is_said_in_one_line(on_gpu, monkeypatch, said,
 
     monkeypatch.setattr(vllm, "LLM", full)
     with pytest.raises(InputError, match=words):
-        VLLMEngine(max_model_len=40).start(str(EMBEDDED), 0, Place(device=torch.device("cuda", 0)))
+        VLLMEngine(max_model_len=40).start(model_path("embedded-sums"), 0, Place(device=torch.device("cuda", 0)))
 
 
 def test_memory_is_reckoned_once_for_an_engine_that_is_there(on_gpu):

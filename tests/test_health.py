@@ -20,8 +20,8 @@ from prerl_lightning.callbacks.health import RunHealth
 from prerl_lightning.callbacks.progress import StepLines
 from prerl_lightning.callbacks.record import RunRecord
 from prerl_lightning.callbacks.saving import ExportModel, RunCheckpoint
-from prerl_lightning.data.arithmetic import ArithmeticProblems
 from prerl_lightning.data.module import RolloutDataModule
+from prerl_lightning.data.tasks.sums import ArithmeticProblems
 from prerl_lightning.errors import InputError, RunError
 from prerl_lightning.objectives import GRPO, MixedRL, NSRPreRL
 from prerl_lightning.objectives.lives import arrange, end_life
@@ -144,7 +144,7 @@ def test_what_cannot_be_is_refused_before_anything_is_started(tmp_path, monkeypa
     monkeypatch.setattr(ArithmeticProblems, "load", lambda *args: pytest.fail("the data were read"))
     lives = [reborn(step, **settings) for step, settings in callbacks]
     with pytest.raises(InputError, match=words):
-        fit(tmp_path, NSRPreRL(model="embedded", **first), *lives, **{"steps": 12, **options})
+        fit(tmp_path, NSRPreRL(model="embedded-sums", **first), *lives, **{"steps": 12, **options})
 
 
 # ---------------------------------------------------------------------- ruin
@@ -154,7 +154,7 @@ def test_ruined_weights_end_the_run(tmp_path):
     """And leave what was good: the checkpoints, no model, the batch, the row of the step."""
     later = PolicyReincarnation(at_step=1, successor=GRPO(lr=1e38))
     with pytest.raises(RunError, match=r"Step 2: the policy's weights are not finite any more \(optim/grad_norm .*"):
-        fit(tmp_path, GRPO(model="embedded"), RunHealth(), later, steps=4)
+        fit(tmp_path, GRPO(model="embedded-sums"), RunHealth(), later, steps=4)
     assert record(tmp_path)["status"] == "failed"
     assert "weights are not finite" in record(tmp_path)["error"]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["last.ckpt", "step=1.ckpt"]
@@ -169,7 +169,7 @@ def test_ruined_weights_end_the_run(tmp_path):
 
 
 def test_gradients_that_stay_non_finite_end_the_run(tmp_path):
-    model = GRPO(model="embedded", loss_coefficient=3e38, minibatches=2)
+    model = GRPO(model="embedded-sums", loss_coefficient=3e38, minibatches=2)
     with pytest.raises(
         RunError, match=r"Step 4: (3|4) optimizer steps in a row were skipped over a gradient that is not"
     ):
@@ -180,14 +180,20 @@ def test_gradients_that_stay_non_finite_end_the_run(tmp_path):
 
 
 def test_a_ruined_policy_is_not_exported_by_anyone(tmp_path, caplog):
-    fit(tmp_path, GRPO(model="embedded", lr=1e38), steps=1)
+    fit(tmp_path, GRPO(model="embedded-sums", lr=1e38), steps=1)
     assert not (tmp_path / "model").exists()
     assert warnings(caplog)[-1] == "The trained model is not exported: its weights are not finite."
 
 
 def test_a_ruined_run_s_exit_status(refused, tmp_path):
     """One message without a traceback. For several ranks see test_lives.py."""
-    args = ["fit", "--config", ROOT / "configs" / "grpo.yaml", "--model.init_args.lr=1e38", "--trainer.max_steps=3"]
+    args = [
+        "fit",
+        "--config",
+        ROOT / "configs" / "sums" / "grpo.yaml",
+        "--model.init_args.lr=1e38",
+        "--trainer.max_steps=3",
+    ]
     said = refused(*args, "--data.val=null", "--data.prompts_per_step=4", code=3)
     (line,) = [line for line in said.splitlines() if line.startswith("prerl: error: ")]
     assert line.startswith("prerl: error: Step 1: the policy's weights are not finite any more")
@@ -208,7 +214,7 @@ def test_a_reward_that_says_nothing_is_said_once(tmp_path, caplog, value, words)
     def decaying(parameters):
         return torch.optim.AdamW(parameters, weight_decay=0.5)
 
-    model = GRPO(model="embedded", lr=0.1, optimizer=decaying, minibatches=2)
+    model = GRPO(model="embedded-sums", lr=0.1, optimizer=decaying, minibatches=2)
     trainer = fit(tmp_path, model, RunHealth(no_signal=2), StepLines(), reward=always(value), steps=8)
     said = warnings(caplog)
     assert len(said) == 2
@@ -221,14 +227,14 @@ def test_a_reward_that_says_nothing_is_said_once(tmp_path, caplog, value, words)
     assert len(lines) == 4
     assert all("| mixed 0.00 | skipped 2 |" in line for line in lines)
     assert not trainer.optimizers[0].state
-    untouched = GRPO(model="embedded")
+    untouched = GRPO(model="embedded-sums")
     untouched.configure_model()
     assert all(torch.equal(a, b) for a, b in zip(model.policy.parameters(), untouched.policy.parameters(), strict=True))
 
 
 def test_a_run_with_mixed_groups_is_left_alone(tmp_path, caplog):
     caplog.set_level(logging.INFO, "prerl_lightning")
-    trainer = fit(tmp_path, GRPO(model="embedded"), RunHealth(no_signal=1), StepLines())
+    trainer = fit(tmp_path, GRPO(model="embedded-sums"), RunHealth(no_signal=1), StepLines())
     assert not warnings(caplog)
     mixed = float(trainer.callback_metrics["rollout/groups_mixed"])
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("step ")]
@@ -239,7 +245,7 @@ def test_a_run_with_mixed_groups_is_left_alone(tmp_path, caplog):
 
 def test_answers_that_were_read_are_counted(tmp_path):
     """The embedded model's answers have numbers in them, and nearly all have a form that its reward reads."""
-    trainer = fit(tmp_path, GRPO(model="embedded"), steps=1)
+    trainer = fit(tmp_path, GRPO(model="embedded-sums"), steps=1)
     rollout = trainer.lightning_module.whole_rollout
     assert 0 < rollout.answered <= 32
     assert float(trainer.callback_metrics["rollout/no_answer"]) == pytest.approx(1 - rollout.answered / 32)
@@ -251,7 +257,7 @@ def test_answers_that_were_read_are_counted(tmp_path):
 def test_a_collapse_is_said_with_its_figures(tmp_path, caplog):
     """A learning rate that destroys the embedded model within a few steps."""
     val = ArithmeticProblems("held_out", 16)
-    fit(tmp_path, NSRPreRL(model="embedded", lr=0.02), RunHealth(), steps=3, val=val)
+    fit(tmp_path, NSRPreRL(model="embedded-sums", lr=0.02), RunHealth(), steps=3, val=val)
     said = [w for w in warnings(caplog) if "held-out avg@2 is 0" in w]
     assert len(said) == 1
     assert re.search(r"held-out avg@2 is 0, and was 0\.\d+ at the start \(reward/mean .*, rollout/entropy ", said[0])
@@ -259,11 +265,11 @@ def test_a_collapse_is_said_with_its_figures(tmp_path, caplog):
 
 def test_entropy_and_length_are_compared_with_the_first_rollout(tmp_path, caplog):
     health = RunHealth()
-    fit(tmp_path / "before", GRPO(model="embedded"), health, steps=1)
+    fit(tmp_path / "before", GRPO(model="embedded-sums"), health, steps=1)
     assert not warnings(caplog)
     health.at_start["entropy"] *= 21  # as if the first rollout's had been
     health.at_start["length"] *= 9
-    fit(tmp_path / "after", GRPO(model="embedded"), health, steps=1)
+    fit(tmp_path / "after", GRPO(model="embedded-sums"), health, steps=1)
     (said,) = warnings(caplog)
     assert re.match(r"Step 1: the rollout's entropy is [\d.]+, and was [\d.]+ at the start \(reward/mean ", said)
 
@@ -271,7 +277,7 @@ def test_entropy_and_length_are_compared_with_the_first_rollout(tmp_path, caplog
 def test_a_cause_may_end_the_run(tmp_path):
     health = RunHealth(no_signal=2, stop_on=["no_signal"])
     with pytest.raises(RunError, match=r"Step 2: no group's rewards differed .* as health.stop_on has it\."):
-        fit(tmp_path, GRPO(model="embedded"), health, reward=always(0.0), steps=6)
+        fit(tmp_path, GRPO(model="embedded-sums"), health, reward=always(0.0), steps=6)
     assert record(tmp_path)["status"] == "failed"
     assert not (tmp_path / "ruin.jsonl").exists()
     assert not (tmp_path / "model").exists()
@@ -284,7 +290,7 @@ def test_a_cause_may_end_a_life(tmp_path):
     def run(folder, **options):
         health = RunHealth(no_signal=2, stop_on=["no_signal"], stop="life")
         later = PolicyReincarnation(at_step=9, successor=GRPO(lr=2e-3, minibatches=2))
-        model = NSRPreRL(model="embedded", lr=1e-3)
+        model = NSRPreRL(model="embedded-sums", lr=1e-3)
         with pytest.raises(RunError, match=r"Step [79]: .* rewards differed in 2 rollouts.* The run ends here"):
             fit(folder, model, health, later, reward=always(0.0), steps=11, **options)
         return model
@@ -305,11 +311,11 @@ def test_a_cause_may_end_a_life(tmp_path):
 
 
 def test_a_cause_that_was_warned_of_ends_a_run_that_is_resumed_to_do_so(tmp_path):
-    fit(tmp_path / "first", GRPO(model="embedded"), RunHealth(no_signal=2), reward=always(0.0), steps=3)
+    fit(tmp_path / "first", GRPO(model="embedded-sums"), RunHealth(no_signal=2), reward=always(0.0), steps=3)
     health = RunHealth(no_signal=2, stop_on=["no_signal"])
     last = tmp_path / "first" / "checkpoints" / "last.ckpt"
     with pytest.raises(RunError, match="Step 5"):
-        fit(tmp_path / "second", GRPO(model="embedded"), health, reward=always(0.0), steps=8, ckpt_path=last)
+        fit(tmp_path / "second", GRPO(model="embedded-sums"), health, reward=always(0.0), steps=8, ckpt_path=last)
 
 
 @pytest.mark.parametrize(

@@ -143,9 +143,9 @@ def test_an_attention_plan_restores_the_order_of_tokens():
 def test_a_model_whose_attention_packs_cannot_express_is_padded(tmp_path, caplog, make_rollout):
     from transformers import MistralConfig, MistralForCausalLM
 
-    from prerl_lightning.data.pretrain import make_tokenizer
+    from prerl_lightning.policy.model import load_tokenizer
 
-    tokenizer = make_tokenizer()
+    tokenizer = load_tokenizer("embedded-sums")
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     config = MistralConfig(
         vocab_size=len(tokenizer), num_attention_heads=2, num_key_value_heads=1, sliding_window=4, **sizes

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from prerl_lightning.callbacks import PolicyReincarnation
 from prerl_lightning.callbacks.health import RunHealth
 from prerl_lightning.callbacks.saving import RunCheckpoint
-from prerl_lightning.data.arithmetic import ArithmeticProblems
 from prerl_lightning.data.module import RolloutDataModule
+from prerl_lightning.data.tasks.sums import ArithmeticProblems
 from prerl_lightning.errors import InputError, RunError
 from prerl_lightning.objectives import GRPO, NSRPreRL, agreement
 from prerl_lightning.objectives.update import Update

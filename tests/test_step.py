@@ -11,8 +11,8 @@ from torch.optim import SGD, AdamW
 from trainers import quiet_trainer
 from transformers import AutoModelForCausalLM
 
-from prerl_lightning.data.arithmetic import ArithmeticProblems
 from prerl_lightning.data.module import RolloutDataModule
+from prerl_lightning.data.tasks.sums import ArithmeticProblems
 from prerl_lightning.objectives import GRPO, NSRPreRL
 from prerl_lightning.objectives.advantages import group_advantages
 from prerl_lightning.objectives.update import Update

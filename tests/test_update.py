@@ -383,11 +383,10 @@ def test_learning_rate_schedules():
 def test_prefix_token():
     from transformers import PreTrainedTokenizerFast
 
-    from prerl_lightning.data.pretrain import make_tokenizer
     from prerl_lightning.errors import InputError
-    from prerl_lightning.policy.model import prefix_token
+    from prerl_lightning.policy.model import load_tokenizer, prefix_token
 
-    tokenizer = make_tokenizer()
+    tokenizer = load_tokenizer("embedded-sums")
     assert prefix_token(tokenizer, None) == tokenizer.bos_token_id
     assert prefix_token(tokenizer, "#") == tokenizer("#")["input_ids"][1]
     assert prefix_token(tokenizer, 7) == 7

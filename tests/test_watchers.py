@@ -180,7 +180,7 @@ def test_how_a_run_ended(tmp_path, error, status, message):
     ],
 )
 def test_when_a_measurement_is_due(steps_a_batch, every, expected):
-    module = GRPO(model="embedded")
+    module = GRPO(model="embedded-sums")
     module.lives = [("NSRPreRL", 0), ("GRPO", 7)]
     found = []
     for before in range(0, 12, steps_a_batch):

@@ -22,7 +22,8 @@ class Thoughts(Watcher):
     of held-out responses as val/thoughts/..., whose ratio compares answers to the same problems.
 
     Args:
-        families: YAML file of keyword families (metrics/thoughts.py); None: the package's, English.
+        families: YAML file of keyword families (metrics/thoughts.py); None: the package's, English; ``countdown``:
+            the embedded task's.
         enabled: False: do not.
     """
 

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from prerl_lightning.callbacks.saving import RunCheckpoint
-from prerl_lightning.data.arithmetic import ArithmeticProblems
 from prerl_lightning.data.module import RolloutDataModule
+from prerl_lightning.data.tasks.countdown import CountdownProblems
 from prerl_lightning.doctor.passes import random_ids, waited
 from prerl_lightning.doctor.subject import GIB, Result, Subject, result
 from prerl_lightning.objectives import GRPO
@@ -160,9 +160,9 @@ def step(subject: Subject) -> Result:
 
 def _fit(subject: Subject, folder: Path, steps: int, checkpoint: Path | None = None) -> None:
     data = RolloutDataModule(
-        train=ArithmeticProblems("train", 64),
-        reward=LengthPenalty(SAMPLING.max_new_tokens),  # a random model gets no sum right, and ends at random places
-        val=ArithmeticProblems("held_out", 4),
+        train=CountdownProblems("train", 64),
+        reward=LengthPenalty(SAMPLING.max_new_tokens),  # a random model gets nothing right, and ends at random places
+        val=CountdownProblems("held_out", 4),
         sampling=SAMPLING,
         engine=subject.engine,
         prompts_per_step=8,

@@ -25,7 +25,8 @@ from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.evaluation import is_right
 from prerl_lightning.ranks import gather_state
 
-FAMILIES = Path(__file__).parents[1] / "assets" / "thoughts.yaml"
+ASSETS = Path(__file__).parents[1] / "assets"
+FAMILIES = ASSETS / "thoughts.yaml"
 Families = Mapping[str, Sequence[str]]
 
 # words are not set apart by spaces in these
@@ -42,12 +43,12 @@ _ALIKE = {"\u2019": "'", "\u0131": "i", "\u0130": "i", "\u017f": "s", "\u212a": 
 
 
 def load_families(path: str | Path | None = None) -> dict[str, list[str]]:
-    """Family -> phrases from a YAML file; None: this package's.
+    """Family -> phrases from a YAML file; None: this package's, English; ``countdown``: those of the embedded task.
 
     Raises:
         InputError: the file is missing or has another form; a phrase is empty, or in it twice.
     """
-    path = Path(path or FAMILIES)
+    path = ASSETS / "thoughts_countdown.yaml" if path == "countdown" else Path(path or FAMILIES)
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -32,12 +32,13 @@ from prerl_lightning.policy import attention, probe
 from prerl_lightning.policy.head import head_log_probs, log_probs_of
 from prerl_lightning.policy.packing import MicroBatch
 
-EMBEDDED = Path(__file__).parents[1] / "assets" / "arithmetic"
+ASSETS = Path(__file__).parents[1] / "assets"
+EMBEDDED = {"embedded": ASSETS / "countdown", "embedded-sums": ASSETS / "sums"}  # data/tasks/
 
 
 def model_path(model: str) -> str:
-    """``"embedded"`` is the tiny model shipped with the package; all else goes to `from_pretrained` as it is."""
-    return str(EMBEDDED) if model == "embedded" else model
+    """``embedded`` and ``embedded-sums`` are the package's tiny models; all else goes to `from_pretrained`."""
+    return str(EMBEDDED.get(model, model))
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

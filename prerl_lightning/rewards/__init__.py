@@ -6,6 +6,7 @@
 from prerl_lightning.rewards.arithmetic import arithmetic_reward, last_number_reward
 from prerl_lightning.rewards.boxed import boxed_reward
 from prerl_lightning.rewards.choice import choice_reward
+from prerl_lightning.rewards.countdown import countdown_reward
 from prerl_lightning.rewards.numeric import NumericReward, exact_reward, gsm8k_reward
 from prerl_lightning.rewards.score import Reward, Score
 from prerl_lightning.rewards.shaping import (
@@ -31,6 +32,7 @@ __all__ = [
     "boxed_format",
     "boxed_reward",
     "choice_reward",
+    "countdown_reward",
     "exact_reward",
     "gsm8k_reward",
     "last_number_reward",

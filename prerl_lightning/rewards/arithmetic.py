@@ -1,4 +1,4 @@
-"""Verifiers of the embedded tasks (data/arithmetic.py)."""
+"""Verifiers of the embedded tasks (data/tasks/sums.py)."""
 
 import re
 from collections.abc import Mapping

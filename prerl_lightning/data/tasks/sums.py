@@ -1,30 +1,23 @@
-"""The embedded task: three-term chains of two-digit numbers, and the corpus that its tiny model is pre-trained on.
+"""Three-term chains of two-digit numbers, and the corpus of the tiny model ``embedded-sums``.
 
     43-36+17=?
     43-36=7;7+17=24#24
 
-Ten per cent of all problems, chosen by a hash of the question's text, are held out: from training and from the
-corpus. (A linear hash once picked a systematic slice that was harder than the rest.)
+Most writers are careless, and wrong wherever a carry or borrow occurs: RL is left something to do.
 """
 
-import hashlib
 import random
-from typing import Literal
 
 from prerl_lightning.data.problems import ProblemSet
-from prerl_lightning.errors import InputError
+from prerl_lightning.data.tasks.corpus import Corpus, Split, is_held_out, positive
+from prerl_lightning.rewards.arithmetic import arithmetic_reward
+from prerl_lightning.rewards.score import Reward
 from prerl_lightning.types import Message, Problem
-
-Split = Literal["train", "held_out"]
 
 CARELESS = 0.75  # share of writers who forget carries and borrows
 SLIP = 0.25  # chance that a careful writer slips at a step, and notices
 CHECK = 0.1  # chance that a careful writer checks a step
 WITHOUT_QUESTION = 0.2  # share of documents that are a solution alone, so that log p(y) means something
-
-
-def is_held_out(question: str) -> bool:
-    return hashlib.blake2b(question.encode(), digest_size=8).digest()[0] % 10 == 0
 
 
 def _draw_chain(rng: random.Random) -> tuple[int, str, int, str, int]:
@@ -79,13 +72,6 @@ def solution(chain: tuple[int, str, int, str, int], rng: random.Random) -> str:
     return f"{steps[0]};{steps[1]}#{value}"
 
 
-def document(rng: random.Random) -> str:
-    """One training document of the corpus, without BOS and end of text."""
-    chain, question = draw_problem(rng, "train")
-    answer = solution(chain, rng)
-    return answer if rng.random() < WITHOUT_QUESTION else f"{question}\n{answer}"
-
-
 class ArithmeticProblems(ProblemSet):
     """Chains such as ``43-36+17=?``; problem i is a function of (seed, split, i) alone.
 
@@ -96,7 +82,11 @@ class ArithmeticProblems(ProblemSet):
     """
 
     def __init__(self, split: Split = "train", size: int = 4096, seed: int = 0) -> None:
-        self.split, self.size, self.seed = split, _positive(size), seed
+        self.split, self.size, self.seed = split, positive(size), seed
+
+    @property
+    def reward(self) -> Reward:
+        return arithmetic_reward
 
     def __len__(self) -> int:
         return self.size
@@ -105,6 +95,20 @@ class ArithmeticProblems(ProblemSet):
         rng = random.Random(f"chain {self.seed} {self.split} {index}")
         (a, first, b, second, c), question = draw_problem(rng, self.split)
         return Problem(index, question + "\n", str(_right(_right(a, first, b), second, c)))
+
+
+class SumsCorpus(Corpus):
+    """Worked solutions of chains."""
+
+    tokens = tuple("0123456789+-=?#;\n waitchek")
+
+    def document(self, rng: random.Random) -> str:
+        chain, question = draw_problem(rng, "train")
+        answer = solution(chain, rng)
+        return answer if rng.random() < WITHOUT_QUESTION else f"{question}\n{answer}"
+
+    def held_out(self, size: int) -> ArithmeticProblems:
+        return ArithmeticProblems("held_out", size)
 
 
 class TwoDigitSums(ProblemSet):
@@ -118,7 +122,7 @@ class TwoDigitSums(ProblemSet):
     """
 
     def __init__(self, split: Split = "train", size: int = 1024, shots: int = 4, seed: int = 0) -> None:
-        self.split, self.size, self.seed = split, _positive(size), seed
+        self.split, self.size, self.seed = split, positive(size), seed
         rng = random.Random(f"shots {seed}")
         self.examples: list[Message] = []
         for a, b in ((rng.randint(10, 99), rng.randint(10, 99)) for _ in range(shots)):
@@ -135,9 +139,3 @@ class TwoDigitSums(ProblemSet):
             if is_held_out(f"{a}+{b}") == (self.split == "held_out"):
                 question = {"role": "user", "content": f"What is {a} + {b}?"}
                 return Problem(index, [*self.examples, question], str(a + b))
-
-
-def _positive(size: int) -> int:
-    if size < 1:
-        raise InputError(f"size: {size} problems are too few.")
-    return size

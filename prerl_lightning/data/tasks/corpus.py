@@ -1,0 +1,45 @@
+"""What the embedded tasks share: a held-out tenth, and the corpus that a tiny model is pre-trained on."""
+
+import hashlib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+from prerl_lightning.data.problems import ProblemSet
+from prerl_lightning.errors import InputError
+
+Split = Literal["train", "held_out"]
+
+
+def is_held_out(question: str) -> bool:
+    """A tenth of all questions, from training and corpus alike. (A linear hash once picked a systematic slice.)"""
+    return hashlib.blake2b(question.encode(), digest_size=8).digest()[0] % 10 == 0
+
+
+def positive(size: int) -> int:
+    if size < 1:
+        raise InputError(f"size: {size} problems are too few.")
+    return size
+
+
+class Corpus(ABC):
+    """Documents to pre-train a tiny model on, for `prerl pretrain`.
+
+    Attributes:
+        tokens: the vocabulary; text is cut into these, the longest first.
+    """
+
+    tokens: Sequence[str]
+
+    @abstractmethod
+    def document(self, rng: random.Random) -> str:
+        """One document, without BOS and end of text."""
+
+    @abstractmethod
+    def held_out(self, size: int) -> ProblemSet:
+        """Problems with a verifier of their own, none of which is in a document."""
+
+    def habits(self, answers: Sequence[tuple[str, str]]) -> dict[str, float]:
+        """What there is to know of (ground truth, answer) pairs of held-out problems, beside how many are right."""
+        return {}
