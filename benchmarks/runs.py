@@ -36,7 +36,7 @@ def measure(config: str, seed: int, more: list[str]) -> dict:
         if process.wait() != 0:
             sys.exit(f"{config} with seed {seed} failed")
         seconds = time.perf_counter() - start
-        with (Path(folder) / config / "version_0" / "metrics.csv").open() as lines:
+        with (Path(folder) / Path(config).name / "version_0" / "metrics.csv").open() as lines:
             rows = list(csv.DictReader(lines))
 
     def column(name: str) -> list[float]:
@@ -49,9 +49,9 @@ def measure(config: str, seed: int, more: list[str]) -> dict:
         "median_mismatch": float(f"{statistics.median(column('mismatch/log_prob_difference')):.2g}"),
         "reward": [round(x, 3) for x in column("reward/mean")],
     }
-    held_out = [(r["step"], float(r["val/avg@8"])) for r in rows if r.get("val/avg@8")]
-    if held_out:
-        result["held_out_avg@8"] = {step: round(value, 3) for step, value in held_out}
+    for name in ("avg@8", "pass@8", "truncated", "thoughts/wait"):
+        if held_out := [(r["step"], float(r[f"val/{name}"])) for r in rows if r.get(f"val/{name}")]:
+            result[f"held_out_{name}"] = {step: round(value, 3) for step, value in held_out}
     return result
 
 
@@ -70,8 +70,9 @@ def main() -> None:
             found.setdefault(config, {})[f"seed {seed}"] = result
             found["machine"] = describe()
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-            curve = " ".join(f"{v:.3f}" for v in result.get("held_out_avg@8", {}).values())
-            print(f"| {config} | {seed} | {curve} | {result['seconds']} s |", flush=True)
+            curves = [result.get(f"held_out_{name}", {}).values() for name in ("avg@8", "thoughts/wait")]
+            accuracy, waits = (" ".join(f"{value:.3f}" for value in curve) for curve in curves)
+            print(f"| {config} | {seed} | {accuracy} | {waits} | {result['seconds']} s |", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,12 @@ from prerl_lightning.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-RUNS = sorted(p for folder in (CONFIGS, CONFIGS / "paper") for p in folder.glob("*.yaml") if p.stem != "time_limit")
+RUNS = sorted(
+    p
+    for folder in (CONFIGS, CONFIGS / "sums", CONFIGS / "paper")
+    for p in folder.glob("*.yaml")
+    if p.stem != "time_limit"
+)
 OVERLAYS = [
     CONFIGS / "time_limit.yaml",
     *sorted((CONFIGS / "strategy").glob("*")),
