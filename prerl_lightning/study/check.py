@@ -26,7 +26,10 @@ def facts(commands: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
     asked = subprocess.run(command, input=json.dumps(commands), capture_output=True, text=True, check=False)
     if asked.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{asked.stderr}")
-    found: dict[str, dict[str, Any]] = json.loads(asked.stdout.splitlines()[-1])
+    return accepted(json.loads(asked.stdout.splitlines()[-1]))
+
+
+def accepted(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for place, said in found.items():
         if "error" in said:
             raise InputError(f"{place}: prerl fit refuses it: {said['error']}")
@@ -58,9 +61,7 @@ def _lacks(measure: Measure, fact: Mapping[str, Any]) -> str | None:
         return f"the arm ends at step {last} (trainer.max_steps)."
     if held_out and at and every and at % every and at != last:
         return f"step {at} is not evaluated: trainer.val_check_interval is {every}."
-    if measure.name == "negative_share" and not fact["alignment"]:
-        return "nothing is measured: alignment.every_n_steps is 0."
-    if measure.name == "cosine" and not fact["alignment"]:
+    if not held_out and not fact["alignment"]:
         return "nothing is measured: alignment.every_n_steps is 0."
     return None
 
@@ -95,9 +96,9 @@ def _fact(args: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _main() -> None:
-    commands: dict[str, list[str]] = json.load(sys.stdin)
-    found = {}
+def answers(commands: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """`facts`, with what is refused as {"error": ...}, the last."""
+    found: dict[str, dict[str, Any]] = {}
     for place, args in commands.items():
         said = io.StringIO()
         try:
@@ -106,13 +107,13 @@ def _main() -> None:
         except SystemExit:  # the parser's, which has written what is wrong
             lines = [line.strip() for line in said.getvalue().splitlines() if line.strip()]
             start = next((i for i, line in enumerate(lines) if "error:" in line), 0)
-            found[place] = {"error": " ".join(lines[start:])[:600]}
+            found[place] = {"error": " ".join(lines[start:]).partition("error: ")[2][:600]}
         except Exception as error:
             found[place] = {"error": str(error.__cause__ if isinstance(error.__cause__, InputError) else error)}
         if "error" in found[place]:
             break
-    print(json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":
-    _main()
+    print(json.dumps(answers(json.load(sys.stdin))))

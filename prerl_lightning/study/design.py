@@ -92,6 +92,11 @@ class Study:
         """Of each claim's interval, such that all of them hold together at 95 % (Bonferroni)."""
         return 1 - 0.05 / max(1, len(self.claims))
 
+    @property
+    def digest(self) -> str:
+        """Of all that its runs and verdicts come from."""
+        return digest(canonical([self.registered, *(claim.registered for claim in self.claims)]))
+
     def points(self, arm: str) -> tuple[Settings, ...]:
         return self.tuning.points.get(arm, ()) if self.tuning else ()
 

@@ -25,8 +25,8 @@ class Measured:
     """The held-out problems that were resampled; None: the measure has none, or held_out.jsonl lacks a step."""
     censored: bool = False
     """The run never reaches the accuracy: its last step stands for a later one."""
-    noise: float = 0.0
-    """The figure's variance over the responses that a share is of, where it has no problems."""
+    counted: tuple[int, int] | None = None
+    """Of a share: how many of how many responses."""
     missing: str = ""
     """Why there is no figure."""
 
@@ -173,12 +173,11 @@ def _of_alignment(run: Run, what: Measure, n_draws: int) -> Measured:
         name = f"alignment.jsonl has no {key}"
     if not found:
         return _none(n_draws, name + where)
-    values, noise = np.array(found), 0.0
+    values, counted = np.array(found), None
     if what.name == "negative_share":
         values = (values < 0).astype(np.float64)
-        p = (values.sum() + 2) / (len(values) + 4)  # Agresti and Coull's: none of twenty is not never
-        noise = p * (1 - p) / len(values)
-    return Measured(np.full(n_draws, values.mean()), noise=float(noise))
+        counted = int(values.sum()), len(values)
+    return Measured(np.full(n_draws, values.mean()), counted=counted)
 
 
 def _none(n_draws: int, why: str) -> Measured:

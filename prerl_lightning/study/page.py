@@ -70,7 +70,9 @@ def _verdicts(study: Study, record: Record, verdicts: Sequence[Verdict], run: Ru
             f"{'above' if v.claim.more else 'below'} {figure(v.claim.margin)}",
             escape(_what(v)),
             f"{sum(one.effect is not None for one in v.seeds)} of {len(study.seeds)}",
-            f"{v.problems} problems" if v.problems else "seeds alone",
+            f"{v.problems} problems" + tag("small", f"{100 * v.of_problems:.0f} % of its variance")
+            if v.problems
+            else "nothing else",
             escape(" and ".join(map(str, v.censored[: 2 if v.claim.against else 1])) if any(v.censored) else NONE),
             escape("; ".join(filter(None, [record.standing(f"claim {v.claim.name}"), unequal(study, v.claim)]))),
         ]

@@ -1,8 +1,8 @@
 """Runs of a study: which there are, how each stands, and making those that are missing, side by side.
 
 A run lies in ROOT/STUDY/ARM-seed-N-IDENTITY, in which ``prerl fit`` makes its version_N folders; run.log has what it
-wrote. One of the same identity is taken from wherever it is below ROOT. While a run goes on its process holds a lock,
-so that no other study, and no second start of this one, makes it again.
+wrote. One of the same identity is taken from wherever it is below ROOT. While a run goes on its process holds a lock
+(the file ``lock``, with its number), so that no other study, and no second start of this one, makes it again.
 """
 
 import fcntl
@@ -210,6 +210,8 @@ def _start(run: Planned, slot: Slot, lock: IO[str]) -> _Going:
             )
         finally:
             os.sched_setaffinity(0, own_cores)
+    lock.write(f"{process.pid}\n")
+    lock.flush()
     return _Going(run, slot, process, lock, time.monotonic())
 
 

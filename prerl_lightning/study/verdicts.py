@@ -55,6 +55,8 @@ class Verdict:
     """The accuracy to which steps are counted."""
     problems: int | None
     """Held-out problems that were resampled; None: the interval is over seeds alone."""
+    of_problems: float
+    """The part of the interval's variance that is theirs: where it is large more problems help, else more seeds."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,13 @@ def judge(
     counts = [sum(one.censored for one in of_side.values()) for of_side in found]
     known = {one.problems for s in there for one in pairs[s]}
     resampled = len(known) == 1 and None not in known
-    middle, low, high = _interval(list(there.values()), [pairs[s] for s in there], level, resampled)
+    middle, half, of_problems = _interval(list(there.values()), [pairs[s] for s in there], level, resampled)
     verdict = Verdict(
         claim,
         "undecided",
         "",
         level,
-        *(_told(claim, x) for x in (middle, low, high)),
+        *(_told(claim, x) for x in (middle, middle - half, middle + half)),
         tuple(
             OfSeed(s, _number(p[0].values[0]), _number(p[1].values[0]) if against else None, _told(claim, e[0]))
             for s, (p, e) in {s: (pairs[s], effects[s]) for s in pairs}.items()
@@ -106,6 +108,7 @@ def judge(
         (counts[0], counts[1] if against else 0),
         _number(goal[0]) if goal is not None else None,
         len(next(iter(known)) or ()) if resampled else None,
+        of_problems,
     )
     if missing:
         return replace(verdict, why=f"incomplete: {'; '.join(missing)}")
@@ -159,20 +162,44 @@ def _effect(claim: Claim, pair: Sequence[Measured]) -> Array:
 def _interval(
     effects: Sequence[Array], pairs: Sequence[Sequence[Measured]], level: float, resampled: bool
 ) -> tuple[float, float, float]:
-    """Mean, low and high, of the effects as they are (ratios: logs); nan without two seeds."""
+    """The mean of the effects as they are (ratios: logs), half the interval, and the problems' part of its variance;
+    nan without two seeds."""
     n = len(effects)
     if not n:
-        return math.nan, math.nan, math.nan
+        return math.nan, math.nan, 0.0
     by_draw = np.mean(effects, axis=0)
     mean = float(by_draw[0])
     if n < 2:
-        return mean, math.nan, math.nan
+        return mean, math.nan, 0.0
     over_seeds = float(np.var([e[0] for e in effects], ddof=1)) / n
-    over_seeds = max(over_seeds, sum(one.noise for pair in pairs for one in pair) / n**2)
-    known = by_draw[1:][np.isfinite(by_draw[1:])]
-    over_problems = float(np.var(known, ddof=1)) if resampled and len(known) > 1 else 0.0
-    half = t_quantile(level, n - 1) * math.sqrt(over_seeds + over_problems)
-    return mean, mean - half, mean + half
+    over_seeds = max(over_seeds, sum(_of_share(side) for side in zip(*pairs, strict=True)))
+    over_problems = _over_problems(np.array(effects)[:, 1:]) if resampled else 0.0
+    variance = over_seeds + over_problems
+    return mean, t_quantile(level, n - 1) * math.sqrt(variance), over_problems / variance if variance else 0.0
+
+
+def _over_problems(effects: Array) -> float:
+    """The variance of the mean effect that the choice of problems alone makes, of (n, D - 1) effects.
+
+    Resampling problems moves the mean by what they differ in, and by each run's own luck on each of them. That luck is
+    in the spread over seeds already; it moves single seeds by n times the variance of their mean, which tells its part.
+    """
+    known = effects[:, np.isfinite(effects).all(axis=0)]
+    n, resamples = known.shape
+    if resamples < 2:
+        return 0.0
+    of_mean = float(np.var(known.mean(axis=0), ddof=1))
+    of_seeds = float(np.var(known, axis=1, ddof=1).mean())
+    return max(0.0, of_mean - (of_seeds - of_mean) / (n - 1))
+
+
+def _of_share(side: Sequence[Measured]) -> float:
+    """The variance of a share over the responses of all seeds: none of twenty in each is not never (the estimate is
+    Agresti and Coull's)."""
+    counted = [one.counted for one in side if one.counted]
+    total = sum(n for _, n in counted)
+    share = (sum(x for x, _ in counted) + 2) / (total + 4)
+    return share * (1 - share) / total if total else 0.0
 
 
 def _told(claim: Claim, value: float) -> float | None:
