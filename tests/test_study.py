@@ -20,7 +20,8 @@ from prerl_lightning.report.reading import read_run
 from prerl_lightning.report.runs import Run
 from prerl_lightning.study import check, command, schedule
 from prerl_lightning.study.design import Measure, arguments, identity, read_study
-from prerl_lightning.study.measures import draws, measure, steps_to, target
+from prerl_lightning.study.measures import Curve, draws, measure, steps_to, target
+from prerl_lightning.study.plan import Plan
 from prerl_lightning.study.record import Record
 from prerl_lightning.study.verdicts import Side, judge, t_quantile
 
@@ -150,7 +151,7 @@ def test_what_makes_two_runs_the_same(studied):
 
 
 def planned(study, arm="grpo", seed=0, *more):
-    return schedule.planned(study, arm, None, seed, *more, root=command.ROOT)
+    return Plan(study).run(arm, None, seed, *more)
 
 
 def made(run, **options):
@@ -246,28 +247,28 @@ def test_tuning_chooses_the_best_point_of_those_that_are_whole(studied):
         {"model.init_args.lr": 0.0001, "a.b": 1},
         {"model.init_args.lr": 0.0001, "a.b": 2},
     ]
-    assert len(list(command._tuning_runs(study))) == 8
-    assert command.chosen_settings(study, "grpo") is None
-    assert command._compared_runs(study)["grpo"] == []
+    assert len(Plan(study).tuning()) == 8
+    assert Plan(study).chosen("grpo") is None
+    assert Plan(study).compared()["grpo"] == []
     for point, speed in enumerate((1.0, 2.0)):
-        for run in command._of_point(study, "grpo", point):
+        for run in Plan(study).of_point("grpo", point):
             made(run, speed=speed)
-    chosen = command.chosen_settings(study, "grpo")
+    chosen = Plan(study).chosen("grpo")
     assert chosen == {"model.init_args.lr": "3e-4"}
-    run = command._compared_runs(study)["grpo"][0]
+    run = Plan(study).compared()["grpo"][0]
     assert "--model.init_args.lr=0.0003" in run.arguments
     assert "--trainer.max_steps=20" not in run.arguments
-    shutil.rmtree(command._of_point(study, "grpo", 1)[0].folder)
-    assert command.chosen_settings(study, "grpo") == {"model.init_args.lr": "1e-4"}
+    shutil.rmtree(Plan(study).of_point("grpo", 1)[0].folder)
+    assert Plan(study).chosen("grpo") == {"model.init_args.lr": "1e-4"}
 
 
 def test_tuning_at_unequal_numbers_of_points_is_shown(studied, capsys):
     grid = {"grpo": TUNING["grid"]["grpo"]}
     for of_grid, said in ((TUNING["grid"], False), (grid, True)):
         study = studied(tuning=TUNING | {"grid": of_grid})
-        for run in command._tuning_runs(study):
+        for run in Plan(study).tuning():
             made(run)
-        for runs in command._compared_runs(study).values():
+        for runs in Plan(study).compared().values():
             for run in runs:
                 made(run)
         command.study(["s.yaml"])
@@ -362,9 +363,7 @@ def test_steps_and_targets_are_those_of_the_report():
         curve = dict(zip(steps, values, strict=True))
         found = steps_to(steps, values[:, None], np.array([goal]))[0]
         expected = compare.steps_to(curve, goal)
-        assert found == expected if expected is not None else np.isnan(found)
-        from prerl_lightning.study.measures import Curve
-
+        assert found == pytest.approx(expected) if expected is not None else np.isnan(found)
         at = target([Curve(steps, values[:, None], None)], 0.8)[0]
         expected = compare.target(curve, 0.8)
         assert at == pytest.approx(expected) if expected is not None else np.isnan(at)

@@ -25,7 +25,6 @@ from prerl_lightning.report.folders import versions
 from prerl_lightning.report.reading import read_run
 from prerl_lightning.report.runs import Run
 from prerl_lightning.report.words import duration
-from prerl_lightning.study.design import Settings, Study, arguments, identity
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +56,6 @@ class Status:
     @property
     def finished(self) -> bool:
         return self.state == "finished"
-
-
-def planned(study: Study, arm: str, point: int | None, seed: int, *more: Settings, root: Path) -> Planned:
-    key = identity(study.arms[arm], seed, *more)
-    own = root / study.name / f"{arm}{'' if point is None else f'-point-{point + 1}'}-seed-{seed}-{key}"
-    folder = own if own.exists() else next(iter(sorted(root.glob(f"*/*-{key}"))), own)
-    return Planned(arm, point, seed, (*arguments(study.arms[arm], *more), f"--seed_everything={seed}"), folder)
 
 
 def status(folder: Path) -> Status:
