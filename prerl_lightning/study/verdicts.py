@@ -4,7 +4,7 @@ Seeds are paired: seed s of one arm is compared with seed s of the other. The in
 effects (of ratios, their logs), its variance widened by that of the mean effect over resampled held-out problems: the
 seeds are evaluated on the same problems, and alone say nothing of others,
 
-    effect +- t(n - 1) * sqrt(s^2 / n + variance over problems)
+    effect +- t(n - 1) * sqrt(s^2 / n + variance over problems beyond what s has)
 
 at the level 1 - 0.05 / number of claims, so that all intervals of a study hold together in 95 % of studies. Verdicts
 are read from the interval, and so agree with it: supported, if all of it lies beyond the margin on the side expected;
@@ -173,13 +173,16 @@ def _interval(
         return mean, math.nan, 0.0
     over_seeds = float(np.var([e[0] for e in effects], ddof=1)) / n
     over_seeds = max(over_seeds, sum(_of_share(side) for side in zip(*pairs, strict=True)))
-    over_problems = _over_problems(np.array(effects)[:, 1:]) if resampled else 0.0
-    variance = over_seeds + over_problems
-    return mean, t_quantile(level, n - 1) * math.sqrt(variance), over_problems / variance if variance else 0.0
+    of_mean, over_problems = _over_problems(np.array(effects)[:, 1:]) if resampled else (0.0, 0.0)
+    # two seeds may agree by chance, and would have no spread at all
+    variance = max(over_seeds + over_problems, of_mean)
+    part = 1 - over_seeds / variance if variance else 0.0
+    return mean, t_quantile(level, n - 1) * math.sqrt(variance), part
 
 
-def _over_problems(effects: Array) -> float:
-    """The variance of the mean effect that the choice of problems alone makes, of (n, D - 1) effects.
+def _over_problems(effects: Array) -> tuple[float, float]:
+    """The variance of the mean effect over resampled problems, and the part of it that the spread over seeds lacks, of
+    (n, D - 1) effects.
 
     Resampling problems moves the mean by what they differ in, and by each run's own luck on each of them. That luck is
     in the spread over seeds already; it moves single seeds by n times the variance of their mean, which tells its part.
@@ -187,10 +190,10 @@ def _over_problems(effects: Array) -> float:
     known = effects[:, np.isfinite(effects).all(axis=0)]
     n, resamples = known.shape
     if resamples < 2:
-        return 0.0
+        return 0.0, 0.0
     of_mean = float(np.var(known.mean(axis=0), ddof=1))
     of_seeds = float(np.var(known, axis=1, ddof=1).mean())
-    return max(0.0, of_mean - (of_seeds - of_mean) / (n - 1))
+    return of_mean, max(0.0, of_mean - (of_seeds - of_mean) / (n - 1))
 
 
 def _of_share(side: Sequence[Measured]) -> float:
