@@ -58,7 +58,7 @@ def forest(bars: Sequence[Bar], title: str, ends: tuple[str, str], source: str, 
             x = middle + one.at(bar.effect) * size
             parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="5" style="fill:{colour}"/>')
             between = f" [{figure(bar.low)}, {figure(bar.high)}]" if bar.low is not None else ""
-            said = f"{figure(bar.effect)}{between}, line {figure(bar.line)}"
+            said = f"{figure(bar.effect)}{between}" + ("" if shared else f", margin {figure(bar.line)}")
         parts.append(_text(LABEL + PLOT + 12, y + 4, said, "start", "var(--soft)"))
     width = LABEL + PLOT + SAID
     svg = (

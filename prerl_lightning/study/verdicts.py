@@ -99,7 +99,9 @@ def judge(
         "undecided",
         "",
         level,
-        *(_told(claim, x) for x in (middle, middle - half, middle + half)),
+        _told(claim, middle),
+        _told(claim, middle - half),
+        _told(claim, middle + half),
         tuple(
             OfSeed(s, _number(p[0].values[0]), _number(p[1].values[0]) if against else None, _told(claim, e[0]))
             for s, (p, e) in {s: (pairs[s], effects[s]) for s in pairs}.items()
