@@ -20,6 +20,7 @@ import prerl_lightning.strategies  # noqa: F401  (registers fsdp2)
 from prerl_lightning import resume
 from prerl_lightning.callbacks.alignment import GradientAlignment
 from prerl_lightning.callbacks.health import RunHealth
+from prerl_lightning.callbacks.held_out import HeldOut
 from prerl_lightning.callbacks.monitors import check_monitors
 from prerl_lightning.callbacks.progress import StepBar, StepLines
 from prerl_lightning.callbacks.record import RunRecord
@@ -121,7 +122,7 @@ class PrerlCLI(LightningCLI):
             kwargs["logger"] = CSVLogger(folder, name=self.name, flush_logs_every_n_steps=1)  # a kill loses no row
         keys = self._parser(self.subcommand).callback_keys
         extra = [self._get(self.config_init, k) for k in keys]
-        extra.append(RunRecord())
+        extra += [HeldOut(), RunRecord()]
         if config.get("enable_checkpointing") is False:
             extra = [c for c in extra if not isinstance(c, RunCheckpoint)]
         if config.get("enable_progress_bar") is not False:

@@ -51,6 +51,14 @@ def test_what_a_run_shows_and_leaves(whole):
     assert not noise
     assert [step for step, _ in rows(run, "val/avg@8")] == [0, 2, 4, 6]
     assert {"config.yaml", "metrics.csv", "samples.jsonl", "checkpoints", "model"} <= set(os.listdir(run))
+    by_problem = [json.loads(line) for line in (run / "held_out.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["life"], len(line["rows"])) for line in by_problem] == [
+        *((0, 1, 16), (2, 1, 16), (4, 2, 16), (6, 2, 16))
+    ]
+    means = [sum(line["score"]) / line["k"] / 16 for line in by_problem]
+    assert means == pytest.approx([value for _, value in rows(run, "val/avg@8")])
+    counted = [sum(line["thoughts"]["reflection"]) / line["k"] / 16 for line in by_problem]
+    assert counted == pytest.approx([value for _, value in rows(run, "val/thoughts/reflection")])
     sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
     assert {"step", "life", "prompt", "response", "reward", "truncated"} <= set(sample)
     assert max(v for _, v in rows(run, "mismatch/log_prob_difference")) < 1e-4

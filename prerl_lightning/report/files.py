@@ -104,6 +104,15 @@ def is_measured(line: Mapping[str, Any]) -> bool:
     return isinstance(line.get("step"), int) and is_number(line.get("cosine")) and is_number(line.get("reward"))
 
 
+def is_held_out(line: Mapping[str, Any]) -> bool:
+    """It has a step, k, and as many scores and counts of right samples as rows; so have the families it counts."""
+    rows, thoughts = line.get("rows"), line.get("thoughts", {})
+    if not isinstance(line.get("step"), int) or not isinstance(line.get("k"), int) or not isinstance(rows, list):
+        return False
+    lists = [line.get("score"), line.get("right"), *(thoughts.values() if isinstance(thoughts, dict) else [None])]
+    return all(isinstance(a, list) and len(a) == len(rows) > 0 and all(map(is_number, a)) for a in lists)
+
+
 def spans(sample: Mapping[str, Any]) -> list[tuple[int, int, str]]:
     """(start, end, family) of a sample's thoughts that lie in its response, in order and without overlap."""
     given = sample.get("thoughts")

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -83,8 +83,19 @@ def report(args: Sequence[str]) -> Path:
 
 def page(runs: Sequence[Run], now: float | None = None, notes: Sequence[str] = ()) -> str:
     """The page's HTML. Runs whose configurations differ in seeds alone are drawn as one; its head has the ``notes``."""
+    return page_of(compare.group(runs), now, notes)
+
+
+def page_of(
+    groups: Sequence[Group],
+    now: float | None = None,
+    notes: Sequence[str] = (),
+    head: Mapping[str, str] | None = None,
+    first: Sequence[tuple[str, str, str]] = (),
+) -> str:
+    """The page on these groups. ``head``: HTML in the place of its own title, lead or summary; ``first``: sections
+    before its own, as (id, title, HTML)."""
     now = time.time() if now is None else now
-    groups = compare.group(runs)
     ordered = [run for group in groups for run in group.runs]
     drawn, flat = split_flat(figures(ordered), ordered)
     base = compare.baseline(groups)
@@ -106,9 +117,11 @@ def page(runs: Sequence[Run], now: float | None = None, notes: Sequence[str] = (
         ),
         "css": _asset("page.css"),
         "data": to_json(data),
-    }  # fmt: skip
+    } | dict(head or {})  # fmt: skip
+    parts["bodies"] = "".join(_framed(*one) for one in first) + parts["bodies"]
+    names = {name: text for name, text, _ in first} | NAMES
     parts["contents"] = "".join(
-        tag("a", text, href=f"#{name}") for name, text in NAMES.items() if f'id="{name}"' in parts["bodies"]
+        tag("a", text, href=f"#{name}") for name, text in names.items() if f'id="{name}"' in parts["bodies"]
     )
     scripts = [vega(), *map(_asset, SCRIPTS)]
     parts["scripts"] = "\n".join(tag("script", script) for script in scripts)
@@ -143,7 +156,11 @@ def _section(name: str, figures_html: str, flat: str, groups: Sequence[Group], b
     inner = before + (tag("div", figures_html, class_="figures") if figures_html else "") + flat + after
     if name == "other":
         inner = tag("details", tag("summary", "Columns that no figure above shows") + inner)
-    return tag("section", tag("h2", NAMES[name], id=f"{name}-title") + inner, id=name, aria_labelledby=f"{name}-title")
+    return _framed(name, NAMES[name], inner)
+
+
+def _framed(name: str, title: str, inner: str) -> str:
+    return tag("section", tag("h2", title, id=f"{name}-title") + inner, id=name, aria_labelledby=f"{name}-title")
 
 
 def _fill(template: str, parts: dict[str, str]) -> str:

@@ -5,7 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from prerl_lightning.errors import InputError
-from prerl_lightning.report.files import is_measured, is_sample, read_config, read_info, read_json_lines, run_name
+from prerl_lightning.report.files import (
+    is_held_out,
+    is_measured,
+    is_sample,
+    read_config,
+    read_info,
+    read_json_lines,
+    run_name,
+)
 from prerl_lightning.report.metrics import MetricsFile
 from prerl_lightning.report.runs import Run, run_seconds
 
@@ -42,6 +50,7 @@ def _read(folder: Path, after: tuple[Path, ...]) -> Run:
     notes += more
     samples, bad_samples = read_json_lines(folder / "samples.jsonl", is_sample)
     alignment, bad_alignment = read_json_lines(folder / "alignment.jsonl", is_measured)
+    held_out, bad_held_out = read_json_lines(folder / "held_out.jsonl", is_held_out)
     if not rows.training and not rows.validation:
         notes.append("metrics.csv has no rows")
     elif not rows.numbered:
@@ -54,7 +63,8 @@ def _read(folder: Path, after: tuple[Path, ...]) -> Run:
         notes.append(
             f"lines of metrics.csv that do not fit its header, or have no step, and are left out: {rows.unreadable}"
         )
-    for file, bad in (("samples.jsonl", bad_samples), ("alignment.jsonl", bad_alignment)):
+    lines = {"samples.jsonl": bad_samples, "alignment.jsonl": bad_alignment, "held_out.jsonl": bad_held_out}
+    for file, bad in lines.items():
         if bad:
             notes.append(f"lines of {file} that are cut off or of an unknown form, and are left out: {bad}")
     missing = [file for file in ("config.yaml", "run.json", "samples.jsonl") if not (folder / file).is_file()]
@@ -63,7 +73,7 @@ def _read(folder: Path, after: tuple[Path, ...]) -> Run:
     training, validation = (dict(sorted(r.items())) for r in (rows.training, rows.validation))
     run = Run(
         folder, *run_name(folder, info), info, config, text, training, validation, run_seconds(training),
-        samples, alignment, metrics.path.stat().st_mtime, tuple(notes),
+        samples, alignment, metrics.path.stat().st_mtime, tuple(notes), {line["step"]: line for line in held_out},
     )  # fmt: skip
     before = _predecessor(folder)
     if before is not None and before not in after:
@@ -90,6 +100,7 @@ def _with_predecessor(run: Run, earlier: Run) -> Run:
         samples=(*(s for s in earlier.samples if s["step"] < first), *run.samples),
         alignment=(*(s for s in earlier.alignment if s["step"] < first), *run.alignment),
         notes=(*run.notes, *notes),
+        held_out={s: line for s, line in earlier.held_out.items() if s < first} | dict(run.held_out),
     )
 
 

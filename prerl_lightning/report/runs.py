@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ class Run:
     """When metrics.csv was last written, seconds since 1970."""
     notes: tuple[str, ...]
     """What a reader of its figures has to know."""
+    held_out: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """By step, problem by problem: the lines of held_out.jsonl."""
 
     @property
     def steps(self) -> int:
