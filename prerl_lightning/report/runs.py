@@ -69,6 +69,12 @@ class Run:
         return f"val/avg@{max(found)}" if found else None
 
     @property
+    def seed(self) -> int | None:
+        """seed_everything; without config.yaml what run.json says."""
+        found = self.config.get("seed_everything", self.info.get("seed"))
+        return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+    @property
     def samples_seen(self) -> dict[int, float]:
         """Responses sampled up to and including each training step; 0: 0."""
         total, found = 0.0, {0: 0.0}

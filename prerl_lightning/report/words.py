@@ -1,9 +1,9 @@
 """Numbers and runs in words, for the page and the terminal."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from prerl_lightning.report.compare import Group
+from prerl_lightning.report.compare import Group, Sooner
 from prerl_lightning.report.files import inside, is_number
 from prerl_lightning.report.runs import Run
 
@@ -50,6 +50,40 @@ def spread(values: Iterable[float], digits: int = 3) -> str:
     """0.1 to 0.3"""
     known = list(values)
     return f"{figure(min(known), digits)} to {figure(max(known), digits)}"
+
+
+def times(value: float | None) -> str:
+    return "\u2013" if value is None else f"{value:.2f}\u00d7"
+
+
+def shares(values: Sequence[float]) -> str:
+    """50, 80 and 95 %"""
+    *most, last = (f"{100 * value:.0f}" for value in values)
+    return f"{', '.join(most)} and {last} %" if most else f"{last} %"
+
+
+def some(number: int, of: str) -> str:
+    """1 seed, 2 seeds"""
+    return f"{number:,} {of}{'s' * (number != 1)}"
+
+
+def sooner(found: Sooner) -> str:
+    """0.77\u00d7 (0.73 to 0.80; never in 1 of 3)"""
+    ratios, said = found.ratios, []
+    if len(ratios) > 1:
+        said.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
+    for who, steps in (("", [p.group for p in found.pairs]), ("baseline ", [p.baseline for p in found.pairs])):
+        if None in steps:
+            said.append(f"{who}never in {steps.count(None)} of {len(steps)}")
+    return times(found.mean) + (f" ({'; '.join(said)})" if said else "")
+
+
+def order(found: Sequence[Sooner]) -> str:
+    """sooner, where it is at all shares, else: sooner at 50 %, undecided at 80 and 95 %"""
+    names = {1: "sooner", -1: "later", 0: "undecided"}
+    at = {name: [s.share for s in found if names[s.order] == name] for name in names.values()}
+    there = {name: of for name, of in at.items() if of}
+    return next(iter(there)) if len(there) == 1 else ", ".join(f"{n} at {shares(of)}" for n, of in there.items())
 
 
 def model(run: Run) -> str:
