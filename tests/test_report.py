@@ -1,5 +1,6 @@
 """`prerl report`: what is computed, by hand; the page, in a real browser."""
 
+import io
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 from report_runs import HOSTILE, grow_old, sample, training_row, write_metrics, write_run
+from rich.console import Console
 
 from prerl_lightning.cli import main
 from prerl_lightning.errors import InputError
@@ -17,6 +19,7 @@ from prerl_lightning.report import background, compare, headline, payload, table
 from prerl_lightning.report.figures import families, figures, split_flat
 from prerl_lightning.report.files import spans
 from prerl_lightning.report.folders import expand
+from prerl_lightning.report.frame import frame
 from prerl_lightning.report.page import page, report, vega
 from prerl_lightning.report.reading import read_run, superseded
 from prerl_lightning.report.runs import chain, patience
@@ -352,6 +355,44 @@ def test_of_many_settings_the_soonest_are_named(tmp_path):
     said = headlined(settings(tmp_path, base={0: GRPO}, **faster))
     assert "4 of 6 settings are sooner, 1 later; soonest a3 (10.00\u00d7), a2 (5.00\u00d7), a0 (2.00\u00d7)." in said
     assert said.endswith("Baseline: base, GRPO throughout.")
+
+
+def shown(run) -> str:
+    """Its picture in the terminal."""
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(frame(run, 140, 60))
+    return console.export_text()
+
+
+def fallen(folder, seed: int, ends: dict[int, tuple[float, float]], **options) -> compare.Run:
+    """A run with these values of held-out accuracy and half their intervals' widths."""
+    write_run(folder, seed=seed, steps=max(ends), **options)
+    rows = [
+        {"val/step": s, "val/avg@8": v, "val/avg@8/low": v - h, "val/avg@8/high": v + h} for s, (v, h) in ends.items()
+    ]
+    write_metrics(folder, [*rows, *({"optim/step": s, "reward/mean": 0.1} for s in range(1, max(ends) + 1))])
+    return read_run(folder)
+
+
+def test_a_fall_is_headlined(tmp_path):
+    """Where the last interval lies below the best one; with it what health.py warned of, and both in the terminal."""
+    falls = {0: (0.22, 0.05), 10: (0.27, 0.05), 20: (0.03, 0.02)}
+    warning = "Step 20: held-out avg@8 is 0.03, and was 0.22 at the start."
+    bad = fallen(tmp_path / "nsr" / "version_0", 0, falls, warnings=[warning])
+    (group,) = compare.group([bad])
+    sentence = "held-out avg@8 fell from 0.270 [0.220, 0.320] at step 10 to 0.030 [0.010, 0.050] at step 20"
+    assert f"nsr: {sentence}." in headlined([group])
+    assert f"warned: {warning}" in headline.states([group], 0)
+    assert sentence in shown(bad)
+    assert warning in shown(bad)
+    milder = fallen(tmp_path / "nsr" / "version_1", 1, falls | {20: (0.1, 0.02)})
+    well = fallen(tmp_path / "nsr" / "version_2", 2, {0: (0.22, 0.05), 10: (0.5, 0.05), 20: (0.45, 0.05)})
+    group = compare.Group("nsr", (milder, well, bad), {})
+    assert f"{sentence}, in 2 of 3 runs, here the worst." in headlined([group])
+    assert "fell" not in headlined([compare.Group("x", (well,), {})])
+    assert "fell" not in shown(well)
+    html = headline.states([compare.Group("x", (bad,) * 7, {})], 0)
+    assert "<summary>7 runs: 7 finished; 7 with warnings</summary>" in html
 
 
 def test_a_group_is_described_by_its_longest_run(tmp_path):

@@ -7,8 +7,9 @@ from html import escape
 from prerl_lightning.report import compare, words
 from prerl_lightning.report.compare import Group, Sooner
 from prerl_lightning.report.html import NONE, named, table, tag
-from prerl_lightning.report.runs import chain
+from prerl_lightning.report.runs import Run, chain
 
+FALLS = 3  # settings whose fall the head tells of
 QUIET, LOUD = 3, 6  # so many runs are listed without being unfolded: all well, or not
 
 
@@ -25,7 +26,7 @@ def title(groups: Sequence[Group]) -> str:
 def lead(groups: Sequence[Group], base: Group) -> str:
     """What was trained, and what came of it, in a few sentences."""
     if len(groups) == 1:
-        return tag("p", _story(groups[0]), class_="lead")
+        return tag("p", " ".join([_story(groups[0]), *_falls(groups)]), class_="lead")
     said = [f"{len(groups)} settings, {words.some(sum(len(group.runs) for group in groups), 'run')}."]
     known = {group.name: found for group in groups if group is not base and (found := compare.sooner(base, group))}
     if known:
@@ -35,7 +36,25 @@ def lead(groups: Sequence[Group], base: Group) -> str:
         said.append(f"To {goal} {came}.")
     if len(known) > 2:
         said.append(f"Baseline: {escape(base.name)}, {compare.why_baseline(groups, base)}.")
-    return tag("p", " ".join(said), class_="lead")
+    return tag("p", " ".join([*said, *_falls(groups)]), class_="lead")
+
+
+def _falls(groups: Sequence[Group]) -> list[str]:
+    """A sentence on each setting, of a few, whose runs ended well below their best."""
+    said = []
+    for group in groups:
+        runs = sorted((run for run in group.runs if run.fall), key=_left)
+        if runs:
+            of = f", in {len(runs)} of {len(group.runs)} runs, here the worst" if len(group.runs) > 1 else ""
+            said.append(f"{tag('b', escape(group.name))}: {escape(words.fell(runs[0]))}{of}.")
+    more = len(said) - FALLS
+    return said[:FALLS] + ([f"So it did in {words.some(more, 'other setting')}."] if more > 0 else [])
+
+
+def _left(run: Run) -> float:
+    """Share of its best accuracy at the end of a run that fell."""
+    best, last = (run.column(str(run.accuracy))[step] for step in run.fall or ())
+    return last / best
 
 
 def _beside(base: Group, name: str, found: Sequence[Sooner]) -> str:
@@ -146,7 +165,8 @@ def states(groups: Sequence[Group], now: float) -> str:
         for run in group.runs:
             state, said = run.status(now)
             seed = run.info.get("seed", run.config.get("seed_everything"))
-            notes = f"; {'; '.join(run.notes)}" if run.notes else ""
+            told = [*run.notes, *(f"warned: {said}" for said in run.warnings)]
+            notes = f"; {'; '.join(told)}" if told else ""
             text = f"{run.folder}{f', seed {seed}' if seed is not None else ''}: {said}{notes}"
             items.append(tag("li", tag("span", state, class_=f"state {state}") + " " + escape(text)))
     for group in groups:
@@ -158,10 +178,12 @@ def states(groups: Sequence[Group], now: float) -> str:
     counts: dict[str, int] = {}
     for state in (run.status(now)[0] for group in groups for run in group.runs):
         counts[state] = counts.get(state, 0) + 1
-    quiet = set(counts) == {"finished"} and not any(run.notes for group in groups for run in group.runs)
+    quiet = set(counts) == {"finished"} and not any(run.notes or run.warnings for group in groups for run in group.runs)
     if len(items) <= (QUIET if quiet else LOUD):
         return tag("ul", "".join(items), class_="states")
     summary = ", ".join(f"{n} {'without sign of life' if state == 'silent' else state}" for state, n in counts.items())
+    warned = sum(bool(run.warnings) for group in groups for run in group.runs)
+    summary += f"; {warned} with warnings" if warned else ""
     return tag(
         "details",
         tag("summary", f"{sum(counts.values())} runs: {summary}") + tag("ul", "".join(items), class_="states"),

@@ -133,6 +133,16 @@ def around(group: Group, column: str, step: int, values: list[float]) -> str:
     return " ".join(part for part in (known, f"({some})" if some else "") if part)
 
 
+def fell(run: Run) -> str:
+    """Held-out avg@8 fell from 0.270 [0.220, 0.320] at step 10 to 0.030 [0.010, 0.050] at step 20; or nothing."""
+    if run.fall is None or run.accuracy is None:
+        return ""
+    curve, low, high = (run.column(f"{run.accuracy}{end}") for end in ("", "/low", "/high"))
+    at = [(s, curve[s], low.get(s), high.get(s)) for s in run.fall]
+    ends = [f"{figure(value)} [{figure(a)}, {figure(b)}] at step {step:,}" for step, value, a, b in at]
+    return f"held-out {run.accuracy[4:]} fell from {' to '.join(ends)}"
+
+
 def totals(group: Group) -> tuple[int, float, float]:
     """Steps, the most of its runs; responses and seconds, means over its runs."""
     responses = [max(run.samples_seen.values()) for run in group.runs]
