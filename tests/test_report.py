@@ -575,6 +575,20 @@ def test_the_thought_table_is_of_one_source_which_it_names(tmp_path):
     assert re.findall(r">([\d.]+)\u00d7", html) == ["9", "8"]
 
 
+def test_alignment_by_life(tmp_path):
+    folder = write_run(tmp_path / "a", steps=20)
+    (group,) = compare.group([read_run(folder)])  # at steps 5 and 10, 15 and 20
+    cosine = "0.9170.900 to 0.935"
+    assert rows(tables.alignment_table([group])) == [
+        ["a", "1, NSR-PreRL", cosine, "0 of 16"],
+        ["a", "2, GRPO", cosine, "0 of 16"],
+    ]
+    lines = [{"step": 1, "cosine": c, "reward": 1, "inner_product": c} for c in (0.5, -0.1)]
+    (folder / "alignment.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (group,) = compare.group([read_run(folder)])  # as older versions wrote it
+    assert rows(tables.alignment_table([group])) == [["a", "1", "0.200-0.100 to 0.500", "1 of 2"]]
+
+
 def test_alignment_says_of_how_many_responses_it_is(tmp_path):
     notes = {f.key: f.note for f in figures([read_run(write_run(tmp_path / "a", steps=10))])}
     assert (

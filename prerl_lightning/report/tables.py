@@ -1,14 +1,17 @@
 """Tables that are made here, so that they are there without JavaScript: accuracy, steps to it, thoughts."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 from prerl_lightning.report import compare, words
 from prerl_lightning.report.compare import Group
 from prerl_lightning.report.figures import columns_of
+from prerl_lightning.report.files import is_number
 from prerl_lightning.report.html import NONE, TIMES, named, table, tag
 from prerl_lightning.report.payload import evenly
+from prerl_lightning.report.runs import objective
 
 PAIRS = 8  # groups of which every pair is compared
 
@@ -78,6 +81,28 @@ def _pairs(groups: Sequence[Group]) -> str:
     caption = f"Every pair: column's steps over row's to {share} of the column's gain; {NONE}: never, or no gain"
     inner = table(["", *(escape(g.name) for g in able)], rows, caption, "metrics.csv: val/avg@K, val/step")
     return tag("details", tag("summary", "Every pair of settings") + inner)
+
+
+def alignment_table(groups: Sequence[Group]) -> str:
+    """Of single responses, by the life in which they were measured."""
+    rows = []
+    for group in groups:
+        by_life: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+        for line in (line for run in group.runs for line in run.alignment):
+            number, name = line.get("life"), line.get("objective")  # neither is in files of older versions
+            life = (number if isinstance(number, int) else 1, objective(name) if isinstance(name, str) else "")
+            by_life.setdefault(life, []).append(line)
+        for (number, name), lines in sorted(by_life.items()):
+            cosines = [line["cosine"] for line in lines]
+            inner = [value for line in lines if is_number(value := line.get("inner_product"))]
+            negative = f"{sum(value < 0 for value in inner):,} of {len(inner):,}" if inner else NONE
+            mean = f"{words.figure(math.fsum(cosines) / len(cosines))}{tag('small', words.spread(cosines))}"
+            rows.append([named(groups, group), escape(f"{number}, {name}" if name else str(number)), mean, negative])
+    if not rows:
+        return ""
+    caption = "Responses by the life that they were measured in: the gradients of log p(y) and log p(y|x)"
+    source = "alignment.jsonl: life, objective, cosine, inner_product"
+    return table(["setting", "life", "cosine", "negative inner products"], rows, caption, source)
 
 
 def thought_table(groups: Sequence[Group], names: Sequence[str]) -> str:
