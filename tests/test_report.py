@@ -405,7 +405,7 @@ def test_a_group_is_described_by_its_longest_run(tmp_path):
     # (2 * 60 + 8) * 256 / 3
     assert "60 steps and, in the mean of the runs, 10,923 responses took" in lead
     text = re.sub("<.*?>", "", " ".join(cells(tables.thought_table([group], ["transition"]))))
-    assert text == "1.25\u00d7 → 2.5\u00d72 of 3 runs"
+    assert text.startswith("1.25\u00d7 (1.25 to 1.25) → 2.5\u00d7 (2.5 to 2.5)0.2 → 0.25 → 0.5 a response; 2 of 3 runs")
     assert "NSR-PreRL → GRPO" in headline.overview([group])
     failed = write_run(tmp_path / "x" / "version_0", steps=3, switch=0)
     late = write_run(tmp_path / "x" / "version_1", steps=60)
@@ -539,7 +539,8 @@ def test_tables_say_what_the_files_say(tmp_path):
     runs = [read_run(write_run(tmp_path / "a" / f"version_{seed}", seed=seed)) for seed in range(2)]
     (group,) = compare.group(runs)
     text = re.sub("<.*?>", "", " ".join(cells(tables.thought_table([group], ["transition", "reflection"]))))
-    assert text == "1.25\u00d7 → 2.5\u00d7 1.5\u00d7 → 4\u00d7"  # 1 + 10/40 and 1 + 60/40; 1 + 20/40 and 1 + 120/40
+    transition = "1.25\u00d7 (1.25 to 1.25) → 2.5\u00d7 (2.5 to 2.5)0.2 → 0.25 → 0.5 a response"
+    assert text.startswith(f"{transition} 1.5\u00d7 (")  # 1 + 10/40 and 1 + 60/40; 1 + 20/40
     assert "0.360 to 0.370" in headline.overview([group])
     shares = cells(background.time_table([group]))
     assert shares[1] == "1.81"
@@ -573,6 +574,30 @@ def test_the_thought_table_is_of_one_source_which_it_names(tmp_path):
     assert "Thoughts a training response" in html
     assert "metrics.csv: thoughts/transition_ratio, thoughts/subgoal_ratio<" in html
     assert re.findall(r">([\d.]+)\u00d7", html) == ["9", "8"]
+
+
+def test_a_ratio_of_rare_thoughts_is_said_as_such(tmp_path):
+    """With an interval over held-out problems: in four of them five times as many thoughts, in four as many."""
+    run = write_run(tmp_path / "a" / "version_0", steps=10, switch=0)
+    values = {0: (0.05, 1.0, 0.22), 10: (0.34, 6.8, 0.64)}
+    rows = [{"val/step": s, "val/thoughts/wait": n, "val/thoughts/wait_ratio": r, "val/avg@8": v} for s, (n, r, v) in
+            values.items()]  # fmt: skip
+    rare = {"val/thoughts/never": 0.001, "val/thoughts/never_ratio": 90.0}
+    write_metrics(run, [{"optim/step": 10, "reward/mean": 0.5}, rows[0], rows[1] | rare])
+    (group,) = compare.group([read_run(run)])
+    assert cells(tables.thought_table([group], ["wait"])) == [
+        '<span title="step 10">6.8\u00d7</span><small>0.05 → 0.34 a response</small>'
+    ]
+    assert words.closing(group.runs[0]) == "avg@8 0.22 -> 0.64, wait 0.05 -> 0.34 a response (x 6.8)"
+    lines = [{"step": s, "rows": list(range(8)), "thoughts": {"wait": [1 + s // 2.5] * 4 + [1] * 4}} for s in (0, 10)]
+    (run / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 1, "rows": 3}]))
+    (group,) = compare.group([read_run(run)])
+    (cell,) = cells(tables.thought_table([group], ["wait"]))
+    low, high = map(float, re.search(r"6\.8\u00d7 \[(.*), (.*)\]", cell).groups())
+    assert 1 <= low < 3 < high <= 5
+    assert tables.bootstrapped([(1, 3)] * 4) == (3, 3)
+    write_metrics(run, [{"optim/step": 1, "reward/mean": 0.5}, rows[0]])
+    assert words.closing(read_run(run)) == ""
 
 
 def test_alignment_by_life(tmp_path):

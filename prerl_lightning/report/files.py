@@ -106,6 +106,14 @@ def is_measured(line: Mapping[str, Any]) -> bool:
     return isinstance(line.get("step"), int) and is_number(line.get("cosine")) and is_number(line.get("reward"))
 
 
+def is_held_out(line: Mapping[str, Any]) -> bool:
+    """It has a step, and of each problem its row and numbers of thoughts."""
+    rows, thoughts = line.get("rows"), line.get("thoughts")
+    if not isinstance(line.get("step"), int) or not isinstance(rows, list) or not isinstance(thoughts, dict):
+        return False
+    return all(isinstance(v, list) and len(v) == len(rows) and all(map(is_number, v)) for v in thoughts.values())
+
+
 def spans(sample: Mapping[str, Any]) -> list[tuple[int, int, str]]:
     """(start, end, family) of a sample's thoughts that lie in its response, in order and without overlap."""
     given = sample.get("thoughts")

@@ -5,7 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from prerl_lightning.errors import InputError
-from prerl_lightning.report.files import is_measured, is_sample, read_config, read_info, read_json_lines, run_name
+from prerl_lightning.report.files import (
+    is_held_out,
+    is_measured,
+    is_sample,
+    read_config,
+    read_info,
+    read_json_lines,
+    run_name,
+)
 from prerl_lightning.report.metrics import MetricsFile
 from prerl_lightning.report.runs import Run, run_seconds
 
@@ -42,6 +50,7 @@ def _read(folder: Path, after: tuple[Path, ...]) -> Run:
     notes += more
     samples, bad_samples = read_json_lines(folder / "samples.jsonl", is_sample)
     alignment, bad_alignment = read_json_lines(folder / "alignment.jsonl", is_measured)
+    held_out, _ = read_json_lines(folder / "held_out.jsonl", is_held_out)
     if not rows.training and not rows.validation:
         notes.append("metrics.csv has no rows")
     elif not rows.numbered:
@@ -63,7 +72,7 @@ def _read(folder: Path, after: tuple[Path, ...]) -> Run:
     training, validation = (dict(sorted(r.items())) for r in (rows.training, rows.validation))
     run = Run(
         folder, *run_name(folder, info), info, config, text, training, validation, run_seconds(training),
-        samples, alignment, metrics.path.stat().st_mtime, tuple(notes),
+        samples, alignment, metrics.path.stat().st_mtime, tuple(notes), held_out,
     )  # fmt: skip
     before = _predecessor(folder)
     if before is not None and before not in after:
@@ -90,6 +99,7 @@ def _with_predecessor(run: Run, earlier: Run) -> Run:
         samples=(*(s for s in earlier.samples if s["step"] < first), *run.samples),
         alignment=(*(s for s in earlier.alignment if s["step"] < first), *run.alignment),
         notes=(*run.notes, *notes),
+        held_out=(*(s for s in earlier.held_out if s["step"] < first), *run.held_out),
     )
 
 

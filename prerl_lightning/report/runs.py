@@ -41,6 +41,8 @@ class Run:
     """When metrics.csv was last written, seconds since 1970."""
     notes: tuple[str, ...]
     """What a reader of its figures has to know."""
+    held_out: tuple[Mapping[str, Any], ...] = ()
+    """Of each validation, by problem."""
 
     @property
     def steps(self) -> int:

@@ -1,6 +1,7 @@
 """Tables that are made here, so that they are there without JavaScript: accuracy, steps to it, thoughts."""
 
 import math
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -13,6 +14,7 @@ from prerl_lightning.report.html import NONE, TIMES, named, table, tag
 from prerl_lightning.report.payload import evenly
 from prerl_lightning.report.runs import objective
 
+RESAMPLES = 1000
 PAIRS = 8  # groups of which every pair is compared
 
 
@@ -120,21 +122,56 @@ def thought_table(groups: Sequence[Group], names: Sequence[str]) -> str:
     if not rows:
         return ""
     left = [name for name in names if name not in shown]
+    what, at = ("held-out", "evaluated step") if source.startswith("val/") else ("training", "step")
     caption = (
-        f"Thoughts a {'held-out' if source.startswith('val/') else 'training'} response over those at step 0: at the "
-        f"end of each life (the last {'evaluated step' if source.startswith('val/') else 'step'} in it); mean over "
-        f"runs; {NONE}: none at step 0" + (f", as of {', '.join(left)}" if left else "")
+        f"Thoughts a {what} response over those at step 0: at the end of each life (the last {at} in it); mean over "
+        f"runs, [ ]: 95 % interval over problems, ( ): smallest to largest run; {NONE}: none at step 0"
+        + (f", as of {', '.join(left)}" if left else "")
     )
     said = f"metrics.csv: {', '.join(f'{source}/{name}_ratio' for name in shown)}"
     return table(["setting", *map(escape, shown)], rows, caption, said)
 
 
 def _ratios(group: Group, column: str, ends: Sequence[int]) -> str:
+    """Ratio, interval and number of runs at each end; below, numbers a response from the start on."""
     curves = [run.column(column) for run in group.runs]
+    numbers = [run.column(column.removesuffix("_ratio")) for run in group.runs]
     steps = [max((s for c in curves for s in c if s <= end), default=0) for end in ends]
-    found = {step: [c[step] for c in curves if step in c] for step in steps if step}
-    said = [f'<span title="step {s}">{math.fsum(v) / len(v):.3g}{TIMES}</span>' for s, v in found.items()]
-    counts = [str(len(values)) for values in found.values()]
+    said, counts = [], []
+    a_response: list[float] = []
+    for step in (step for step in dict.fromkeys(steps) if step):
+        ratios = [c[step] for c in curves if step in c]
+        interval = _interval(group, column, step, ratios)
+        said.append(f'<span title="step {step}">{math.fsum(ratios) / len(ratios):.3g}{TIMES}{interval}</span>')
+        counts.append(str(len(ratios)))
+        known = [(n[step], c[step]) for n, c in zip(numbers, curves, strict=True) if step in n and c.get(step)]
+        if known:  # at the start it was the number over the ratio
+            a_response += [] if a_response else [math.fsum(n / ratio for n, ratio in known) / len(known)]
+            a_response.append(math.fsum(n for n, _ in known) / len(known))
     some = f"{' → '.join(counts if len(set(counts)) > 1 else counts[:1])} of {len(curves)} runs"
-    of = tag("small", some) if set(counts) - {str(len(curves))} else ""
-    return f"{' → '.join(said)}{of}" if said else NONE
+    below = [f"{' → '.join(f'{n:.2g}' for n in a_response)} a response"] if a_response else []
+    below += [some] if set(counts) - {str(len(curves))} else []
+    return f"{' → '.join(said)}{tag('small', '; '.join(below)) if below else ''}" if said else NONE
+
+
+def _interval(group: Group, column: str, step: int, ratios: Sequence[float]) -> str:
+    """95 % over held-out problems, where held_out.jsonl has them; else the range over several runs."""
+    family, held_out = column.removeprefix("val/thoughts/").removesuffix("_ratio"), column.startswith("val/")
+    by_problem: dict[int, list[float]] = {}  # row: thoughts at the start and at the step, over the runs
+    for run in group.runs if held_out else ():
+        lines = {line["step"]: line for line in run.held_out if family in line["thoughts"]}
+        for i, at in enumerate((0, step)) if {0, step} <= lines.keys() else ():
+            for row, number in zip(lines[at]["rows"], lines[at]["thoughts"][family], strict=True):
+                by_problem.setdefault(row, [0.0, 0.0])[i] += number
+    if by_problem:
+        low, high = bootstrapped(list(by_problem.values()))
+        return f" [{low:.2g}, {high:.2g}]"
+    return f" ({min(ratios):.3g} to {max(ratios):.3g})" if len(ratios) > 1 else ""
+
+
+def bootstrapped(pairs: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """95 % interval, over problems, of the second numbers' sum over the first ones'."""
+    drawn = random.Random(0)
+    sums = [[math.fsum(v) for v in zip(*drawn.choices(pairs, k=len(pairs)), strict=True)] for _ in range(RESAMPLES)]
+    ratios = sorted(b / a if a else math.inf for a, b in sums)
+    return ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES)]

@@ -4,8 +4,11 @@ import math
 from collections.abc import Iterable, Sequence
 
 from prerl_lightning.report.compare import Group, Sooner
+from prerl_lightning.report.figures import families
 from prerl_lightning.report.files import inside, is_number
 from prerl_lightning.report.runs import Run
+
+RARE = 0.01  # a response: below it a family of thoughts is not worth a word
 
 
 def duration(seconds: float | None) -> str:
@@ -141,6 +144,24 @@ def fell(run: Run) -> str:
     at = [(s, curve[s], low.get(s), high.get(s)) for s in run.fall]
     ends = [f"{figure(value)} [{figure(a)}, {figure(b)}] at step {step:,}" for step, value, a, b in at]
     return f"held-out {run.accuracy[4:]} fell from {' to '.join(ends)}"
+
+
+def closing(run: Run) -> str:
+    """avg@8 0.22 -> 0.64, transition 0.43 -> 2.9 a response (x 6.7): from first to last of what is held out, with the
+    two families of thoughts that moved most of those that occur."""
+    accuracy = run.column(run.accuracy) if run.accuracy else {}
+    if len(accuracy) < 2:
+        return ""
+    said = [f"{str(run.accuracy)[4:]} {accuracy[min(accuracy)]:.2f} -> {accuracy[max(accuracy)]:.2f}"]
+    moved = []
+    for family in families([run]):
+        curve = run.column(f"val/thoughts/{family}")
+        first, last = (curve[end(curve)] for end in (min, max)) if curve else (0.0, 0.0)
+        if max(first, last) >= RARE:
+            ratio = f" (x {last / first:.2g})" if first else ""
+            text = f"{family} {first:.2g} -> {last:.2g} a response{ratio}"
+            moved.append((-abs(math.log((last + RARE) / (first + RARE))), text))
+    return ", ".join([*said, *(text for _, text in sorted(moved)[:2])])
 
 
 def totals(group: Group) -> tuple[int, float, float]:
