@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
@@ -177,10 +178,19 @@ def default_precision(accelerator: str, model: Any) -> str:
 
 
 def _run_name(args: list[str]) -> str:
-    """Runs lie in runs/NAME/version_N: the first configuration file's name."""
-    for i, arg in enumerate(args):
-        if arg in ("--config", "-c") and i + 1 < len(args):
-            return Path(args[i + 1]).stem
-        if arg.startswith("--config="):
-            return Path(arg.removeprefix("--config=")).stem
-    return "prerl"
+    """Runs lie in runs/NAME/version_N: the name of the last configuration file that says which objective the model has,
+    so that neither a shared file in front nor an overlay behind names a run; if none does, of the first file."""
+    given = []
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        if arg.startswith("--config=") or (arg in ("--config", "-c") and following):
+            given.append(arg.partition("=")[2] or following)
+    return Path(next((file for file in reversed(given) if _says_objective(file)), [*given, "prerl"][0])).stem
+
+
+def _says_objective(file: str) -> bool:
+    """What cannot be read is the parser's to report."""
+    try:
+        model = yaml.safe_load(Path(file).read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return False
+    return isinstance(model, str) or (isinstance(model, dict) and "class_path" in model)

@@ -786,8 +786,8 @@ FAULTS = [
     Fault(
         "compared-with-the-resumed",
         "callbacks/health.py",
-        'self.at_start, self.warned = state_dict["at_start"], state_dict["warned"]',
-        'self.warned = state_dict["warned"]',
+        'self.at_start, self.warnings = state_dict["at_start"], state_dict.get("warnings", {})',
+        'self.warnings = state_dict.get("warnings", {})',
         "test_plain_runs.py::test_a_resume_goes_on_in_its_life_with_its_reference",
     ),
     Fault(

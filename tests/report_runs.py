@@ -226,7 +226,6 @@ def write_run(
         (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in shown))
     if "alignment.jsonl" in files:
         measured: dict[str, Any] = {
-            "life": 1,
             "tokens": 24,
             "inner_product": 3.0,
             "norm_conditional": 1.0,
@@ -234,7 +233,9 @@ def write_run(
         }
         measured |= {"log_prob": -5.0, "marginal_log_prob": -40.0, "layers": {"embedding": 0.9}}
         lines = [
-            {"step": s, "row": n, "reward": n % 2, "advantage": n % 2 - 0.5, "cosine": 0.9 + n / 200} | measured
+            {"step": s, "row": n, "reward": n % 2, "advantage": n % 2 - 0.5, "cosine": 0.9 + n / 200}
+            | measured
+            | {key: sample(s, n, switch)[key] for key in ("life", "objective")}
             for s in range(first, steps + 1)
             if s % 5 == 0
             for n in range(8)

@@ -117,6 +117,32 @@ def test_overlays_keep_the_callbacks(parse, overlay, monkeypatch):
         assert [c.class_path.rpartition(".")[2] for c in found.trainer.callbacks] == ["PolicyReincarnation", "Timer"]
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ([], "prerl"),
+        (["arm.yaml"], "arm"),
+        (["shared.yaml", "arm.yaml", "overlay.yaml"], "arm"),
+        (["shared.yaml", "short.yaml", "missing.yaml"], "short"),
+        (["arm.yaml", "other.yaml", "broken.yaml"], "other"),
+        (["overlay.yaml", "shared.yaml"], "overlay"),
+    ],
+)
+def test_the_file_with_the_objective_names_the_run(given, name, tmp_path, monkeypatch):
+    from prerl_lightning.run import _run_name
+
+    files = {
+        "shared": "model: {init_args: {model: embedded}}", "arm": "model: {class_path: GRPO}", "short": "model: GRPO",
+        "other": "model:\n  class_path: NSRPreRL", "overlay": "trainer: {strategy: ddp}", "broken": "model: {a: [",
+    }  # fmt: skip
+    for stem, text in files.items():
+        (tmp_path / f"{stem}.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    ways = [[f"--config={file}" if i % 2 else f"--config {file}" for i, file in enumerate(given, k)] for k in (0, 1)]
+    for way in ways:
+        assert _run_name(["fit", *" ".join(way).split(), "--trainer.max_steps=1"]) == name
+
+
 def test_overrides(parse):
     found = parse(
         *("fit", "--config", CONFIGS / "dsrl.yaml", "--model.init_args.lr=3e-4", "--trainer.max_steps=7"),

@@ -261,6 +261,7 @@ def test_a_collapse_is_said_with_its_figures(tmp_path, caplog):
     said = [w for w in warnings(caplog) if "held-out avg@2 is 0" in w]
     assert len(said) == 1
     assert re.search(r"held-out avg@2 is 0, and was 0\.\d+ at the start \(reward/mean .*, rollout/entropy ", said[0])
+    assert record(tmp_path)["warnings"] == warnings(caplog)
 
 
 def test_entropy_and_length_are_compared_with_the_first_rollout(tmp_path, caplog):
@@ -300,14 +301,16 @@ def test_a_cause_may_end_a_life(tmp_path):
     assert whole.lives == [("NSRPreRL", 0), ("GRPO", 3)]
     assert whole.planned_lives == [("NSRPreRL", 0), ("GRPO", 9)]
     assert record(tmp_path / "whole")["lives"] == [["NSRPreRL", 0], ["GRPO", 3]]
+    assert any("This life ends here" in said for said in record(tmp_path / "whole")["warnings"])
     with (tmp_path / "whole" / "metrics.csv").open() as lines:
         rows = [(int(r["step"]), float(r["life"]), float(r["optim/lr"])) for r in csv.DictReader(lines)]
     assert rows[:3] == [(1, 1, 1e-3), (2, 1, 1e-3), (3, 1, 1e-3)]
     assert rows[3:] == [(step, 2, 2e-3) for step in (5, 7)]
-    # resumed, it has seen one rollout without a signal less
+    # resumed, it has seen one rollout without a signal less; its record has the warnings of before
     resumed = run(tmp_path / "resumed", ckpt_path=tmp_path / "whole" / "checkpoints" / "step=5.ckpt")
     assert resumed.acting.life == 2
     assert resumed.lives == whole.lives
+    assert record(tmp_path / "resumed")["warnings"] == record(tmp_path / "whole")["warnings"]
 
 
 def test_a_cause_that_was_warned_of_ends_a_run_that_is_resumed_to_do_so(tmp_path):

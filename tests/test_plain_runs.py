@@ -198,6 +198,7 @@ def test_each_response_gets_its_own_reward(folder, tmp_path):
     expected = [told_reward("", text, "", {"truncated": cut, "tokens": n}) for text, cut, n in told]
     assert rollout.rewards.tolist() == expected
     assert len(set(expected)) == 4
+    assert list(data._slow.before["reward"])[1:] == [rollout.seconds["reward"]]  # what a later one is measured by
 
 
 def test_luck_depends_on_the_step_and_the_place_among_all_ranks():

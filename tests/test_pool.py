@@ -11,6 +11,7 @@ import pytest
 from prerl_lightning.errors import InputError
 from prerl_lightning.rewards.boxed import boxed_reward
 from prerl_lightning.rewards.pool import Item, RewardPool, Verification
+from prerl_lightning.rollout.slow import SlowRollouts, Usage
 
 
 def awkward(prompt, response, ground_truth, extra):
@@ -79,6 +80,68 @@ def test_a_worker_killed_from_outside_is_replaced_and_its_answer_verified(pool, 
     assert {f.result().score for f in futures} == {1.0}
     assert {v.score for v in pool.verify(items(*["fine"] * 40))} == {1.0}
     assert not set(pool.pids) & set(before)
+
+
+def worker(prompt, response, ground_truth, extra):
+    """Which one it is."""
+    return float(os.getpid())
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """Two workers, which count as hung after a second."""
+    monkeypatch.setattr("prerl_lightning.rewards.pool.MARGIN", 0.7, raising=False)
+    made = RewardPool(worker, Verification(workers=2, timeout=0.2, max_failed=1.0))
+    assert len(set(made.pids)) == 2
+    yield made
+    made.close()
+
+
+def test_what_a_stopped_worker_had_to_do_is_done_by_the_other(pair, caplog):
+    stopped, other = pair.pids
+    os.kill(stopped, signal.SIGSTOP)
+    found = pair.verify(items(*["fine"] * 64))
+    assert [v.score for v in found if not v.failure] == [other] * 63
+    (lost,) = (row for row, v in enumerate(found) if v.failure)
+    assert f"reward: at row {lost} its worker did not answer; another is started." in caplog.text
+    assert pair.replaced == 1
+    deadline = time.monotonic() + 60
+    while len(pair.pids) < 2:  # without any work
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_message_that_a_stopped_worker_does_not_read_is_not_waited_for(pair):
+    """It is larger than the pipe's buffer."""
+    for pid in (before := pair.pids):
+        os.kill(pid, signal.SIGSTOP)
+    futures = pair.submit(items(*["x" * 1_000_000] * 4))
+    assert not {f.result(timeout=60).score for f in futures} & {0.0, *before}
+
+
+def test_a_rollout_that_waited_explains_itself(pair, monkeypatch, caplog):
+    monkeypatch.setattr("prerl_lightning.rollout.slow.SECONDS", 0.5)
+    slow = SlowRollouts()
+
+    def step(number):
+        before, start = Usage.now(pair), time.perf_counter()
+        pair.verify(items(*["fine"] * 8))
+        slow.look(number, {"rollout": 0.4, "reward": time.perf_counter() - start}, before, Usage.now(pair))
+
+    for number in range(4):
+        step(number)
+    assert "The rollout" not in caplog.text
+    for pid in pair.pids:
+        os.kill(pid, signal.SIGSTOP)
+    step(4)
+    (said,) = (r.getMessage() for r in caplog.records if r.name == "prerl_lightning.rollout.slow")
+    assert re.match(
+        r"The rollout after step 4 took 0\.4 s to sample and \d\.\d s more until the last verdict; the median so "
+        r"far is \S+ s \(reward\)\. .* of CPU, .* and replaced [12] reward workers; the load is",
+        said,
+    )
+    step(5)
+    assert len([r for r in caplog.records if r.name == "prerl_lightning.rollout.slow"]) == 1
 
 
 def test_the_death_of_one_answer_is_not_blamed_on_the_next(tmp_path):

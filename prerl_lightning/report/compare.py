@@ -12,6 +12,7 @@ from prerl_lightning.report.runs import Run, chain
 # what may differ between runs of one group: seeds, and where files are
 SEEDS = ("seed_everything", "data.seed", "trainer.logger", "trainer.default_root_dir", "checkpoint.dirpath")
 NOWHERE = (*SEEDS, "ckpt_path", "config")
+SHARES = (0.5, 0.8, 0.95)  # of the baseline's gain
 
 
 @dataclass(frozen=True)
@@ -155,78 +156,95 @@ def steps_to(curve: Mapping[int, float], target: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class Reached:
-    """The first evaluated step with at least so much accuracy. The true one lies behind `before`, the step evaluated
-    before it."""
+class Pair:
+    """A seed's runs in both settings, or their mean curves: the step at which each has the target; None: never."""
 
-    step: int
-    before: int
-    samples: float | None
+    baseline: float | None
+    group: float | None
+    order: int
+    """1: the setting is sooner, -1: later, 0: at the same step, or what is known does not tell."""
     seconds: float | None
+    """The baseline's wall time over the setting's."""
 
-
-def first_reaching(curve: Mapping[int, float], target: float) -> tuple[int, int] | None:
-    """(first step with at least the target, the evaluated step before it); None: never."""
-    before = None
-    for step, value in sorted(curve.items()):
-        if value >= target - 1e-9:
-            return step, step if before is None else before
-        before = step
-    return None
-
-
-def reached(runs: Sequence[Run], column: str, target: float) -> Reached | None:
-    """By the runs' mean curve; samples and seconds at that step are means over the runs."""
-    found = first_reaching(mean_curve([run.column(column) for run in runs]), target)
-    if found is None:
-        return None
-    step, before = found
-    at = [(run.samples_seen.get(step), run.seconds.get(step)) for run in runs]
-    return Reached(step, before, _mean(a[0] for a in at), _mean(a[1] for a in at))
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
+    @property
+    def ratio(self) -> float | None:
+        """The baseline's steps over the setting's; 2.0 is twice as soon."""
+        return self.baseline / self.group if self.baseline and self.group else None
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """How much sooner a group reaches the baseline's accuracy: baseline's steps / its steps; 2.0 is twice as soon."""
+class Sooner:
+    """How soon a setting has a share of what the baseline's mean curve gains, beside the baseline."""
 
-    group: str
-    baseline: str
-    kind: str
-    """best or last: which of the baseline's accuracies is the target; own best: the group's, of `comparable`."""
+    share: float
     target: float
-    of_baseline: Reached
-    of_group: Reached | None
-    seeds: tuple[float | None, ...]
-    """The ratio of each of the group's runs by itself; None: it never gets there."""
+    seeds: tuple[int, ...]
+    """Of the pairs, in order; empty: no seed is in both settings, and the one pair is of their mean curves."""
+    pairs: tuple[Pair, ...]
 
     @property
-    def steps(self) -> float | None:
-        return _over(self.of_baseline.step, self.of_group.step if self.of_group else None)
+    def ratios(self) -> list[float]:
+        """Of the pairs in which both get there."""
+        return [pair.ratio for pair in self.pairs if pair.ratio is not None]
 
     @property
-    def bounds(self) -> tuple[float, float] | None:
-        """What the ratio of steps may be, since both are known to within one interval of evaluation."""
-        if self.of_group is None or not self.of_group.step:
-            return None
-        high = self.of_baseline.step / self.of_group.before if self.of_group.before else math.inf
-        return self.of_baseline.before / self.of_group.step, high
+    def mean(self) -> float | None:
+        return geometric(self.ratios)
 
     @property
-    def samples(self) -> float | None:
-        return _over(self.of_baseline.samples, self.of_group.samples if self.of_group else None)
-
-    @property
-    def seconds(self) -> float | None:
-        return _over(self.of_baseline.seconds, self.of_group.seconds if self.of_group else None)
+    def order(self) -> int:
+        """That of all pairs, if they agree; else 0. Curves of different seeds do not tell."""
+        found = {pair.order for pair in self.pairs}
+        return found.pop() if self.seeds and len(found) == 1 else 0
 
 
-def _over(a: float | None, b: float | None) -> float | None:
-    return a / b if a and b else None
+def geometric(ratios: Sequence[float]) -> float | None:
+    """Of 2 and 0.5 the mean is 1."""
+    return math.exp(math.fsum(map(math.log, ratios)) / len(ratios)) if ratios else None
+
+
+def sooner(base: Group, other: Group) -> list[Sooner]:
+    """By `SHARES`; empty where accuracies are not of one measure, or the baseline's never rises."""
+    if other.accuracy != base.accuracy or not other.curve:
+        return []
+    mine, theirs = _by_seed(other), _by_seed(base)
+    seeds = tuple(sorted(mine.keys() & theirs.keys()))
+    sides = [(theirs[seed], mine[seed]) for seed in seeds] or [(base, other)]
+    goals = [(share, target(base.curve, share)) for share in SHARES]
+    return [Sooner(share, g, seeds, tuple(_pair(*both, g) for both in sides)) for share, g in goals if g is not None]
+
+
+def _by_seed(group: Group) -> dict[int, Group]:
+    """The evaluated runs of each seed; those without one are left out."""
+    found: dict[int, list[Run]] = {}
+    for run in group.runs:
+        if run.seed is not None and run.accuracy == group.accuracy:
+            found.setdefault(run.seed, []).append(run)
+    return {seed: Group(group.name, tuple(runs), group.settings) for seed, runs in found.items()}
+
+
+def _pair(base: Group, other: Group, goal: float) -> Pair:
+    a, b = (steps_to(group.curve, goal) for group in (base, other))
+    order = 0  # a run that never has it might have had it later: it tells only if it went on for as long as the other
+    if b is not None and (a > b if a is not None else max(base.curve) >= b):
+        order = 1
+    elif a is not None and (b > a if b is not None else max(other.curve) >= a):
+        order = -1
+    times = [_seconds(group, step) for group, step in ((base, a), (other, b))]
+    return Pair(a, b, order, times[0] / times[1] if times[0] and times[1] else None)
+
+
+def _seconds(group: Group, step: float | None) -> float | None:
+    """Of wall time until a step, straight between those logged; the mean over runs."""
+    if step is None:
+        return None
+    found = []
+    for seconds in (run.seconds for run in group.runs):
+        low, high = max(s for s in seconds if s <= step), min((s for s in seconds if s >= step), default=None)
+        if high is not None:
+            part = (step - low) / (high - low) if high > low else 0.0
+            found.append(seconds[low] + part * (seconds[high] - seconds[low]))
+    return math.fsum(found) / len(found) if found else None
 
 
 def baseline(groups: Sequence[Group]) -> Group:
@@ -241,34 +259,3 @@ def why_baseline(groups: Sequence[Group], base: Group) -> str:
         return "the first given"
     others = any(chain(g.longest) == "GRPO" for g in groups if g is not base)
     return "the first given that is GRPO throughout" if others else "GRPO throughout"
-
-
-def ratios(base: Group, other: Group) -> list[Ratio]:
-    """For the baseline's best and last held-out accuracy; empty where either has none, one where both are the same."""
-    curve, column, own = base.curve, base.accuracy, other.accuracy
-    if not curve or column is None or own is None or own != column:
-        return []
-    targets = {"best": max(curve.values()), "last": curve[max(curve)]}
-    found = []
-    for kind, target in targets.items():
-        there = reached(base.runs, column, target)
-        assert there is not None
-        seeds = []
-        for run in other.runs:
-            if run.column(own):
-                own_step = reached([run], own, target)
-                seeds.append(_over(there.step, own_step.step) if own_step else None)
-        of_other = reached(other.runs, own, target)
-        found.append(Ratio(other.name, base.name, kind, target, there, of_other, tuple(seeds)))
-    return found[:1] if targets["best"] == targets["last"] else found
-
-
-def comparable(base: Group, other: Group) -> list[Ratio]:
-    """`ratios`; in the place of those that the other group never reaches one for its own best accuracy, which the
-    baseline does reach."""
-    found = ratios(base, other)
-    back = next(iter(ratios(other, base)), None)
-    if back is None or back.of_group is None or all(ratio.of_group for ratio in found):
-        return found
-    own = Ratio(other.name, base.name, "own best", back.target, back.of_group, back.of_baseline, ())
-    return [own, *(ratio for ratio in found if ratio.of_group)]

@@ -14,7 +14,7 @@ Line = dict[str, Any]
 INFO: dict[str, Any] = {
     "name": str, "command": list, "started": str, "status": str, "error": str, "resumed_from": str, "lives": list,
     "model": str, "parameters": int | float, "world_size": int, "max_steps": int, "thoughts": dict, "machine": dict,
-    "versions": dict,
+    "versions": dict, "warnings": list,
 }  # fmt: skip
 
 
@@ -42,6 +42,8 @@ def read_info(folder: Path) -> tuple[dict[str, Any], list[str]]:
     odd = [k for k, kind in INFO.items() if value.get(k) is not None and not isinstance(value[k], kind)]
     if "lives" not in odd and not all(_is_life(life) for life in value.get("lives") or []):
         odd.append("lives")
+    if "warnings" not in odd and not all(isinstance(said, str) for said in value.get("warnings") or []):
+        odd.append("warnings")
     kept = {k: v for k, v in value.items() if k not in odd}
     if kept.get("error"):
         kept["error"] = next(iter(kept["error"].strip().splitlines()), "")  # without the traceback that may follow

@@ -33,12 +33,13 @@ def frame(run: Run, width: int = 100, height: int = 48, now: float | None = None
     """The picture, for a terminal of so many columns and lines."""
     now = time.time() if now is None else now
     run = replace(run, name=printable(run.name), info=_printable(run.info), config=_printable(run.config))
-    parts: list[RenderableType] = [_head(run, now), _progress(run, width)]
+    alarms = [*run.warnings, *filter(None, [words.fell(run)])]
+    parts: list[RenderableType] = [_head(run, now), *(_alarm(said, width) for said in alarms), _progress(run, width)]
     if not run.training and not run.validation:
         return Group(*parts, Text("no step yet", style="dim"))
     curves = _curves(run, width)
     parts += [Text(), curves]
-    used = 7 + curves.row_count
+    used = 7 + len(alarms) + curves.row_count
     if run.training:
         parts += [Text(), _times(run, width)]
         used += 3
@@ -59,6 +60,12 @@ def _head(run: Run, now: float) -> Text:
     if resumed and run.training:  # read alone: the figures are of the steps since
         before = Path(resumed).parent.parent.name
         text.append(f"\nresumed: figures since step {min(run.training):,}; earlier steps in {before}", style="yellow")
+    return text
+
+
+def _alarm(said: str, width: int) -> Text:
+    text = Text(f"! {said}", style="bold yellow")
+    text.truncate(width, overflow="ellipsis")
     return text
 
 

@@ -1,14 +1,15 @@
 """The page's head: what was trained, for how long, from what to what, and how each run stands."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from prerl_lightning.report import compare, words
-from prerl_lightning.report.compare import Group, Ratio
-from prerl_lightning.report.html import NONE, named, table, tag, times
-from prerl_lightning.report.runs import chain
+from prerl_lightning.report.compare import Group, Sooner
+from prerl_lightning.report.html import NONE, named, table, tag
+from prerl_lightning.report.runs import Run, chain
 
+FALLS = 3  # settings whose fall the head tells of
 QUIET, LOUD = 3, 6  # so many runs are listed without being unfolded: all well, or not
 
 
@@ -23,56 +24,55 @@ def title(groups: Sequence[Group]) -> str:
 
 
 def lead(groups: Sequence[Group], base: Group) -> str:
-    """One or two sentences: what was trained, and what came of it."""
+    """What was trained, and what came of it, in a few sentences."""
     if len(groups) == 1:
-        return tag("p", _story(groups[0]), class_="lead")
-    runs = sum(len(group.runs) for group in groups)
-    said = [f"{len(groups)} settings, {runs} runs."]
-    best = [next(iter(compare.ratios(base, other)), None) for other in groups if other is not base]
-    known = sorted((ratio for ratio in best if ratio is not None), key=lambda ratio: -(ratio.steps or 0))
-    said += [_sooner_sentence(ratio, groups) for ratio in known] if len(known) < 3 else [_soonest(known)]
+        return tag("p", " ".join([_story(groups[0]), *_falls(groups)]), class_="lead")
+    said = [f"{len(groups)} settings, {words.some(sum(len(group.runs) for group in groups), 'run')}."]
+    known = {group.name: found for group in groups if group is not base and (found := compare.sooner(base, group))}
+    if known:
+        gain = f"{words.figure(base.curve[min(base.curve)])} to {words.figure(max(base.curve.values()))}"
+        goal = f"{words.shares(compare.SHARES)} of {tag('b', escape(base.name))}'s gain in held-out accuracy ({gain})"
+        came = "; ".join(_beside(base, *one) for one in known.items()) if len(known) < 3 else _soonest(known)
+        said.append(f"To {goal} {came}.")
     if len(known) > 2:
         said.append(f"Baseline: {escape(base.name)}, {compare.why_baseline(groups, base)}.")
-    return tag("p", " ".join(said), class_="lead")
+    return tag("p", " ".join([*said, *_falls(groups)]), class_="lead")
 
 
-def _soonest(known: Sequence[Ratio]) -> str:
-    """Of many: the first three, and how many are as soon as the third."""
-    goal = f"{escape(known[0].baseline)}'s best held-out accuracy ({words.figure(known[0].target)})"
-    able = [(r, r.of_group.step) for r in known if r.of_group is not None]
-    if not able:
-        return f"None reaches {goal}."
-    said = [f"{tag('b', escape(r.group))} after {s:,}" + (f" ({times(r.steps)})" if r.steps else "") for r, s in able]
-    tied = sum(1 for _, step in able[3:] if step == able[2][1])
-    more = f" and {tied} more after {able[2][1]:,}" if tied else ""
-    there = known[0].of_baseline
-    return f"Soonest at {goal}, which it has after {words.steps(there.step)}: {', '.join(said[:3])}{more}."
+def _falls(groups: Sequence[Group]) -> list[str]:
+    """A sentence on each setting, of a few, whose runs ended well below their best."""
+    said = []
+    for group in groups:
+        runs = sorted((run for run in group.runs if run.fall), key=_left)
+        if runs:
+            of = f", in {len(runs)} of {len(group.runs)} runs, here the worst" if len(group.runs) > 1 else ""
+            said.append(f"{tag('b', escape(group.name))}: {escape(words.fell(runs[0]))}{of}.")
+    more = len(said) - FALLS
+    return said[:FALLS] + ([f"So it did in {words.some(more, 'other setting')}."] if more > 0 else [])
 
 
-def _sooner_sentence(ratio: Ratio, groups: Sequence[Group]) -> str:
-    group, base = (tag("b", escape(name)) for name in (ratio.group, ratio.baseline))
-    goal = f"{base}'s best held-out accuracy ({words.figure(ratio.target)})"
-    if ratio.of_group is None:
-        there = words.steps(ratio.of_baseline.step)
-        return f"{group} never reaches {goal}, which {base} has after {there}.{_other_way(ratio, groups)}"
-    if not ratio.of_group.step or not ratio.of_baseline.step:
-        return f"{group} reaches {goal} at step {ratio.of_group.step}, {base} at step {ratio.of_baseline.step}."
-    return (
-        f"{group} reaches {goal} after {words.steps(ratio.of_group.step)}, {base} has it after "
-        f"{words.steps(ratio.of_baseline.step)}: a ratio of {times(ratio.steps)}."
-    )
+def _left(run: Run) -> float:
+    """Share of its best accuracy at the end of a run that fell."""
+    best, last = (run.column(str(run.accuracy))[step] for step in run.fall or ())
+    return last / best
 
 
-def _other_way(ratio: Ratio, groups: Sequence[Group]) -> str:
-    """How much sooner the baseline is at what the setting does reach."""
-    base, other = (next(g for g in groups if g.name == name) for name in (ratio.baseline, ratio.group))
-    own = next(iter(compare.comparable(base, other)))
-    if own.kind != "own best" or own.of_group is None:
-        return ""
-    return (
-        f" {tag('b', escape(other.name))}'s own best ({words.figure(own.target)}) it has after "
-        f"{words.steps(own.of_group.step)}, {tag('b', escape(base.name))} after {words.steps(own.of_baseline.step)}."
-    )
+def _beside(base: Group, name: str, found: Sequence[Sooner]) -> str:
+    """Steps of the baseline over the setting's, at each share."""
+    group, ratios, pairs = tag("b", escape(name)), ", ".join(map(words.sooner, found)), len(found[0].seeds)
+    if pairs:
+        return f"{group} is {words.order(found)}: {ratios}, over {words.some(pairs, 'pair')} of seeds"
+    return f"{group} has no seed in common with {tag('b', escape(base.name))} and is called neither sooner nor later"
+
+
+def _soonest(known: Mapping[str, Sequence[Sooner]]) -> str:
+    """Of many: how many are what, and those that are sooner by most, by the middle one of the shares."""
+    orders = [words.order(found) for found in known.values()]
+    middle = {name: found[len(found) // 2] for name, found in known.items() if words.order(found) == "sooner"}
+    first = sorted(middle, key=lambda name: -(middle[name].mean or 0))[:3]
+    said = [f"{tag('b', escape(name))} ({words.times(middle[name].mean)})" for name in first]
+    counts = f"{len(middle)} of {len(known)} settings are sooner, {orders.count('later')} later"
+    return f"{counts}; soonest {', '.join(said)}" if said else counts
 
 
 def _story(group: Group) -> str:
@@ -165,7 +165,8 @@ def states(groups: Sequence[Group], now: float) -> str:
         for run in group.runs:
             state, said = run.status(now)
             seed = run.info.get("seed", run.config.get("seed_everything"))
-            notes = f"; {'; '.join(run.notes)}" if run.notes else ""
+            told = [*run.notes, *(f"warned: {said}" for said in run.warnings)]
+            notes = f"; {'; '.join(told)}" if told else ""
             text = f"{run.folder}{f', seed {seed}' if seed is not None else ''}: {said}{notes}"
             items.append(tag("li", tag("span", state, class_=f"state {state}") + " " + escape(text)))
     for group in groups:
@@ -177,10 +178,12 @@ def states(groups: Sequence[Group], now: float) -> str:
     counts: dict[str, int] = {}
     for state in (run.status(now)[0] for group in groups for run in group.runs):
         counts[state] = counts.get(state, 0) + 1
-    quiet = set(counts) == {"finished"} and not any(run.notes for group in groups for run in group.runs)
+    quiet = set(counts) == {"finished"} and not any(run.notes or run.warnings for group in groups for run in group.runs)
     if len(items) <= (QUIET if quiet else LOUD):
         return tag("ul", "".join(items), class_="states")
     summary = ", ".join(f"{n} {'without sign of life' if state == 'silent' else state}" for state, n in counts.items())
+    warned = sum(bool(run.warnings) for group in groups for run in group.runs)
+    summary += f"; {warned} with warnings" if warned else ""
     return tag(
         "details",
         tag("summary", f"{sum(counts.values())} runs: {summary}") + tag("ul", "".join(items), class_="states"),

@@ -42,10 +42,6 @@ def named(groups: Sequence[Group], group: Group) -> str:
     return swatch(groups.index(group)) + escape(group.name)
 
 
-def times(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2f}{TIMES}"
-
-
 def figure(item: Figure) -> str:
     """An empty figure that the page's script fills when it comes into view."""
     files = "alignment.jsonl: cosine, reward" if item.kind == "points" else f"metrics.csv: {', '.join(item.columns)}"

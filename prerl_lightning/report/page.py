@@ -142,6 +142,8 @@ def _section(name: str, figures_html: str, flat: str, groups: Sequence[Group], b
         after = tables.accuracy_table(groups)
     elif name == "sooner":
         before = tables.ratio_table(groups, base)
+    elif name == "alignment":
+        before = tables.alignment_table(groups)
     elif name == "time":
         before, after = background.time_table(groups), background.machines(groups)
     elif name == "configuration":

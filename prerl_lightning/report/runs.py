@@ -71,6 +71,12 @@ class Run:
         return f"val/avg@{max(found)}" if found else None
 
     @property
+    def seed(self) -> int | None:
+        """seed_everything; without config.yaml what run.json says."""
+        found = self.config.get("seed_everything", self.info.get("seed"))
+        return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+    @property
     def samples_seen(self) -> dict[int, float]:
         """Responses sampled up to and including each training step; 0: 0."""
         total, found = 0.0, {0: 0.0}
@@ -83,6 +89,19 @@ class Run:
         """Step to value, where there is a finite one."""
         rows = self.validation if name.startswith("val/") else self.training
         return {step: row[name] for step, row in rows.items() if math.isfinite(row.get(name, math.nan))}
+
+    @property
+    def warnings(self) -> list[str]:
+        """Of callbacks/health.py."""
+        return self.info.get("warnings") or []
+
+    @property
+    def fall(self) -> tuple[int, int] | None:
+        """The steps of the best and of the last held-out accuracy, where the last one's 95 % interval lies below the
+        best one's."""
+        curve, low, high = (self.column(f"{self.accuracy}{end}") for end in ("", "/low", "/high"))
+        best, last = max(curve, key=curve.__getitem__, default=0), max(curve, default=0)
+        return (best, last) if best in low and last in high and high[last] < low[best] else None
 
     def status(self, now: float | None = None) -> tuple[str, str]:
         """One of finished, interrupted, failed, running, silent, unknown, and a sentence."""

@@ -1,16 +1,20 @@
 """Tables that are made here, so that they are there without JavaScript: accuracy, steps to it, thoughts."""
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from itertools import pairwise
+from typing import Any
 
 from prerl_lightning.report import compare, words
-from prerl_lightning.report.compare import Group, Ratio
+from prerl_lightning.report.compare import Group
 from prerl_lightning.report.figures import columns_of
-from prerl_lightning.report.html import NONE, TIMES, named, table, tag, times
+from prerl_lightning.report.files import is_number
+from prerl_lightning.report.html import NONE, TIMES, named, table, tag
 from prerl_lightning.report.payload import evenly
+from prerl_lightning.report.runs import objective
 
+RESAMPLES = 1000
 PAIRS = 8  # groups of which every pair is compared
 
 
@@ -29,80 +33,78 @@ def accuracy_table(groups: Sequence[Group]) -> str:
 
 
 def ratio_table(groups: Sequence[Group], base: Group) -> str:
-    """Steps to the baseline's accuracy; empty where there is nothing to compare."""
-    found = [(g, ratio) for g in groups if g is not base for ratio in compare.comparable(base, g)]
+    """Steps to shares of the baseline's gain; empty where there is nothing to compare."""
+    found = [(g, one) for g in groups if g is not base for one in compare.sooner(base, g)]
     if not found:
         return ""
     rows = []
-    for other, ratio in found:
-        at, there = ratio.of_group, ratio.of_baseline
-        target = f"{ratio.kind}, {words.figure(ratio.target)}"
-        if ratio.kind == "own best":
-            missed = [words.figure(r.target) for r in compare.ratios(base, other) if not r.of_group]
-            target = f"this one's own best, {words.figure(ratio.target)}"
-            target += tag("small", f"never at {escape(base.name)}'s {' or '.join(missed)}")
+    for other, one in found:
+        paired = f"seed {', '.join(map(str, one.seeds))}" if one.seeds else "none: mean curves"
+        seconds = compare.geometric([pair.seconds for pair in one.pairs if pair.seconds])
         rows.append([
-            named(groups, other), target, f"{there.step:,}", f"{at.step:,}" if at else "never reached",
-            tag("b", times(ratio.steps)), _bounds(ratio), times(ratio.samples), times(ratio.seconds), _seeds(ratio),
+            named(groups, other), f"{words.shares([one.share])}: {words.figure(one.target)}",
+            _steps(p.baseline for p in one.pairs), _steps(p.group for p in one.pairs),
+            tag("b", words.sooner(one)), words.times(seconds), paired, words.order([one]) if one.seeds else NONE,
         ])  # fmt: skip
     short = escape(base.name) if len(base.name) <= 16 else "baseline"
-    head = ["setting", f"{short}'s accuracy", f"steps: {short}", "steps: this one", "ratio",
-            "between", "in samples", "in wall time", "single runs"]  # fmt: skip
-    caption = f"How much sooner each setting reaches the held-out accuracy of {base.name}: its steps over the setting's"
-    evaluated = {b - a for g in groups for a, b in pairwise(sorted(g.curve))}
-    every = words.spread(evaluated, 0) if len(evaluated) > 1 else f"{next(iter(evaluated), 0):,}"
+    head = ["setting", f"{short}'s gain", f"steps: {short}", "steps: this one", "ratio", "in wall time", "pairs", ""]
+    shares = words.shares(compare.SHARES)
+    caption = f"How much sooner each setting has {shares} of {base.name}'s gain in held-out accuracy"
     note = (
-        f"Baseline: {base.name}, {compare.why_baseline(groups, base)}. "
-        "The target is the best, and the last, accuracy of its curve, a mean over its runs where there are "
-        "several. Counted is the first evaluated step at which a setting's own mean curve is at or above it, without "
-        f"interpolation. There are {every} steps between evaluations, so either count may be too high by up to that "
-        "much: 'between' is what the ratio can be. 'single runs': each run's own curve against the same target. "
-        f"Above 1{TIMES}: sooner than the baseline."
+        f"Baseline: {base.name}, {compare.why_baseline(groups, base)}. Its gain is that of its mean curve, from the "
+        "first value to the best. Steps are where a curve, straight between evaluations, first has the accuracy; a "
+        "ratio is the baseline's steps over the setting's in runs of one seed, the geometric mean and, in brackets, "
+        f"the range over seeds in both settings. Above 1{TIMES}: sooner than the baseline; it is called sooner or "
+        "later where all pairs agree."
     )
-    if any(ratio.kind == "own best" for _, ratio in found):
-        note += " A setting that never gets there is compared at the best accuracy of its own, which the baseline has."
     others = [g for g in groups if g.accuracy and g.accuracy != base.accuracy]
     if others:
         note += f" Not compared, since measured otherwise: {', '.join(f'{g.name} ({g.accuracy})' for g in others)}."
-    source = f"metrics.csv: {base.accuracy}, val/step, rollout/responses, time/since_start"
+    source = f"metrics.csv: {base.accuracy}, val/step, time/since_start; config.yaml: seed_everything"
     return table(head, rows, caption, source) + tag("p", escape(note), class_="note") + _pairs(groups)
 
 
-def _seeds(ratio: Ratio) -> str:
-    """The ratios of single runs, and how many never get there."""
-    known = [s for s in ratio.seeds if s is not None]
-    never = len(ratio.seeds) - len(known)
-    if len(ratio.seeds) < 2:
-        return NONE
-    if not known:
-        return "all never"
-    low, high = f"{min(known):.2f}", f"{max(known):.2f}"
-    return (low if low == high else f"{low} to {high}") + TIMES + (
-        f"; {never} of {len(ratio.seeds)} never" if never else ""
-    )  # fmt: skip
-
-
-def _bounds(ratio: Ratio) -> str:
-    if ratio.bounds is None:
-        return NONE
-    low, high = ratio.bounds
-    return f"{low:.2f} to {high:.2f}" if math.isfinite(high) else f"above {low:.2f}"
+def _steps(found: Iterable[float | None]) -> str:
+    """The mean of those that get there."""
+    known = [step for step in found if step is not None]
+    return f"{math.fsum(known) / len(known):.1f}" if known else "never"
 
 
 def _pairs(groups: Sequence[Group]) -> str:
     able = [g for g in groups if g.curve]
-    if not 2 <= len(able) <= PAIRS:
+    if not 3 <= len(able) <= PAIRS:
         return ""
     rows = []
     for mine in able:
-        cells = [
-            next((r.steps for r in compare.ratios(other, mine)), None) if other is not mine else None for other in able
-        ]
-        rows.append([named(groups, mine), *("·" if o is mine else times(c) for o, c in zip(able, cells, strict=True))])
-    head = ["row reaches column's best accuracy", *(escape(g.name) for g in able)]
-    caption = f"Every pair: column's steps over row's; {NONE}: never, or at step 0"
-    inner = table(head, rows, caption, "metrics.csv: val/avg@K, val/step")
+        at = [compare.sooner(other, mine) for other in able]
+        cells = ["·" if o is mine else words.times(s[1].mean) if s else NONE for o, s in zip(able, at, strict=True)]
+        rows.append([named(groups, mine), *cells])
+    share = words.shares([compare.SHARES[1]])
+    caption = f"Every pair: column's steps over row's to {share} of the column's gain; {NONE}: never, or no gain"
+    inner = table(["", *(escape(g.name) for g in able)], rows, caption, "metrics.csv: val/avg@K, val/step")
     return tag("details", tag("summary", "Every pair of settings") + inner)
+
+
+def alignment_table(groups: Sequence[Group]) -> str:
+    """Of single responses, by the life in which they were measured."""
+    rows = []
+    for group in groups:
+        by_life: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+        for line in (line for run in group.runs for line in run.alignment):
+            number, name = line.get("life"), line.get("objective")  # neither is in files of older versions
+            life = (number if isinstance(number, int) else 1, objective(name) if isinstance(name, str) else "")
+            by_life.setdefault(life, []).append(line)
+        for (number, name), lines in sorted(by_life.items()):
+            cosines = [line["cosine"] for line in lines]
+            inner = [value for line in lines if is_number(value := line.get("inner_product"))]
+            negative = f"{sum(value < 0 for value in inner):,} of {len(inner):,}" if inner else NONE
+            mean = f"{words.figure(math.fsum(cosines) / len(cosines))}{tag('small', words.spread(cosines))}"
+            rows.append([named(groups, group), escape(f"{number}, {name}" if name else str(number)), mean, negative])
+    if not rows:
+        return ""
+    caption = "Responses by the life that they were measured in: the gradients of log p(y) and log p(y|x)"
+    source = "alignment.jsonl: life, objective, cosine, inner_product"
+    return table(["setting", "life", "cosine", "negative inner products"], rows, caption, source)
 
 
 def thought_table(groups: Sequence[Group], names: Sequence[str]) -> str:
@@ -120,21 +122,56 @@ def thought_table(groups: Sequence[Group], names: Sequence[str]) -> str:
     if not rows:
         return ""
     left = [name for name in names if name not in shown]
+    what, at = ("held-out", "evaluated step") if source.startswith("val/") else ("training", "step")
     caption = (
-        f"Thoughts a {'held-out' if source.startswith('val/') else 'training'} response over those at step 0: at the "
-        f"end of each life (the last {'evaluated step' if source.startswith('val/') else 'step'} in it); mean over "
-        f"runs; {NONE}: none at step 0" + (f", as of {', '.join(left)}" if left else "")
+        f"Thoughts a {what} response over those at step 0: at the end of each life (the last {at} in it); mean over "
+        f"runs, [ ]: 95 % interval over problems, ( ): smallest to largest run; {NONE}: none at step 0"
+        + (f", as of {', '.join(left)}" if left else "")
     )
     said = f"metrics.csv: {', '.join(f'{source}/{name}_ratio' for name in shown)}"
     return table(["setting", *map(escape, shown)], rows, caption, said)
 
 
 def _ratios(group: Group, column: str, ends: Sequence[int]) -> str:
+    """Ratio, interval and number of runs at each end; below, numbers a response from the start on."""
     curves = [run.column(column) for run in group.runs]
+    numbers = [run.column(column.removesuffix("_ratio")) for run in group.runs]
     steps = [max((s for c in curves for s in c if s <= end), default=0) for end in ends]
-    found = {step: [c[step] for c in curves if step in c] for step in steps if step}
-    said = [f'<span title="step {s}">{math.fsum(v) / len(v):.3g}{TIMES}</span>' for s, v in found.items()]
-    counts = [str(len(values)) for values in found.values()]
+    said, counts = [], []
+    a_response: list[float] = []
+    for step in (step for step in dict.fromkeys(steps) if step):
+        ratios = [c[step] for c in curves if step in c]
+        interval = _interval(group, column, step, ratios)
+        said.append(f'<span title="step {step}">{math.fsum(ratios) / len(ratios):.3g}{TIMES}{interval}</span>')
+        counts.append(str(len(ratios)))
+        known = [(n[step], c[step]) for n, c in zip(numbers, curves, strict=True) if step in n and c.get(step)]
+        if known:  # at the start it was the number over the ratio
+            a_response += [] if a_response else [math.fsum(n / ratio for n, ratio in known) / len(known)]
+            a_response.append(math.fsum(n for n, _ in known) / len(known))
     some = f"{' → '.join(counts if len(set(counts)) > 1 else counts[:1])} of {len(curves)} runs"
-    of = tag("small", some) if set(counts) - {str(len(curves))} else ""
-    return f"{' → '.join(said)}{of}" if said else NONE
+    below = [f"{' → '.join(f'{n:.2g}' for n in a_response)} a response"] if a_response else []
+    below += [some] if set(counts) - {str(len(curves))} else []
+    return f"{' → '.join(said)}{tag('small', '; '.join(below)) if below else ''}" if said else NONE
+
+
+def _interval(group: Group, column: str, step: int, ratios: Sequence[float]) -> str:
+    """95 % over held-out problems, where held_out.jsonl has them; else the range over several runs."""
+    family, held_out = column.removeprefix("val/thoughts/").removesuffix("_ratio"), column.startswith("val/")
+    by_problem: dict[int, list[float]] = {}  # row: thoughts at the start and at the step, over the runs
+    for run in group.runs if held_out else ():
+        lines = {step: line for step, line in run.held_out.items() if family in line.get("thoughts", {})}
+        for i, at in enumerate((0, step)) if {0, step} <= lines.keys() else ():
+            for row, number in zip(lines[at]["rows"], lines[at]["thoughts"][family], strict=True):
+                by_problem.setdefault(row, [0.0, 0.0])[i] += number
+    if by_problem:
+        low, high = bootstrapped(list(by_problem.values()))
+        return f" [{low:.2g}, {high:.2g}]"
+    return f" ({min(ratios):.3g} to {max(ratios):.3g})" if len(ratios) > 1 else ""
+
+
+def bootstrapped(pairs: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """95 % interval, over problems, of the second numbers' sum over the first ones'."""
+    drawn = random.Random(0)
+    sums = [[math.fsum(v) for v in zip(*drawn.choices(pairs, k=len(pairs)), strict=True)] for _ in range(RESAMPLES)]
+    ratios = sorted(b / a if a else math.inf for a, b in sums)
+    return ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES)]

@@ -1,11 +1,14 @@
 """Numbers and runs in words, for the page and the terminal."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from prerl_lightning.report.compare import Group
+from prerl_lightning.report.compare import Group, Sooner
+from prerl_lightning.report.figures import families
 from prerl_lightning.report.files import inside, is_number
 from prerl_lightning.report.runs import Run
+
+RARE = 0.01  # a response: below it a family of thoughts is not worth a word
 
 
 def duration(seconds: float | None) -> str:
@@ -50,6 +53,40 @@ def spread(values: Iterable[float], digits: int = 3) -> str:
     """0.1 to 0.3"""
     known = list(values)
     return f"{figure(min(known), digits)} to {figure(max(known), digits)}"
+
+
+def times(value: float | None) -> str:
+    return "\u2013" if value is None else f"{value:.2f}\u00d7"
+
+
+def shares(values: Sequence[float]) -> str:
+    """50, 80 and 95 %"""
+    *most, last = (f"{100 * value:.0f}" for value in values)
+    return f"{', '.join(most)} and {last} %" if most else f"{last} %"
+
+
+def some(number: int, of: str) -> str:
+    """1 seed, 2 seeds"""
+    return f"{number:,} {of}{'s' * (number != 1)}"
+
+
+def sooner(found: Sooner) -> str:
+    """0.77\u00d7 (0.73 to 0.80; never in 1 of 3)"""
+    ratios, said = found.ratios, []
+    if len(ratios) > 1:
+        said.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
+    for who, steps in (("", [p.group for p in found.pairs]), ("baseline ", [p.baseline for p in found.pairs])):
+        if None in steps:
+            said.append(f"{who}never in {steps.count(None)} of {len(steps)}")
+    return times(found.mean) + (f" ({'; '.join(said)})" if said else "")
+
+
+def order(found: Sequence[Sooner]) -> str:
+    """sooner, where it is at all shares, else: sooner at 50 %, undecided at 80 and 95 %"""
+    names = {1: "sooner", -1: "later", 0: "undecided"}
+    at = {name: [s.share for s in found if names[s.order] == name] for name in names.values()}
+    there = {name: of for name, of in at.items() if of}
+    return next(iter(there)) if len(there) == 1 else ", ".join(f"{n} at {shares(of)}" for n, of in there.items())
 
 
 def model(run: Run) -> str:
@@ -97,6 +134,34 @@ def around(group: Group, column: str, step: int, values: list[float]) -> str:
     low, high = (run.column(f"{column}/{end}").get(step) for end in ("low", "high"))
     known = f"[{figure(low)}, {figure(high)}]" if low is not None and high is not None else ""
     return " ".join(part for part in (known, f"({some})" if some else "") if part)
+
+
+def fell(run: Run) -> str:
+    """Held-out avg@8 fell from 0.270 [0.220, 0.320] at step 10 to 0.030 [0.010, 0.050] at step 20; or nothing."""
+    if run.fall is None or run.accuracy is None:
+        return ""
+    curve, low, high = (run.column(f"{run.accuracy}{end}") for end in ("", "/low", "/high"))
+    at = [(s, curve[s], low.get(s), high.get(s)) for s in run.fall]
+    ends = [f"{figure(value)} [{figure(a)}, {figure(b)}] at step {step:,}" for step, value, a, b in at]
+    return f"held-out {run.accuracy[4:]} fell from {' to '.join(ends)}"
+
+
+def closing(run: Run) -> str:
+    """avg@8 0.22 -> 0.64, transition 0.43 -> 2.9 a response (x 6.7): from first to last of what is held out, with the
+    two families of thoughts that moved most of those that occur."""
+    accuracy = run.column(run.accuracy) if run.accuracy else {}
+    if len(accuracy) < 2:
+        return ""
+    said = [f"{str(run.accuracy)[4:]} {accuracy[min(accuracy)]:.2f} -> {accuracy[max(accuracy)]:.2f}"]
+    moved = []
+    for family in families([run]):
+        curve = run.column(f"val/thoughts/{family}")
+        first, last = (curve[end(curve)] for end in (min, max)) if curve else (0.0, 0.0)
+        if max(first, last) >= RARE:
+            ratio = f" (x {last / first:.2g})" if first else ""
+            text = f"{family} {first:.2g} -> {last:.2g} a response{ratio}"
+            moved.append((-abs(math.log((last + RARE) / (first + RARE))), text))
+    return ", ".join([*said, *(text for _, text in sorted(moved)[:2])])
 
 
 def totals(group: Group) -> tuple[int, float, float]:

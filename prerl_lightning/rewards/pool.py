@@ -4,18 +4,22 @@ Each worker is a plain ``python -m prerl_lightning.rewards.worker`` behind a pip
 that takes longer than the limit is a *timeout*: first an exception is raised in the verifier, then, where that does not
 help (a C extension), the worker is killed and replaced. A verifier that raises, returns no finite number or takes its
 worker with it twice is an *error*. Both count 0 as a reward and are told apart from wrong answers in the log; above a
-share of a batch they stop the run.
+share of a batch they stop the run. What a lost worker still had to do goes to whichever is free.
 """
 
 import logging
 import pickle
 import queue
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
@@ -28,7 +32,9 @@ log = logging.getLogger(__name__)
 
 CHUNK = 16  # answers a message
 START_SECONDS = 120.0
-SHOWN = 3  # failures of a run that are shown with their text
+SLOW_START = 10.0  # seconds from which on the start of a worker is worth a line
+MARGIN = 5.0  # seconds beyond an answer's limits, for a machine that is busy
+SHOWN = 3  # failures of a run that are shown with their text, and a worker's losses
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,10 @@ class RewardPool:
             for thread in self._threads:
                 thread.launch()
             for thread in self._threads:
-                thread.await_ready()
+                try:
+                    thread.await_ready()
+                except (EOFError, ConnectionError):
+                    raise _not_loadable(reward, thread._ending()) from None
                 thread.start()
 
     def submit(self, items: Sequence[Item]) -> "list[Future[Verdict]]":
@@ -148,6 +157,11 @@ class RewardPool:
         return self.collect(items, self.submit(items))
 
     @property
+    def replaced(self) -> int:
+        """Workers lost so far."""
+        return sum(thread.lost for thread in self._threads)
+
+    @property
     def pids(self) -> list[int]:
         return [t.process.pid for t in self._threads if t.process is not None]
 
@@ -167,9 +181,12 @@ class _Worker(threading.Thread):
         self.work, self.reward, self.pickled, self.options = work, reward, pickled, options
         self.process: subprocess.Popen | None = None
         self.pipe: Connection
+        self.ready = False
+        self.lost = 0
 
     def launch(self) -> None:
         self.pipe, theirs = Pipe()
+        self._limit_sending(START_SECONDS)
         command = [sys.executable, "-m", "prerl_lightning.rewards.worker", str(theirs.fileno())]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
@@ -178,22 +195,49 @@ class _Worker(threading.Thread):
         self.pipe.send_bytes(self.pickled)
 
     def await_ready(self) -> None:
-        problem = f"no sign of life in {START_SECONDS:.0f} s"
-        try:
-            if self.pipe.poll(START_SECONDS):
-                problem = self.pipe.recv()
-        except (EOFError, ConnectionError):
-            problem = self._ending()
+        """Raises InputError where the worker cannot load the reward, EOFError or ConnectionError where it died."""
+        there = self._sign_of_life()
+        problem = self.pipe.recv() if there else f"no sign of life in {START_SECONDS:.0f} s"
         if problem:
             self.stop()
             raise _not_loadable(self.reward, problem)
+        self.ready = True
+        self._limit_sending(self._patience)
+
+    def _sign_of_life(self) -> bool:
+        """Waits for the first one of a worker."""
+        begun, there = time.monotonic(), self.pipe.poll(START_SECONDS)
+        if (seconds := time.monotonic() - begun) > SLOW_START:
+            log.warning("reward: waited %.0f s for a worker to start.", seconds)
+        return there
+
+    @property
+    def _patience(self) -> float:
+        """Seconds for an answer, after which a worker counts as hung."""
+        return HARD_LIMIT * self.options.timeout + MARGIN
+
+    def _limit_sending(self, seconds: float) -> None:
+        """A message larger than the pipe's buffer would wait without end for a worker that does not read."""
+        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        with socket.fromfd(self.pipe.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as ours:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    def _lose(self, ending: str, chunk: "list[tuple[Item, Future[Verdict]]]") -> None:
+        """All but the present answer is left to the others."""
+        self.stop()
+        self.lost += 1
+        if self.lost <= SHOWN:
+            log.warning("reward: at row %d %s; another is started.", chunk[0][0].row, ending)
+        for entry in chunk[1:]:
+            self.work.put(entry)
+        del chunk[1:]
 
     def stop(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.pipe.close()
-            self.process = None
+            self.process, self.ready = None, False
 
     def _ending(self) -> str:
         assert self.process is not None
@@ -206,7 +250,7 @@ class _Worker(threading.Thread):
     def run(self) -> None:
         while (chunk := self._take()) is not None:
             try:
-                self._serve(list(chunk))
+                self._serve(chunk)
             except BaseException as error:  # whoever waits for a verdict learns of it
                 for _, future in chunk:
                     if not future.done():
@@ -215,6 +259,11 @@ class _Worker(threading.Thread):
 
     def _take(self) -> "list[tuple[Item, Future[Verdict]]] | None":
         """Some of the work, so that it ends at about the same time for all; None at the end."""
+        if not self.ready:  # first the next worker: the others have the work meanwhile
+            with suppress(EOFError, OSError):  # said when it is to serve
+                if self.process is None:
+                    self.launch()
+                self._sign_of_life()
         first = self.work.get()
         if first is None:
             return None
@@ -239,19 +288,21 @@ class _Worker(threading.Thread):
             try:
                 if self.process is None:
                     self.launch()
+                if not self.ready:
                     self.await_ready()
-                    sent = False
                 if not sent:
                     self.pipe.send([_arguments(item) for item, _ in chunk])
                     sent = True
-                if self.pipe.poll(HARD_LIMIT * self.options.timeout + 5):
+                if self.pipe.poll(self._patience):
                     verdict = Verdict(*self.pipe.recv())
                 else:
-                    verdict = HUNG
-                    self.stop()
-            except (EOFError, ConnectionError):
-                ending = self._ending()
-                self.stop()
+                    verdict, sent = HUNG, False
+                    self._lose("its worker did not answer", chunk)
+            except (EOFError, ConnectionError, BlockingIOError) as error:  # the last: it does not read
+                hung = isinstance(error, BlockingIOError)
+                ending = "its worker does not read" if hung else self._ending()
+                self._lose(ending, chunk)
+                sent = False
                 deaths += 1
                 if signal.SIGPROF.name in ending:  # the kernel's timer: see worker.py
                     verdict = HUNG
