@@ -209,7 +209,7 @@ def measured(model_folder, make_rollout, tmp_path):
 def test_what_alignment_logs(measured):
     """Against the comparison that test_alignment.py checks, and log-probs of plain forwards."""
     module, trainer, folder = measured
-    watcher = GradientAlignment(responses=5, likelihoods=6)
+    watcher = GradientAlignment(responses=5, likelihoods=6, bins=2)
     watcher.folder = folder
     found = watcher.watch(trainer, module)
     rollout = module.rollout
@@ -233,6 +233,14 @@ def test_what_alignment_logs(measured):
     assert [r["advantage"] for r in rows] == [advantages[n] for n in numbers]
     assert [r["reward"] for r in rows] == [float(rollout.rewards[n]) for n in numbers]
     assert [sum(r["layer_inner_products"].values()) for r in rows] == pytest.approx([r["inner_product"] for r in rows])
+    for kind in ("position", "probability"):
+        names = {name for r in rows for name in r[kind]}
+        assert {k.removeprefix(f"alignment/{kind}/") for k in found if k.startswith(f"alignment/{kind}/")} == names
+        for name in names:
+            cosines = [r[kind][name]["cosine"] for r in rows if name in r[kind]]
+            assert found[f"alignment/{kind}/{name}"] == pytest.approx(mean(cosines))
+    assert {"1_of_2", "2_of_2"} == {name for r in rows for name in r["position"]}
+    assert all(sum(part["tokens"] for part in r["position"].values()) == r["tokens"] for r in rows)
     weights = dict(enumerate(advantages))
     _, of_policy = GradientComparison(module.policy).responses(rollout, numbers, weights, module.prefix_id)
     assert found["alignment/policy_gradient/cosine"] == pytest.approx(of_policy.cosine, rel=1e-5)
@@ -316,5 +324,7 @@ def test_where_a_run_s_files_go(tmp_path):
 def test_wrong_numbers_are_refused():
     with pytest.raises(InputError, match="alignment"):
         GradientAlignment(responses=0)
+    with pytest.raises(InputError, match="bins 0 or 2 or more"):
+        GradientAlignment(bins=1)
     with pytest.raises(InputError, match=r"alignment\.sketch: 65536: give 0, or a prime .* 65537"):
         GradientAlignment(sketch=65536)
