@@ -341,7 +341,7 @@ def test_a_group_is_described_by_its_longest_run(tmp_path):
     # (2 * 60 + 8) * 256 / 3
     assert "60 steps and, in the mean of the runs, 10,923 responses took" in lead
     text = re.sub("<.*?>", "", " ".join(cells(tables.thought_table([group], ["transition"]))))
-    assert text == "1.25\u00d7 → 2.5\u00d72 of 3 runs"
+    assert text == "1.25\u00d7 → 2.5\u00d7of 0.2; 2 of 3 runs"
     assert "NSR-PreRL → GRPO" in headline.overview([group])
     failed = write_run(tmp_path / "x" / "version_0", steps=3, switch=0)
     late = write_run(tmp_path / "x" / "version_1", steps=60)
@@ -475,7 +475,9 @@ def test_tables_say_what_the_files_say(tmp_path):
     runs = [read_run(write_run(tmp_path / "a" / f"version_{seed}", seed=seed)) for seed in range(2)]
     (group,) = compare.group(runs)
     text = re.sub("<.*?>", "", " ".join(cells(tables.thought_table([group], ["transition", "reflection"]))))
-    assert text == "1.25\u00d7 → 2.5\u00d7 1.5\u00d7 → 4\u00d7"  # 1 + 10/40 and 1 + 60/40; 1 + 20/40 and 1 + 120/40
+    assert (
+        text == "1.25\u00d7 → 2.5\u00d7of 0.2 1.5\u00d7 → 4\u00d7of 0.2"
+    )  # 1 + 10/40 and 1 + 60/40; 1 + 20/40 and 1 + 120/40
     assert "0.360 to 0.370" in headline.overview([group])
     shares = cells(background.time_table([group]))
     assert shares[1] == "1.81"

@@ -38,7 +38,7 @@ SHARE, COUNT = ".2~%", "~s"
 RIGHT_WRONG = ("right", "wrong")
 # time/step is the sum of all but the last; time/alignment is a part of time/watchers
 TIMES = ("rollout", "reward", "forward_backward", "optimizer", "update_weights", "statistics", "other", "watchers")
-LAYERS = "alignment/layers/"
+LAYERS, POSITION, PROBABILITY = "alignment/layers/", "alignment/position/", "alignment/probability/"
 
 
 def columns_of(runs: Iterable[Run]) -> set[str]:
@@ -52,9 +52,17 @@ def families(runs: Iterable[Run]) -> list[str]:
     for column in sorted(columns_of(runs)):
         name = column.removeprefix("val/")
         if name.startswith("thoughts/"):
-            name = name.removeprefix("thoughts/").removesuffix("/right").removesuffix("/wrong")
-            said.setdefault(name.removesuffix("_per_1k").removesuffix("_ratio"))
+            for end in ("/right", "/wrong", "/low", "/high", "_per_1k", "_ratio"):
+                name = name.removesuffix(end)
+            said.setdefault(name.removeprefix("thoughts/"))
     return list(said)
+
+
+def by_rule(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Families of phrases, which are single words, and SEAL's labels, seal/LABEL."""
+    names = list(names)
+    seal = [name for name in names if name.startswith("seal/")]
+    return [name for name in names if name not in seal], seal
 
 
 def by_correctness(column: str) -> Series:
@@ -74,7 +82,9 @@ def _thoughts(family: str, there: set[str]) -> Figure:
             for which in RIGHT_WRONG:
                 views[f"{where}-{measure}-{which}"] = ((which, f"{column}/{which}"),)
     views = {key: found for key, view in views.items() if (found := tuple(s for s in view if s[1] in there))}
-    return Figure(f"thoughts-{family}", "thoughts", family, views=views, zero=True)
+    label = family.removeprefix("seal/")
+    title, note = (label, "") if label == family else (f"SEAL: {label}", "pieces between blank lines, one label each")
+    return Figure(f"thoughts-{family.replace('/', '-')}", "thoughts", title, views=views, zero=True, note=note)
 
 
 def _measured(runs: Iterable[Run]) -> str:
@@ -102,6 +112,7 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
     accuracies = dict.fromkeys(run.accuracy for run in runs if run.accuracy)
     chosen = tuple((column.removeprefix("val/"), column) for column in accuracies)
     layers = [c.removeprefix(LAYERS) for c in sorted(there) if c.startswith(LAYERS)]
+    parts = [[c.removeprefix(p) for c in sorted(there) if c.startswith(p)] for p in (POSITION, PROBABILITY)]
     order = {name: i for i, name in enumerate(("embedding", "first", "middle", "last", "head"))}
     thirds = {name: f"{name} third of the layers" for name in ("first", "middle", "last")}
     measured = _measured(runs)
@@ -114,7 +125,7 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
         Figure("reward", "accuracy", "Reward of the training rollouts", (("", "reward/mean"),)),
         *_pass(runs, there),
         Figure("train-pass", "accuracy", "pass@k on the training prompts", tuple((f"pass@{k}", c) for k, c in ends)),
-        *(_thoughts(family, there) for family in families(runs)),
+        *(_thoughts(family, there) for rule in by_rule(families(runs)) for family in rule),
         Figure("cosine", "alignment", "Cosine of ∇log p(y) and ∇log p(y|x)", (("", "alignment/cosine"),), rule=0.92,
                note=f"mean over {measured} in a step; the line, 0.92, is of a write-up of the paper"),
         Figure("cosine-sign", "alignment", "The same, by the sign of the advantage",
@@ -133,6 +144,10 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
                format=SHARE, zero=True, note=f"of {measured}"),
         *(Figure(f"layer-{n}", "alignment", f"Cosine: {thirds.get(n, n)}", (("", LAYERS + n),))
           for n in sorted(layers, key=lambda n: (order.get(n, 9), n))),
+        Figure("cosine-position", "alignment", "Cosine by position in the response",
+               tuple((n.replace("_", " "), f"{POSITION}{n}") for n in parts[0]), note="stretches of equal length"),
+        Figure("cosine-probability", "alignment", "Cosine by the tokens' probability",
+               tuple((n.replace("_", " "), f"{PROBABILITY}{n}") for n in parts[1]), note="p(y_t | x, y_<t)"),
         Figure("cosine-points", "alignment", "Cosine of single responses", kind="points",
                note="one dot a response measured; filled: right, open: wrong"),
         Figure("entropy", "health", "Entropy", (("", "rollout/entropy"),), note="nats a token"),

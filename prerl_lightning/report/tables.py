@@ -106,35 +106,50 @@ def _pairs(groups: Sequence[Group]) -> str:
 
 
 def thought_table(groups: Sequence[Group], names: Sequence[str]) -> str:
-    """Ratios to step 0 at the end of each life but the last, and of the run; all of one source, held-out responses
-    where there are such ratios."""
+    """Of families of phrases, or of SEAL's labels: ratios to step 0 at the end of each life but the last, and of the
+    run, with what they are ratios of; all of one source, held-out responses where there are such ratios."""
     there = columns_of(run for group in groups for run in group.runs)
     source = "val/thoughts" if any(f"val/thoughts/{n}_ratio" in there for n in names) else "thoughts"
     shown = [name for name in names if f"{source}/{name}_ratio" in there]
     rows = []
     for group in groups:
         ends = [*(first for _, first in group.longest.lives[1:]), group.longest.steps]
-        cells = [_ratios(group, f"{source}/{name}_ratio", ends) for name in shown]
+        cells = [_ratios(group, f"{source}/{name}", ends) for name in shown]
         if set(cells) - {NONE}:
             rows.append([named(groups, group), *cells])
     if not rows:
         return ""
     left = [name for name in names if name not in shown]
+    counted = "Pieces by SEAL's label" if names[0].startswith("seal/") else "Thoughts"
     caption = (
-        f"Thoughts a {'held-out' if source.startswith('val/') else 'training'} response over those at step 0: at the "
+        f"{counted} a {'held-out' if source.startswith('val/') else 'training'} response over those at step 0: at the "
         f"end of each life (the last {'evaluated step' if source.startswith('val/') else 'step'} in it); mean over "
-        f"runs; {NONE}: none at step 0" + (f", as of {', '.join(left)}" if left else "")
+        f"runs; beside it a single run's 95 % interval over problems, and the count at step 0; {NONE}: none at step 0"
+        + (f", as of {', '.join(left)}" if left else "")
     )
     said = f"metrics.csv: {', '.join(f'{source}/{name}_ratio' for name in shown)}"
-    return table(["setting", *map(escape, shown)], rows, caption, said)
+    return table(["setting", *(escape(name.removeprefix("seal/")) for name in shown)], rows, caption, said)
 
 
 def _ratios(group: Group, column: str, ends: Sequence[int]) -> str:
-    curves = [run.column(column) for run in group.runs]
+    curves = [run.column(f"{column}_ratio") for run in group.runs]
     steps = [max((s for c in curves for s in c if s <= end), default=0) for end in ends]
     found = {step: [c[step] for c in curves if step in c] for step in steps if step}
     said = [f'<span title="step {s}">{math.fsum(v) / len(v):.3g}{TIMES}</span>' for s, v in found.items()]
+    if not said:
+        return NONE
     counts = [str(len(values)) for values in found.values()]
     some = f"{' → '.join(counts if len(set(counts)) > 1 else counts[:1])} of {len(curves)} runs"
-    of = tag("small", some) if set(counts) - {str(len(curves))} else ""
-    return f"{' → '.join(said)}{of}" if said else NONE
+    small = [_interval(group, column, max(found)), some if set(counts) - {str(len(curves))} else ""]
+    return " → ".join(said) + (tag("small", "; ".join(filter(None, small))) if any(small) else "")
+
+
+def _interval(group: Group, column: str, step: int) -> str:
+    """Of one run's last ratio the interval; and the count at step 0, count over ratio, as a large one of little is."""
+    low, high = (group.runs[0].column(f"{column}_ratio/{end}").get(step) for end in ("low", "high"))
+    between = (
+        f"[{low:.3g}, {'∞' if high is None else f'{high:.3g}'}] " if low is not None and len(group.runs) < 2 else ""
+    )
+    pairs = [(r.column(column), r.column(f"{column}_ratio")) for r in group.runs]
+    start = [c[min(c)] / ratio[min(c)] for c, ratio in pairs if c and ratio.get(min(c))]
+    return between + (f"of {math.fsum(start) / len(start):.2g}" if start else "")
