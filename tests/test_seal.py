@@ -24,6 +24,7 @@ R, T, X = range(3)
         ("We add 2 and 3.\n\nWait, 2 is even.\n\nAlternatively, factor it.", [X, R, T]),
         ("We wait.\nWait: one line break cuts nothing.", [X]),
         ("x\n \t\n\n\nwait", [X, R]),
+        ("x\n \nwait", [X]),  # a line of spaces is not blank to SEAL
         ("\n\n  WAITING for it\n\n\n", [R]),  # begins so, whatever follows
         ("Alternatively, let me check the other case.", [R]),  # reflection is tested first
         ("wait, another way: think differently", [R]),

@@ -1,14 +1,12 @@
 """Reasoning behaviours by the field's rule, SEAL's (arXiv 2504.07986): pieces of a response, one label each.
 
-A response is cut at blank lines. A piece is a reflection, else a transition, else execution, by how it begins and by
-what it holds, in any case and also within words ("verifying"). The phrases of metrics/thoughts.py are another measure:
-a piece may hold many of them, and their "wait" is a transition.
+A response is cut at blank lines (two line breaks on end). A piece is a reflection, else a transition, else execution, by
+how it begins and by what it holds, in any case and also within words ("verifying"). The phrases of metrics/thoughts.py
+are another measure: a piece may hold many of them, and their "wait" is a transition.
 """
 
-import re
 from collections.abc import Sequence
 
-_BLANK = re.compile(r"\n[^\S\n]*\n\s*")
 # of each label, what its pieces begin with, and what they hold
 _REFLECTION = (
     "wait",
@@ -24,16 +22,16 @@ _TRANSITION = (
 
 
 class SealLabels:
-    """Labels pieces, 45 MB of long answers a second (benchmarks/watchers.py)."""
+    """Labels pieces, 60 MB of long answers a second (benchmarks/watchers.py)."""
 
     families = ("seal/reflection", "seal/transition", "seal/execution")
 
     def labels(self, text: str) -> list[int]:
         """Of each piece, in order, the index of its label in `families`; none of a text without any."""
-        text = text.lower().replace("\u2019", "'").strip()
+        text = text.lower().replace("\u2019", "'")
         # few of the words are anywhere in an answer, so few are looked for in its pieces
         rules = [(start, [word for word in within if word in text]) for start, within in (_REFLECTION, _TRANSITION)]
-        return [_label(piece, rules) for piece in _BLANK.split(text) if piece]
+        return [_label(piece, rules) for part in text.split("\n\n") if (piece := part.lstrip())]
 
     def counts(self, text: str) -> list[int]:
         """How many pieces have each label, in the order of `families`."""

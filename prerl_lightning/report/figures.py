@@ -46,7 +46,7 @@ def columns_of(runs: Iterable[Run]) -> set[str]:
     return {name for run in runs for rows in (run.training, run.validation) for row in rows.values() for name in row}
 
 
-def families(runs: Iterable[Run]) -> list[str]:
+def families(runs: Sequence[Run]) -> list[str]:
     """Of thoughts, in the order of run.json, then by name."""
     said = {str(name): None for run in runs for name in (run.info.get("thoughts") or {})}
     for column in sorted(columns_of(runs)):

@@ -136,7 +136,7 @@ def _section(name: str, figures_html: str, flat: str, groups: Sequence[Group], b
     elif name == "samples":
         before = _asset("samples.html") if samples else ""
     elif name == "thoughts" and figures_html:
-        names = families(run for group in groups for run in group.runs)
+        names = families([run for group in groups for run in group.runs])
         before = "".join(tables.thought_table(groups, rule) for rule in by_rule(names)) + _asset("thoughts.html")
     if not before and not figures_html and not flat and not after:
         return ""
