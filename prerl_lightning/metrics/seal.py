@@ -1,8 +1,8 @@
 """Reasoning behaviours by the field's rule, SEAL's (arXiv 2504.07986): pieces of a response, one label each.
 
-A response is cut at blank lines (two line breaks on end). A piece is a reflection, else a transition, else execution, by
-how it begins and by what it holds, in any case and also within words ("verifying"). The phrases of metrics/thoughts.py
-are another measure: a piece may hold many of them, and their "wait" is a transition.
+A response is cut at blank lines (two line breaks on end). A piece is a reflection, else a transition, else execution,
+by how it begins and by what it holds, in any case and also within words ("verifying"). The phrases of
+metrics/thoughts.py are another measure: a piece may hold many of them, and their "wait" is a transition.
 """
 
 from collections.abc import Sequence

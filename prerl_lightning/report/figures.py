@@ -1,5 +1,6 @@
 """Which figures the page has: a list of what may be drawn, of which those with data are taken."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,11 @@ class Figure:
     """A level to compare with."""
     wide: bool = False
     kind: str = "lines"
+
+    @property
+    def of_responses(self) -> bool:
+        """Single ones, of alignment.jsonl: by step (``points``) or by their tokens (``lengths``)."""
+        return self.kind in ("points", "lengths")
 
     @property
     def columns(self) -> list[str]:
@@ -112,7 +118,9 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
     accuracies = dict.fromkeys(run.accuracy for run in runs if run.accuracy)
     chosen = tuple((column.removeprefix("val/"), column) for column in accuracies)
     layers = [c.removeprefix(LAYERS) for c in sorted(there) if c.startswith(LAYERS)]
-    parts = [[c.removeprefix(p) for c in sorted(there) if c.startswith(p)] for p in (POSITION, PROBABILITY)]
+    parts = [
+        sorted((c.removeprefix(p) for c in there if c.startswith(p)), key=_numbers) for p in (POSITION, PROBABILITY)
+    ]
     order = {name: i for i, name in enumerate(("embedding", "first", "middle", "last", "head"))}
     thirds = {name: f"{name} third of the layers" for name in ("first", "middle", "last")}
     measured = _measured(runs)
@@ -150,6 +158,7 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
                tuple((n.replace("_", " "), f"{PROBABILITY}{n}") for n in parts[1]), note="p(y_t | x, y_<t)"),
         Figure("cosine-points", "alignment", "Cosine of single responses", kind="points",
                note="one dot a response measured; filled: right, open: wrong"),
+        Figure("cosine-length", "alignment", "The same, by response length", kind="lengths", note="tokens"),
         Figure("entropy", "health", "Entropy", (("", "rollout/entropy"),), note="nats a token"),
         Figure("length", "health", "Response length", by_correctness("rollout/response_length"), note="tokens"),
         Figure("length-all", "health", "Response length, all",
@@ -192,6 +201,11 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
     return [*found, *(Figure(f"other-{c}", "other", c, (("", c),)) for c in rest)]
 
 
+def _numbers(name: str) -> list[float]:
+    """0.5_to_0.9 is [0.5, 0.9]."""
+    return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", name)]
+
+
 def split_flat(found: Sequence[Figure], runs: Iterable[Run]) -> tuple[list[Figure], list[Figure]]:
     """Those to draw, and those that would be a flat line, since all their values are 0."""
     moving = {
@@ -202,7 +216,7 @@ def split_flat(found: Sequence[Figure], runs: Iterable[Run]) -> tuple[list[Figur
 
 
 def _with_data(figure: Figure, runs: Sequence[Run], there: set[str]) -> Figure | None:
-    if figure.kind == "points":
+    if figure.of_responses:
         return figure if any(run.alignment for run in runs) else None
     series = tuple(s for s in figure.series if s[1] in there)
     views = {k: tuple(s for s in view if s[1] in there) for k, view in figure.views.items()}

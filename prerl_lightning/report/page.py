@@ -90,7 +90,7 @@ def page(runs: Sequence[Run], now: float | None = None, notes: Sequence[str] = (
     base = compare.baseline(groups)
     data, left_out = payload(groups, drawn, by_rule(families(ordered))[0])
     kept = {name for run in data["runs"] for table in run["tables"] for name in table["columns"]}
-    drawn = [f for f in drawn if f.kind == "points" or kept.intersection(f.columns)]
+    drawn = [f for f in drawn if f.of_responses or kept.intersection(f.columns)]
     figures_of = {name: "".join(figure(f) for f in drawn if f.section == name) for name in {f.section for f in drawn}}
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
     parts = {
