@@ -44,7 +44,7 @@ class Thoughts(Watcher):
         self.enabled = enabled
         self.families = load_families(families)
         self.finder = ThoughtFinder(self.families)
-        self.counters = [self.finder, *([SealLabels()] if rule == "seal" else [])]
+        self.counters: list[ThoughtFinder | SealLabels] = [self.finder, *([SealLabels()] if rule == "seal" else [])]
         self.names = [name for counter in self.counters for name in counter.families]
         self.training, self.held_out = (ThoughtCounts(self.names) for _ in range(2))
         self.at_start: dict[str, float] = {}  # counts by the untrained policy, by logged key
