@@ -247,8 +247,10 @@ def summarised(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def panel(title: str, x_title: str, rows: list[dict[str, Any]], order: list[str]) -> dict[str, Any]:
+    rows = [{**row, "x": row["x"].replace("_to_", " to ")} for row in rows]
+    order = [name.replace("_to_", " to ") for name in order]
     x = {"field": "x", "type": "ordinal", "sort": order, "title": x_title, "axis": {"labelAngle": -35}}
-    y = {"type": "quantitative", "title": "cosine", "scale": {"domain": [0, 1]}}
+    y = {"type": "quantitative", "title": "cosine", "scale": {"domain": [min([0, *(r["low"] for r in rows)]), 1]}}
     colour = {"field": "model", "type": "nominal", "title": None, "legend": {"orient": "bottom"}}
     shift = {"field": "model"}
     return {
@@ -256,7 +258,11 @@ def panel(title: str, x_title: str, rows: list[dict[str, Any]], order: list[str]
         "width": 250,
         "height": 200,
         "layer": [
-            {"mark": {"type": "rule", "strokeDash": [4, 3], "color": "#999"}, "encoding": {"y": {"datum": 0.92}}},
+            {
+                "data": {"values": [{"y": 0.92}]},
+                "mark": {"type": "rule", "strokeDash": [4, 3], "color": "#666"},
+                "encoding": {"y": {"field": "y", **y}},
+            },
             {
                 "data": {"values": rows},
                 "mark": {"type": "rule", "strokeWidth": 2},
