@@ -59,19 +59,27 @@ def steps(config: str, n: int, extra: list[str]) -> dict:
 
 
 def text() -> dict:
-    """One core, on prose (the package's own sources and docs) and on the embedded model's short answers."""
+    """One core, on prose (the package's own sources and docs), whole and as answers of 9,000 characters, and on the
+    embedded model's short answers; phrases, and SEAL's rule."""
+    from prerl_lightning.metrics.seal import SealLabels
     from prerl_lightning.metrics.thoughts import ThoughtFinder, load_families
 
-    finder = ThoughtFinder(load_families())
+    counters = {"": ThoughtFinder(load_families()), ", SEAL": SealLabels()}
     files = [p for pattern in ("*.md", "prerl_lightning/**/*.py") for p in ROOT.glob(pattern)]
     prose = ("\n".join(p.read_text() for p in files) * 100)[:5_000_000]
     found = {}
-    for name, texts in (("prose", [prose]), ("answers of 25 characters", ["25+46=71 wait 71+17=88#88"] * 200_000)):
+    kinds = {
+        "prose": [prose],
+        "answers of 9,000 characters": [prose[i : i + 9000] for i in range(0, len(prose), 9000)],
+        "answers of 25 characters": ["25+46=71 wait 71+17=88#88"] * 200_000,
+    }
+    for kind, texts in kinds.items():
         size = sum(len(t.encode()) for t in texts)
-        start = time.perf_counter()
-        for one in texts:
-            finder.counts(one)
-        found[f"{name}, MB/s"] = round(size / 1e6 / (time.perf_counter() - start), 1)
+        for rule, counter in counters.items():
+            start = time.perf_counter()
+            for one in texts:
+                counter.counts(one)
+            found[f"{kind}{rule}, MB/s"] = round(size / 1e6 / (time.perf_counter() - start), 1)
     return found
 
 

@@ -75,8 +75,8 @@ def lives(optimizer="carry", kl=0.0):
 
 
 def watchers(families: Path):
-    alignment = GradientAlignment(every_n_steps=1, responses=4, likelihoods=6)
-    return [Thoughts(str(families)), alignment, WeightChange(1), Samples(1, 2, 2), RunRecord()]
+    alignment = GradientAlignment(every_n_steps=1, responses=4, likelihoods=6, bins=2)
+    return [Thoughts(str(families), rule="seal"), alignment, WeightChange(1), Samples(1, 2, 2), RunRecord()]
 
 
 def main(out: Path, model: str, strategy: str) -> None:

@@ -1,6 +1,8 @@
 """Gradient alignment against a plain double backward through Hugging Face's forward; sketches against the whole."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,11 +19,12 @@ from prerl_lightning.policy.model import Policy
 PREFIX = 1
 
 
-def plain_gradients(model, context, ids, temperature):
+def plain_gradients(model, context, ids, temperature, tokens=slice(None)):
     model.zero_grad()
     inputs = torch.tensor([[*context, *ids]])
     logits = model(inputs).logits[0, len(context) - 1 : -1] / temperature
-    log_prob = torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(ids).long()[:, None]).sum()
+    log_probs = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids).long()[:, None])[:, 0]
+    log_prob = log_probs[tokens].sum()
     log_prob.backward()
     return float(log_prob.detach()), {n: p.grad.clone().double() for n, p in model.named_parameters()}
 
@@ -65,6 +68,61 @@ def test_equals_a_plain_double_backward(model_folder, make_rollout, shape):
     expected = float(sums[0] @ sums[1] / (sums[0].norm() * sums[1].norm()))
     assert of_policy.cosine == pytest.approx(expected, abs=1e-4)
     assert all(p.grad is None for p in policy.parameters())
+
+
+@pytest.mark.parametrize("sketch", [0, 65_537])
+def test_parts_equal_a_plain_double_backward(model_folder, make_rollout, sketch):
+    """In fp64; by position and by probability, and what the parts of a position add up to is the whole."""
+    folder = model_folder("llama-untied")
+    policy, model = Policy.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    rollout = make_rollout()
+    numbers = [int(rollout.lengths.argmax()), int(rollout.lengths.argsort()[2])]
+    weights = dict.fromkeys(numbers, 0.5)
+    comparison = GradientComparison(policy, sketch)
+    each, of_policy = comparison.responses(rollout, numbers, weights, PREFIX, bins=4)
+    plain, plain_policy = comparison.responses(rollout, numbers, weights, PREFIX)
+    assert of_policy.cosine == pytest.approx(plain_policy.cosine, abs=1e-5)
+    bound, seen = 1e-4 if not sketch else 5 * math.sqrt(2 / sketch), set()
+    for found, whole_one in zip(each, plain, strict=True):
+        assert found.products.cosine == pytest.approx(whole_one.products.cosine, abs=1e-5)
+        assert found.log_prob == pytest.approx(whole_one.log_prob, rel=1e-5)
+        assert (whole_one.by_position, whole_one.by_probability) == ({}, {})
+        ids = rollout.responses[found.number].token_ids
+        prompt = rollout.prompts[int(rollout.group_ids[found.number])].token_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1] / rollout.temperature
+        p = logits.softmax(-1)[range(len(ids)), ids.tolist()].tolist()
+        of_position = {f"{q + 1}_of_4": [t for t in range(len(ids)) if t * 4 // len(ids) == q] for q in range(4)}
+        edges = [0, 0.5, 0.9, 0.99, 1]
+        of_probability = {
+            f"{a}_to_{b}": [t for t, x in enumerate(p) if a <= x < b] for a, b in itertools.pairwise(edges)
+        }
+        for parts, expected in ((found.by_position, of_position), (found.by_probability, of_probability)):
+            expected = {name: tokens for name, tokens in expected.items() if tokens}
+            assert {name: part.tokens for name, part in parts.items()} == {k: len(v) for k, v in expected.items()}
+            for name, tokens in expected.items():
+                gradients = [
+                    whole(plain_gradients(model, c, ids, rollout.temperature, tokens)[1]) for c in (prompt, (PREFIX,))
+                ]
+                product, norms = gradients[0] @ gradients[1], gradients[0].norm() * gradients[1].norm()
+                assert parts[name].products.cosine == pytest.approx(float(product / norms), abs=bound), name
+                assert parts[name].products.inner_product == pytest.approx(float(product), abs=bound * float(norms))
+                seen.add(name)
+    assert len(seen) >= 6
+
+
+def test_a_part_without_a_gradient_is_left_out(model_folder, make_rollout):
+    """A token of probability 1 has none, in fp32: a cosine of it would be NaN, which is no JSON."""
+    policy = Policy.from_pretrained(model_folder("llama-untied"))
+    with torch.no_grad():
+        policy.model.lm_head.weight.mul_(1e4)
+        rollout = make_rollout(n_prompts=1, group_size=1)
+        ids = torch.tensor([rollout.prompts[0].token_ids])
+        best = int(policy.model(ids).logits[0, -1].argmax())
+    rollout = replace(rollout, tokens=torch.tensor([best], dtype=torch.int32), lengths=torch.tensor([1]))
+    (found,), _ = GradientComparison(policy).responses(rollout, [0], {0: 1.0}, PREFIX, bins=2)
+    assert (found.by_position, found.by_probability) == ({}, {})
+    assert found.log_prob == 0
 
 
 def test_layer_groups_cover_the_model_in_order(model_folder):

@@ -145,6 +145,8 @@ class TestLives:
         files = [runs(s) / "watched" / "metrics.csv" for s in (strategy, "auto")]
         for name in (
             *("thoughts/equals", "thoughts/plus_per_1k/wrong", "thoughts/equals_ratio", "val/thoughts/equals_ratio"),
+            *("val/thoughts/equals_ratio/low", "val/thoughts/equals_ratio/high", "val/thoughts/seal/execution_ratio"),
+            *("alignment/position/1_of_2", "alignment/position/2_of_2"),
             *("rollout/entropy", "rollout/repetition", "rollout/pass@2", "rollout/response_length/right"),
             *("rollout/marginal_log_prob/right", "rollout/marginal_log_prob/wrong"),
             *("weights/change", "alignment/cosine", "alignment/policy_gradient/cosine", "alignment/layers/first"),
@@ -162,7 +164,8 @@ class TestLives:
 
     def test_what_is_watched_goes_on_after_a_resume(self, runs, model_folder, strategy):
         folders = [runs(strategy) / name for name in ("watched", "watched_resumed")]
-        for name in ("weights/change", "thoughts/equals_ratio", "val/thoughts/equals_ratio"):
+        ratio = "val/thoughts/equals_ratio"
+        for name in ("weights/change", "thoughts/equals_ratio", ratio, f"{ratio}/low"):
             whole, resumed = (_column(folder / "metrics.csv", name) for folder in folders)
             assert resumed == pytest.approx(whole[-1:], rel=1e-3), name
         earlier, again = ([r for r in _lines(f / "samples.jsonl") if r["kind"] == "held_out"] for f in folders)

@@ -615,6 +615,27 @@ def test_alignment_by_life(tmp_path):
     assert rows(tables.alignment_table([group])) == [["a", "1", "0.200-0.100 to 0.500", "1 of 2"]]
 
 
+def test_alignment_by_position_probability_and_length(tmp_path):
+    """In order of position and of probability; a response's dot has its tokens."""
+    folder = write_run(tmp_path / "a", steps=10)
+    names = [f"position/{i}_of_4" for i in (1, 2, 3, 4)]
+    names += [f"probability/{ends}" for ends in ("0_to_0.5", "0.5_to_0.9", "0.9_to_0.99", "0.99_to_1")]
+    write_metrics(folder, [{"optim/step": 10} | {f"alignment/{n}": i / 10 for i, n in enumerate(reversed(names))}])
+    run = read_run(folder)
+    drawn = figures([run])
+    found = {f.key: f for f in drawn}
+    assert [c for _, c in found["cosine-position"].series] == [f"alignment/{n}" for n in names[:4]]
+    assert [label for label, _ in found["cosine-position"].series][:2] == ["1 of 4", "2 of 4"]
+    assert {c for _, c in found["cosine-probability"].series} == {f"alignment/{n}" for n in names[4:]}
+    assert [label for label, _ in found["cosine-probability"].series] == [
+        "0 to 0.5", "0.5 to 0.9", "0.9 to 0.99", "0.99 to 1",
+    ]  # fmt: skip
+    assert not [f.key for f in drawn if f.section == "other"]
+    data, _ = payload.payload(compare.group([run]), drawn, [])
+    assert data["runs"][0]["points"][0] == [5, 0.9, 0, 24]
+    assert data["figures"]["cosine-length"]["kind"] == "lengths"
+
+
 def test_alignment_says_of_how_many_responses_it_is(tmp_path):
     notes = {f.key: f.note for f in figures([read_run(write_run(tmp_path / "a", steps=10))])}
     assert (

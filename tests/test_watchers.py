@@ -209,7 +209,7 @@ def measured(model_folder, make_rollout, tmp_path):
 def test_what_alignment_logs(measured):
     """Against the comparison that test_alignment.py checks, and log-probs of plain forwards."""
     module, trainer, folder = measured
-    watcher = GradientAlignment(responses=5, likelihoods=6)
+    watcher = GradientAlignment(responses=5, likelihoods=6, bins=2)
     watcher.folder = folder
     found = watcher.watch(trainer, module)
     rollout = module.rollout
@@ -234,6 +234,14 @@ def test_what_alignment_logs(measured):
     assert [r["advantage"] for r in rows] == [advantages[n] for n in numbers]
     assert [r["reward"] for r in rows] == [float(rollout.rewards[n]) for n in numbers]
     assert [sum(r["layer_inner_products"].values()) for r in rows] == pytest.approx([r["inner_product"] for r in rows])
+    for kind in ("position", "probability"):
+        names = {name for r in rows for name in r[kind]}
+        assert {k.removeprefix(f"alignment/{kind}/") for k in found if k.startswith(f"alignment/{kind}/")} == names
+        for name in names:
+            cosines = [r[kind][name]["cosine"] for r in rows if name in r[kind]]
+            assert found[f"alignment/{kind}/{name}"] == pytest.approx(mean(cosines))
+    assert {"1_of_2", "2_of_2"} == {name for r in rows for name in r["position"]}
+    assert all(sum(part["tokens"] for part in r["position"].values()) == r["tokens"] for r in rows)
     weights = dict(enumerate(advantages))
     _, of_policy = GradientComparison(module.policy).responses(rollout, numbers, weights, module.prefix_id)
     assert found["alignment/policy_gradient/cosine"] == pytest.approx(of_policy.cosine, rel=1e-5)
@@ -267,19 +275,78 @@ def test_what_thoughts_log(measured):
         assert one.watch(trainer, module)["thoughts/transition_ratio"] == 4
 
 
+def validated(thoughts, module, trainer, texts, step, fn="fit"):
+    """What a validation records of two answers of each problem."""
+    trainer.state, trainer.global_step, trainer.sanity_checking = SimpleNamespace(fn=fn), step, False
+    verdicts = [SimpleNamespace(score=1.0)] * 2
+    for row in reversed(range(len(texts))):
+        responses = [Response((5,), (-1.0,), texts[row], False)] * 2
+        group = SimpleNamespace(prompt=SimpleNamespace(row=row), responses=responses, verdicts=verdicts)
+        thoughts.on_validation_batch_end(trainer, module, {"samples": [group]})
+    thoughts.on_validation_batch_end(trainer, module, {"samples": []})
+    thoughts.on_validation_epoch_end(trainer, module)
+    return {k: v for k, v in module._row.items() if k.startswith("val/thoughts/")}
+
+
 @pytest.mark.parametrize(("fn", "step", "expected"), [("fit", 0, 1.0), ("fit", 5, 0.5), ("validate", 0, 0.5)])
 def test_ratios_of_held_out_answers(measured, fn, step, expected):
     """Validation alone knows no step 0 but a checkpoint's."""
     module, trainer, _ = measured
-    trainer.state, trainer.global_step, trainer.sanity_checking = SimpleNamespace(fn=fn), step, False
     thoughts = Thoughts()
     thoughts.at_start = {"val/thoughts/transition": 2.0}
-    verdicts = [SimpleNamespace(score=1.0)] * 2
-    group = SimpleNamespace(responses=[Response((5,), (-1.0,), "wait", False)] * 2, verdicts=verdicts)
-    thoughts.on_validation_batch_end(trainer, module, {"samples": [group]})
-    thoughts.on_validation_epoch_end(trainer, module)
-    assert module._row["val/thoughts/transition"] == 1
-    assert module._row["val/thoughts/transition_ratio"] == expected
+    found = validated(thoughts, module, trainer, ["wait"], step, fn)
+    assert found["val/thoughts/transition"] == 1
+    assert found["val/thoughts/transition_ratio"] == expected
+    assert ("val/thoughts/transition_ratio/low" in found) == (step == 0 and fn == "fit")
+
+
+def test_held_out_ratios_have_an_interval_over_problems(measured, caplog):
+    """By the same draws of problems for both counts; no upper end where some draws have none at the start."""
+    module, trainer, _ = measured
+    thoughts, before, after = Thoughts(), [0, 1, 2, 1, 0, 3] * 5, [1, 4, 3, 5, 0, 2] * 5
+    texts = [f"wait {'check ' * (i == 7)}" * n for i, n in enumerate(before)]
+    validated(thoughts, module, trainer, texts, step=0)
+    again = Thoughts()  # resumed
+    again.load_state_dict(thoughts.state_dict())
+    module._row.clear()
+    with caplog.at_level("INFO"):
+        found = validated(again, module, trainer, ["wait check " * n for n in after], step=5)
+    assert found["val/thoughts/transition_ratio"] == pytest.approx(15 / 7)
+    drawn = torch.randint(30, (20_000, 30), generator=torch.Generator().manual_seed(1))
+    counts = [torch.tensor(c, dtype=torch.float64)[drawn].sum(1) for c in (after, before)]
+    expected = torch.quantile(counts[0] / counts[1], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    ends = [found[f"val/thoughts/transition_ratio/{end}"] for end in ("low", "high")]
+    assert ends == pytest.approx(expected, rel=0.05)
+    assert 1.3 < ends[0] < 15 / 7 < ends[1] < 3.5
+    assert found["val/thoughts/reflection_ratio"] == pytest.approx(75)
+    assert "val/thoughts/reflection_ratio/low" in found
+    assert "val/thoughts/reflection_ratio/high" not in found
+    assert "thoughts/reflection 2.5 (x75.00 [" not in caplog.text
+    assert "reflection 2.5 (x75.00 [" in caplog.text
+    assert "inf] of 0.0333)" in caplog.text
+    module._row.clear()
+    found = validated(again, module, trainer, ["wait"] * 29, step=6)  # other problems
+    assert "val/thoughts/transition_ratio" in found
+    assert "val/thoughts/transition_ratio/low" not in found
+
+
+def test_seal_s_labels_beside_the_phrases(measured):
+    module, trainer, _ = measured
+    text = "wait, but add\n\nso verify\n\nalternatively\n\nadd"
+    module.rollout = replace(module.rollout, texts=(text,) * 16)
+    found = Thoughts(rule="seal").watch(trainer, module)
+    assert found["thoughts/transition"] == 3
+    labels = [found[f"thoughts/seal/{label}"] for label in ("reflection", "transition", "execution")]
+    assert labels == [2, 1, 1]
+    assert found["thoughts/seal/reflection_ratio"] == 1
+    tokens = float(module.rollout.lengths.sum())
+    assert found["thoughts/seal/reflection_per_1k"] == pytest.approx(32_000 / tokens)
+    assert {"thoughts/seal/reflection/right", "thoughts/seal/execution_per_1k/wrong"} <= set(found)
+    assert not [key for key in Thoughts().watch(trainer, module) if "seal" in key]
+    module._row.clear()
+    held_out = validated(Thoughts(rule="seal"), module, trainer, [text] * 3, step=0)
+    assert held_out["val/thoughts/seal/transition"] == 1
+    assert held_out["val/thoughts/seal/transition_ratio/low"] == 1
 
 
 def test_rows_for_the_loggers(measured, tmp_path):
@@ -317,5 +384,7 @@ def test_where_a_run_s_files_go(tmp_path):
 def test_wrong_numbers_are_refused():
     with pytest.raises(InputError, match="alignment"):
         GradientAlignment(responses=0)
+    with pytest.raises(InputError, match="bins 0 or 2 or more"):
+        GradientAlignment(bins=1)
     with pytest.raises(InputError, match=r"alignment\.sketch: 65536: give 0, or a prime .* 65537"):
         GradientAlignment(sketch=65536)

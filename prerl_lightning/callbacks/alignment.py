@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from prerl_lightning import ranks
 from prerl_lightning.callbacks.watcher import Watcher, append_lines, run_folder
 from prerl_lightning.errors import InputError
-from prerl_lightning.metrics.alignment import GROUPS, GradientComparison, ResponseAlignment
+from prerl_lightning.metrics.alignment import GROUPS, GradientComparison, Part, ResponseAlignment
 from prerl_lightning.metrics.evaluation import is_right
 from prerl_lightning.metrics.sketch import usable_size
 from prerl_lightning.objectives.advantages import group_advantages
@@ -34,6 +35,8 @@ class GradientAlignment(Watcher):
       r - mean;
     - alignment/policy_gradient/...: of sum(advantage * gradient) over these responses;
     - alignment/layers/NAME: mean cosine of a layer group (metrics/alignment.py);
+    - with ``bins``, alignment/position/1_of_4 and alignment/probability/0.5_to_0.9: mean cosine of the gradients of the
+      tokens of one stretch of the response alone, and of those whose p(y_t given x, y_<t) is in one range;
     - rollout/marginal_log_prob/right and /wrong: mean log p(y) a token, of ``likelihoods`` responses.
 
     alignment.jsonl in the run's folder has a line for each response. All of it is of the weights after the step, one
@@ -47,17 +50,26 @@ class GradientAlignment(Watcher):
         likelihoods: responses whose log p(y) is computed.
         sketch: buckets of a random projection of each layer group's gradient (error: metrics/sketch.py); 0: exact;
             None: exact up to 268 M weights a rank.
+        bins: stretches of a response, e.g. 4, that are compared one by one, and then its tokens by probability; 4 of
+            them take about 6 times as long. 0: the response as a whole alone.
     """
 
     def __init__(
-        self, every_n_steps: int = 50, responses: int = 4, likelihoods: int = 16, sketch: int | None = None
+        self,
+        every_n_steps: int = 50,
+        responses: int = 4,
+        likelihoods: int = 16,
+        sketch: int | None = None,
+        bins: int = 0,
     ) -> None:
-        if responses < 1 or likelihoods < 0 or every_n_steps < 0:
-            raise InputError("alignment: responses must be 1 or more, likelihoods and every_n_steps 0 or more.")
+        if responses < 1 or likelihoods < 0 or every_n_steps < 0 or bins < 0 or bins == 1:
+            raise InputError(
+                "alignment: responses must be 1 or more, likelihoods and every_n_steps 0 or more, bins 0 or 2 or more."
+            )
         if sketch and sketch != (size := usable_size(sketch)):
             raise InputError(f"alignment.sketch: {sketch}: give 0, or a prime from 2 to 500,000, e.g. {size}.")
         self.every_n_steps, self.n_responses, self.likelihoods = every_n_steps, responses, likelihoods
-        self.sketch = sketch
+        self.sketch, self.bins = sketch, bins
         self.folder: Path | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -82,7 +94,7 @@ class GradientAlignment(Watcher):
         numbers = chosen(rollout, advantages.sign(), self.n_responses)
         weights = dict(enumerate(advantages.tolist()))
         comparison = GradientComparison(module.live_policy, self.sketch, module.compute_device)
-        each, policy_gradient = comparison.responses(rollout, numbers, weights, module.acting.prefix_id)
+        each, policy_gradient = comparison.responses(rollout, numbers, weights, module.acting.prefix_id, self.bins)
         if trainer.is_global_zero and self.folder is not None:
             rows = [self._row(trainer, module, rollout, a, weights[a.number], comparison.sketch) for a in each]
             append_lines(self.folder, "alignment.jsonl", rows)
@@ -104,6 +116,10 @@ class GradientAlignment(Watcher):
         for group in GROUPS:
             if some_cosines := [a.products.by_group[group] for a in each if group in a.products.by_group]:
                 found[f"layers/{group}"] = _mean(some_cosines)
+        for kind in ("position", "probability"):
+            parts = [getattr(a, f"by_{kind}") for a in each]
+            for name in dict.fromkeys(name for some_parts in parts for name in some_parts):
+                found[f"{kind}/{name}"] = _mean([p[name].products.cosine for p in parts if name in p])
         return {f"alignment/{k}": v for k, v in found.items()}
 
     def _row(
@@ -133,6 +149,8 @@ class GradientAlignment(Watcher):
             "layers": products.by_group,
             "layer_inner_products": dict(zip(GROUPS, products.ab.tolist(), strict=True)),
             "sketch": sketch,
+            "position": _rows(found.by_position),
+            "probability": _rows(found.by_probability),
         }
 
     def _likelihoods(self, module: PolicyModule, rollout: Rollout) -> dict[str, float]:
@@ -163,6 +181,13 @@ def chosen(rollout: Rollout, signs: Tensor, n: int) -> list[int]:
     first = torch.cat([of_sign[0][: (n + 1) // 2], of_sign[1][: n // 2]])
     rest = drawn[~torch.isin(drawn, first)]
     return torch.cat([first, rest])[:n].tolist()
+
+
+def _rows(parts: Mapping[str, Part]) -> dict[str, dict[str, float]]:
+    return {
+        name: {"tokens": p.tokens, "cosine": p.products.cosine, "inner_product": p.products.inner_product}
+        for name, p in parts.items()
+    }
 
 
 def _mean(values: list[float]) -> float:

@@ -26,15 +26,10 @@ class HeldOut(L.Callback):
     def on_validation_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: PolicyModule, outputs: dict[str, list[Group]], *_: Any
     ) -> None:
-        watching = [t for t in callbacks_of(trainer, Thoughts) if t.enabled]
         for group in outputs["samples"]:
             scores = torch.tensor([verdict.score for verdict in group.verdicts], dtype=torch.float64)
-            found: dict[str, Any] = {"row": group.prompt.row, "k": len(scores)}
-            found |= {"score": float(scores.sum()), "right": int(is_right(scores).sum())}
-            if watching:
-                counts = [watching[0].finder.counts(response.text) for response in group.responses]
-                found["thoughts"] = [sum(of_family) for of_family in zip(*counts, strict=True)]
-            self._found.append(found)
+            found = {"row": group.prompt.row, "k": len(scores)}
+            self._found.append(found | {"score": float(scores.sum()), "right": int(is_right(scores).sum())})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         found, self._found = self._found, []
@@ -47,7 +42,6 @@ class HeldOut(L.Callback):
         line: dict[str, Any] = {"step": trainer.global_step, "life": pl_module.acting.life, "k": rows[0]["k"]}
         line["rows"] = [r["row"] for r in rows]
         line |= {key: [r[key] for r in rows] for key in ("score", "right")}
-        if "thoughts" in rows[0]:
-            families = callbacks_of(trainer, Thoughts)[0].finder.families
-            line["thoughts"] = {family: [r["thoughts"][i] for r in rows] for i, family in enumerate(families)}
+        for watching in callbacks_of(trainer, Thoughts)[:1]:
+            line["thoughts"] = {name: [of[row] for row in line["rows"]] for name, of in watching.problems.items()}
         append_lines(folder, "held_out.jsonl", [line])

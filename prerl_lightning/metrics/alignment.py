@@ -1,14 +1,18 @@
 """Do the two spaces pull the same way? Gradients of log p(y) and log p(y given x), compared response by response.
 
 arXiv 2604.14142 rests on their inner product not being negative. A gradient is that of the sum over the response's
-tokens, with respect to all weights, at sampling temperature. Up to EXACT_PARAMETERS weights a rank, gradients are
-compared as they are, which takes four copies of them; above that as sketches (metrics/sketch.py), which take no memory
-to speak of and have the error said there.
+tokens, with respect to all weights, at sampling temperature. Being a sum over tokens, it is also that of its parts: of
+the tokens of one stretch of the response, or of one range of probability, each part compared by itself. Up to
+EXACT_PARAMETERS weights a rank, gradients are compared as they are, which takes four copies of them, with parts six;
+above that as sketches (metrics/sketch.py), which take no memory to speak of and have the error said there.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,6 +27,7 @@ from prerl_lightning.types import Rollout, Sequences
 
 EXACT_PARAMETERS = 1 << 28
 GROUPS = ("embedding", "first", "middle", "last", "head")
+EDGES = (0.0, 0.5, 0.9, 0.99, 1.0)  # of the bins by p(y_t given x, y_<t)
 
 Gradient = dict[str, Tensor]  # by parameter, or by layer group: its sketch
 
@@ -52,14 +57,63 @@ class Products:
         return {name: ab / norm for name, ab, norm in cosines if norm > 0}
 
 
+@dataclass(frozen=True, eq=False)
+class GradientPair:
+    """Of the same tokens of a response: the gradients of log p(y given x) and of log p(y), and (tokens,) log-probs."""
+
+    a: Gradient
+    b: Gradient
+    log_probs: Tensor
+    marginal_log_probs: Tensor
+
+    def extended(self, other: "GradientPair") -> "GradientPair":
+        """With the tokens that follow; this one's gradients are added to in place."""
+        _add(self.a, other.a)
+        _add(self.b, other.b)
+        log_probs = torch.cat([self.log_probs, other.log_probs])
+        return GradientPair(self.a, self.b, log_probs, torch.cat([self.marginal_log_probs, other.marginal_log_probs]))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some tokens of a response, and the products of their gradients."""
+
+    tokens: int
+    products: Products
+
+
 @dataclass(frozen=True)
 class ResponseAlignment:
-    """Of one response: its number in the rollout, its products, and its log-probs summed over tokens."""
+    """Of one response: its number in the rollout, its products, its log-probs summed over tokens, and, where asked for,
+    its parts by position (``1_of_4``) and by probability (``0.5_to_0.9``); one without tokens or gradient is left out.
+    """
 
     number: int
     products: Products
     log_prob: float
     marginal_log_prob: float
+    by_position: dict[str, Part] = field(default_factory=dict)
+    by_probability: dict[str, Part] = field(default_factory=dict)
+
+
+def positions(length: int, bins: int) -> dict[str, np.ndarray]:
+    """(length,) bool each: which tokens of a response are in the first of so many equal stretches, and so on."""
+    at = np.arange(length) * bins // max(1, length)
+    return {f"{i + 1}_of_{bins}": at == i for i in range(bins)}
+
+
+def probabilities(log_probs: Tensor) -> dict[str, np.ndarray]:
+    """(T,) bool each: which of (T,) tokens are in each bin between EDGES."""
+    at = np.searchsorted(EDGES[1:-1], log_probs.double().exp().numpy(), side="right")
+    return {f"{low:g}_to_{high:g}": at == i for i, (low, high) in enumerate(pairwise(EDGES))}
+
+
+def _add(total: Gradient, gradient: Gradient, weight: float = 1.0) -> None:
+    for key, value in gradient.items():
+        if key in total:
+            total[key].add_(value, alpha=weight)
+        else:
+            total[key] = value * weight
 
 
 def layer_groups(policy: Policy) -> dict[str, str]:
@@ -105,7 +159,7 @@ class GradientComparison:
         self.sketch = sketch if sketch is not None else 0 if n_local <= EXACT_PARAMETERS else SIZE
 
     def responses(
-        self, rollout: Rollout, numbers: Sequence[int], weights: Mapping[int, float], prefix_id: int
+        self, rollout: Rollout, numbers: Sequence[int], weights: Mapping[int, float], prefix_id: int, bins: int = 0
     ) -> tuple[list[ResponseAlignment], Products]:
         """Of each response; and of the two sums over them of weight * gradient, the policy gradients.
 
@@ -113,28 +167,59 @@ class GradientComparison:
             numbers: of the responses, each with at least one token.
             weights: by number, advantages.
             prefix_id: the token in front of y in log p(y).
+            bins: also of so many stretches of each response, and of its tokens by probability; 0: not.
         """
         found: list[ResponseAlignment] = []
         sums: tuple[Gradient, Gradient] = ({}, {})
         for number in numbers:
             ids = rollout.sequences[number]
             prompt = rollout.contexts[int(rollout.group_ids[number])]
-            log_prob, a = self._gradient(prompt, ids, rollout.temperature)
-            marginal, b = self._gradient((prefix_id,), ids, rollout.temperature)
-            found.append(ResponseAlignment(number, self._products(a, b), log_prob, marginal))
-            for total, gradient in zip(sums, (a, b), strict=True):
-                for key, value in gradient.items():
-                    if key in total:
-                        total[key].add_(value, alpha=weights[number])
-                    else:
-                        total[key] = value * weights[number]
-        return found, self._products(*sums)
+            pair = partial(self.pair, prompt, prefix_id, ids, rollout.temperature)
+            parts: tuple[dict[str, Part], dict[str, Part]] = ({}, {})
+            whole: GradientPair | None = None
+            for name, tokens in positions(len(ids), max(1, bins)).items():
+                if tokens.any():
+                    stretch = pair(tokens)
+                    parts[0][name] = Part(int(tokens.sum()), self.products(stretch))
+                    whole = whole.extended(stretch) if whole else stretch
+            assert whole is not None
+            if bins:
+                for name, tokens in probabilities(whole.log_probs).items():
+                    if tokens.any():
+                        parts[1][name] = Part(int(tokens.sum()), self.products(pair(tokens)))
+            of_whole = self.products(whole) if bins else parts[0].pop("1_of_1").products
+            log_prob, marginal = float(whole.log_probs.sum()), float(whole.marginal_log_probs.sum())
+            able = [{k: p for k, p in some.items() if math.isfinite(p.products.cosine)} for some in parts]
+            found.append(ResponseAlignment(number, of_whole, log_prob, marginal, *able))
+            for total, gradient in zip(sums, (whole.a, whole.b), strict=True):
+                _add(total, gradient, weights[number])
+        return found, Products(*self._sums(*sums))
+
+    def pair(
+        self,
+        prompt: Sequence[int] | np.ndarray,
+        prefix_id: int,
+        ids: np.ndarray,
+        temperature: float,
+        tokens: np.ndarray | None = None,
+    ) -> GradientPair:
+        """Both gradients of one response, or of some of its tokens: (len(ids),) bool, at least one; None: all."""
+        log_probs, a = self._gradient(prompt, ids, temperature, tokens)
+        marginal, b = self._gradient((prefix_id,), ids, temperature, tokens)
+        return GradientPair(a, b, log_probs, marginal)
+
+    def products(self, pair: GradientPair) -> Products:
+        return Products(*self._sums(pair.a, pair.b))
 
     def _gradient(
-        self, context: Sequence[int] | np.ndarray, ids: np.ndarray, temperature: float
-    ) -> tuple[float, Gradient]:
+        self, context: Sequence[int] | np.ndarray, ids: np.ndarray, temperature: float, tokens: np.ndarray | None = None
+    ) -> tuple[Tensor, Gradient]:
+        chosen = np.arange(len(ids)) if tokens is None else np.flatnonzero(tokens)
+        ids = ids[: chosen[-1] + 1]  # what follows them has no part in their log-probs
         family = Family(np.asarray(context), (0,), (len(ids),))
         batch = micro_batches([family], Sequences.of([ids]), 1, packed=False)[0]
+        some = torch.from_numpy(chosen)
+        batch = replace(batch, **{k: getattr(batch, k)[some] for k in ("predictors", "targets", "sequence", "source")})
         self.policy.zero_grad(set_to_none=True)
         log_probs, _ = self.policy(batch.to(self.device), temperature)
         log_probs.sum().backward()
@@ -150,17 +235,18 @@ class GradientComparison:
                 start += parameter.numel()
             found = {group: sketch.sums for group, sketch in sketches.items()}
         self.policy.zero_grad(set_to_none=True)
-        return float(log_probs.detach().sum()), found
+        return log_probs.detach().cpu(), found
 
     def _gradients(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         for name, parameter in self.policy.named_parameters():
             if parameter.grad is not None:
                 yield name, parameter, parameter.grad
 
-    def _products(self, a: Gradient, b: Gradient) -> Products:
+    def _sums(self, a: Gradient, b: Gradient) -> Tensor:
+        """(3, groups): of a with itself, of b with itself, of a with b."""
         sums = torch.zeros(3, len(GROUPS), dtype=torch.float64)
         for i, (left, right) in enumerate(((a, a), (b, b), (a, b))):
             for key in left.keys() & right.keys():
                 group = GROUPS.index(self.groups.get(key, key))
                 sums[i, group] += dot(left[key], right[key])
-        return Products(*(ranks.all_reduce(sums) if self.sharded else sums))
+        return ranks.all_reduce(sums) if self.sharded else sums

@@ -8,6 +8,7 @@ The families are data: assets/thoughts.yaml, or a file of the user's. A phrase m
   backtracking and no transition).
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +23,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from prerl_lightning.errors import InputError
-from prerl_lightning.metrics.evaluation import is_right
+from prerl_lightning.metrics.evaluation import bootstrap, is_right
 from prerl_lightning.ranks import gather_state
 
-ASSETS = Path(__file__).parents[1] / "assets"
-FAMILIES = ASSETS / "thoughts.yaml"
+FAMILIES = Path(__file__).parents[1] / "assets" / "thoughts.yaml"
 Families = Mapping[str, Sequence[str]]
 
 # words are not set apart by spaces in these
@@ -42,32 +42,34 @@ _SPACES = "".join(re.findall(r"\s", _ASCII)) + "?"
 _ALIKE = {"\u2019": "'", "\u0131": "i", "\u0130": "i", "\u017f": "s", "\u212a": "k"}
 
 
-def load_families(path: str | Path | None = None) -> dict[str, list[str]]:
-    """Family -> phrases from a YAML file; None: this package's, English; ``countdown``: those of the embedded task.
+def load_families(given: str | Path | Families | None = None) -> dict[str, list[str]]:
+    """Family -> phrases, from a YAML file or as they are; None: this package's.
 
     Raises:
-        InputError: the file is missing or has another form; a phrase is empty, or in it twice.
+        InputError: the file is missing or it has another form; a phrase is empty, or in it twice.
     """
-    path = ASSETS / "thoughts_countdown.yaml" if path == "countdown" else Path(path or FAMILIES)
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"thoughts.families: {path} cannot be read: {error}") from error
-    if not isinstance(found, dict) or not found:
-        raise InputError(f"thoughts.families: {path} must map each family to a list of phrases.")
+    where, found = "thoughts.families", given
+    if not isinstance(given, Mapping):
+        path = Path(given or FAMILIES)
+        where = f"thoughts.families: {path}"
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{where} cannot be read: {error}") from error
+    if not isinstance(found, Mapping) or not found:
+        raise InputError(f"{where} must map each family to a list of phrases.")
     seen: dict[str, str] = {}
     for family, phrases in found.items():
         if not re.fullmatch(r"\w+", str(family)) or not isinstance(phrases, list) or not phrases:
             raise InputError(
-                f"thoughts.families: {path}: {family!r}: a family is one word and a list of phrases, as in "
-                "family: [wait, but]."
+                f"{where}: {family!r}: a family is one word and a list of phrases, as in family: [wait, but]."
             )
         for phrase in phrases:
             if not isinstance(phrase, str) or not phrase.strip(" *"):
-                raise InputError(f"thoughts.families: {path}: {family}: {phrase!r} is no phrase; put it in quotes.")
+                raise InputError(f"{where}: {family}: {phrase!r} is no phrase; put it in quotes.")
             key = _folded(phrase)
             if key in seen:
-                raise InputError(f"thoughts.families: {path}: {phrase!r} is in {family} and in {seen[key]}.")
+                raise InputError(f"{where}: {phrase!r} is in {family} and in {seen[key]}.")
             seen[key] = family
     return {str(family): list(phrases) for family, phrases in found.items()}
 
@@ -203,6 +205,23 @@ class ThoughtFinder:
         for _, _, family in self._found(text):
             found[family] += 1
         return list(found.values())
+
+
+def ratio_interval(now: Tensor, start: Tensor) -> tuple[float, float]:
+    """95 % interval of sum(now) / sum(start) by a bootstrap over problems, each drawn with both of its counts.
+
+    Args:
+        now, start: (P,) float64 counts of the same problems.
+
+    Returns:
+        Its ends; infinite where more than 2.5 % of the draws have none at the start.
+    """
+    low, high = torch.quantile(
+        (bootstrap(now) / bootstrap(start)).nan_to_num(nan=math.inf, posinf=math.inf),
+        torch.tensor([0.025, 0.975], dtype=torch.float64),
+        interpolation="nearest",  # between a number and infinity lies none
+    ).tolist()
+    return low, high
 
 
 class ThoughtCounts(Metric):

@@ -1,5 +1,6 @@
 """Which figures the page has: a list of what may be drawn, of which those with data are taken."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,11 @@ class Figure:
     kind: str = "lines"
 
     @property
+    def of_responses(self) -> bool:
+        """Single ones, of alignment.jsonl: by step (``points``) or by their tokens (``lengths``)."""
+        return self.kind in ("points", "lengths")
+
+    @property
     def columns(self) -> list[str]:
         found = [c for _, c in self.series] + [c for view in self.views.values() for _, c in view]
         return list(dict.fromkeys(found))
@@ -38,7 +44,7 @@ SHARE, COUNT = ".2~%", "~s"
 RIGHT_WRONG = ("right", "wrong")
 # time/step is the sum of all but the last; time/alignment is a part of time/watchers
 TIMES = ("rollout", "reward", "forward_backward", "optimizer", "update_weights", "statistics", "other", "watchers")
-LAYERS = "alignment/layers/"
+LAYERS, POSITION, PROBABILITY = "alignment/layers/", "alignment/position/", "alignment/probability/"
 
 
 def columns_of(runs: Iterable[Run]) -> set[str]:
@@ -46,15 +52,23 @@ def columns_of(runs: Iterable[Run]) -> set[str]:
     return {name for run in runs for rows in (run.training, run.validation) for row in rows.values() for name in row}
 
 
-def families(runs: Iterable[Run]) -> list[str]:
+def families(runs: Sequence[Run]) -> list[str]:
     """Of thoughts, in the order of run.json, then by name."""
     said = {str(name): None for run in runs for name in (run.info.get("thoughts") or {})}
     for column in sorted(columns_of(runs)):
         name = column.removeprefix("val/")
         if name.startswith("thoughts/"):
-            name = name.removeprefix("thoughts/").removesuffix("/right").removesuffix("/wrong")
-            said.setdefault(name.removesuffix("_per_1k").removesuffix("_ratio"))
+            for end in ("/right", "/wrong", "/low", "/high", "_per_1k", "_ratio"):
+                name = name.removesuffix(end)
+            said.setdefault(name.removeprefix("thoughts/"))
     return list(said)
+
+
+def by_rule(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Families of phrases, which are single words, and SEAL's labels, seal/LABEL."""
+    names = list(names)
+    seal = [name for name in names if name.startswith("seal/")]
+    return [name for name in names if name not in seal], seal
 
 
 def by_correctness(column: str) -> Series:
@@ -74,7 +88,9 @@ def _thoughts(family: str, there: set[str]) -> Figure:
             for which in RIGHT_WRONG:
                 views[f"{where}-{measure}-{which}"] = ((which, f"{column}/{which}"),)
     views = {key: found for key, view in views.items() if (found := tuple(s for s in view if s[1] in there))}
-    return Figure(f"thoughts-{family}", "thoughts", family, views=views, zero=True)
+    label = family.removeprefix("seal/")
+    title, note = (label, "") if label == family else (f"SEAL: {label}", "pieces between blank lines, one label each")
+    return Figure(f"thoughts-{family.replace('/', '-')}", "thoughts", title, views=views, zero=True, note=note)
 
 
 def _measured(runs: Iterable[Run]) -> str:
@@ -102,6 +118,9 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
     accuracies = dict.fromkeys(run.accuracy for run in runs if run.accuracy)
     chosen = tuple((column.removeprefix("val/"), column) for column in accuracies)
     layers = [c.removeprefix(LAYERS) for c in sorted(there) if c.startswith(LAYERS)]
+    parts = [
+        sorted((c.removeprefix(p) for c in there if c.startswith(p)), key=_numbers) for p in (POSITION, PROBABILITY)
+    ]
     order = {name: i for i, name in enumerate(("embedding", "first", "middle", "last", "head"))}
     thirds = {name: f"{name} third of the layers" for name in ("first", "middle", "last")}
     measured = _measured(runs)
@@ -114,7 +133,7 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
         Figure("reward", "accuracy", "Reward of the training rollouts", (("", "reward/mean"),)),
         *_pass(runs, there),
         Figure("train-pass", "accuracy", "pass@k on the training prompts", tuple((f"pass@{k}", c) for k, c in ends)),
-        *(_thoughts(family, there) for family in families(runs)),
+        *(_thoughts(family, there) for rule in by_rule(families(runs)) for family in rule),
         Figure("cosine", "alignment", "Cosine of ∇log p(y) and ∇log p(y|x)", (("", "alignment/cosine"),), rule=0.92,
                note=f"mean over {measured} in a step; the line, 0.92, is of a write-up of the paper"),
         Figure("cosine-sign", "alignment", "The same, by the sign of the advantage",
@@ -133,8 +152,13 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
                format=SHARE, zero=True, note=f"of {measured}"),
         *(Figure(f"layer-{n}", "alignment", f"Cosine: {thirds.get(n, n)}", (("", LAYERS + n),))
           for n in sorted(layers, key=lambda n: (order.get(n, 9), n))),
+        Figure("cosine-position", "alignment", "Cosine by position in the response",
+               tuple((n.replace("_", " "), f"{POSITION}{n}") for n in parts[0]), note="stretches of equal length"),
+        Figure("cosine-probability", "alignment", "Cosine by the tokens' probability",
+               tuple((n.replace("_", " "), f"{PROBABILITY}{n}") for n in parts[1]), note="p(y_t | x, y_<t)"),
         Figure("cosine-points", "alignment", "Cosine of single responses", kind="points",
                note="one dot a response measured; filled: right, open: wrong"),
+        Figure("cosine-length", "alignment", "The same, by response length", kind="lengths", note="tokens"),
         Figure("entropy", "health", "Entropy", (("", "rollout/entropy"),), note="nats a token"),
         Figure("length", "health", "Response length", by_correctness("rollout/response_length"), note="tokens"),
         Figure("length-all", "health", "Response length, all",
@@ -177,6 +201,11 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
     return [*found, *(Figure(f"other-{c}", "other", c, (("", c),)) for c in rest)]
 
 
+def _numbers(name: str) -> list[float]:
+    """0.5_to_0.9 is [0.5, 0.9]."""
+    return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", name)]
+
+
 def split_flat(found: Sequence[Figure], runs: Iterable[Run]) -> tuple[list[Figure], list[Figure]]:
     """Those to draw, and those that would be a flat line, since all their values are 0."""
     moving = {
@@ -187,7 +216,7 @@ def split_flat(found: Sequence[Figure], runs: Iterable[Run]) -> tuple[list[Figur
 
 
 def _with_data(figure: Figure, runs: Sequence[Run], there: set[str]) -> Figure | None:
-    if figure.kind == "points":
+    if figure.of_responses:
         return figure if any(run.alignment for run in runs) else None
     series = tuple(s for s in figure.series if s[1] in there)
     views = {k: tuple(s for s in view if s[1] in there) for k, view in figure.views.items()}

@@ -44,7 +44,9 @@ def named(groups: Sequence[Group], group: Group) -> str:
 
 def figure(item: Figure) -> str:
     """An empty figure that the page's script fills when it comes into view."""
-    files = "alignment.jsonl: cosine, reward" if item.kind == "points" else f"metrics.csv: {', '.join(item.columns)}"
+    files = (
+        "alignment.jsonl: cosine, reward, tokens" if item.of_responses else f"metrics.csv: {', '.join(item.columns)}"
+    )
     columns = files if len(files) < 160 else f"metrics.csv: {item.columns[0]}, …"
     note = tag("span", escape(item.note), class_="unit") if item.note else ""
     head = tag("figcaption", tag("span", escape(item.title), class_="title") + note)

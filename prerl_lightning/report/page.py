@@ -25,7 +25,7 @@ from prerl_lightning import __version__
 from prerl_lightning.errors import InputError
 from prerl_lightning.report import background, compare, headline, tables
 from prerl_lightning.report.compare import Group
-from prerl_lightning.report.figures import Figure, families, figures, split_flat
+from prerl_lightning.report.figures import Figure, by_rule, families, figures, split_flat
 from prerl_lightning.report.folders import expand, passed_over
 from prerl_lightning.report.html import figure, tag
 from prerl_lightning.report.payload import payload, to_json
@@ -99,9 +99,9 @@ def page_of(
     ordered = [run for group in groups for run in group.runs]
     drawn, flat = split_flat(figures(ordered), ordered)
     base = compare.baseline(groups)
-    data, left_out = payload(groups, drawn, families(ordered))
+    data, left_out = payload(groups, drawn, by_rule(families(ordered))[0])
     kept = {name for run in data["runs"] for table in run["tables"] for name in table["columns"]}
-    drawn = [f for f in drawn if f.kind == "points" or kept.intersection(f.columns)]
+    drawn = [f for f in drawn if f.of_responses or kept.intersection(f.columns)]
     figures_of = {name: "".join(figure(f) for f in drawn if f.section == name) for name in {f.section for f in drawn}}
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
     parts = {
@@ -151,8 +151,8 @@ def _section(name: str, figures_html: str, flat: str, groups: Sequence[Group], b
     elif name == "samples":
         before = _asset("samples.html") if samples else ""
     elif name == "thoughts" and figures_html:
-        names = families(run for group in groups for run in group.runs)
-        before = tables.thought_table(groups, names) + _asset("thoughts.html")
+        names = families([run for group in groups for run in group.runs])
+        before = "".join(tables.thought_table(groups, rule) for rule in by_rule(names)) + _asset("thoughts.html")
     if not before and not figures_html and not flat and not after:
         return ""
     inner = before + (tag("div", figures_html, class_="figures") if figures_html else "") + flat + after

@@ -217,11 +217,13 @@ def _cut(value: Any) -> Any:
 
 
 def _points(runs: Sequence[Run]) -> tuple[list[list[list[Any]]], list[str]]:
-    """[step, cosine, right] of single responses, for each run; samples and seconds are told from the step."""
+    """[step, cosine, right, tokens] of single responses, for each run; samples and seconds are told from the step."""
     room = int(POINTS / 22 / max(1, len(runs)))
     found, total, kept = [], 0, 0
     for run in runs:
         chosen = [run.alignment[i] for i in evenly(len(run.alignment), min(room, 1000))]
         total, kept = total + len(run.alignment), kept + len(chosen)
-        found.append([[a["step"], number(a["cosine"]), int(is_right(a["reward"]))] for a in chosen])
+        found.append(
+            [[a["step"], number(a["cosine"]), int(is_right(a["reward"])), number(a.get("tokens"))] for a in chosen]
+        )
     return found, [f"{kept:,} of {total:,} responses of alignment.jsonl are drawn."] if kept < total else []

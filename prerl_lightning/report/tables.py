@@ -108,15 +108,15 @@ def alignment_table(groups: Sequence[Group]) -> str:
 
 
 def thought_table(groups: Sequence[Group], names: Sequence[str]) -> str:
-    """Ratios to step 0 at the end of each life but the last, and of the run; all of one source, held-out responses
-    where there are such ratios."""
+    """Of families of phrases, or of SEAL's labels: ratios to step 0 at the end of each life but the last, and of the
+    run, with what they are ratios of; all of one source, held-out responses where there are such ratios."""
     there = columns_of(run for group in groups for run in group.runs)
     source = "val/thoughts" if any(f"val/thoughts/{n}_ratio" in there for n in names) else "thoughts"
     shown = [name for name in names if f"{source}/{name}_ratio" in there]
     rows = []
     for group in groups:
         ends = [*(first for _, first in group.longest.lives[1:]), group.longest.steps]
-        cells = [_ratios(group, f"{source}/{name}_ratio", ends) for name in shown]
+        cells = [_ratios(group, f"{source}/{name}", ends) for name in shown]
         if set(cells) - {NONE}:
             rows.append([named(groups, group), *cells])
     if not rows:
@@ -129,7 +129,7 @@ def thought_table(groups: Sequence[Group], names: Sequence[str]) -> str:
         + (f", as of {', '.join(left)}" if left else "")
     )
     said = f"metrics.csv: {', '.join(f'{source}/{name}_ratio' for name in shown)}"
-    return table(["setting", *map(escape, shown)], rows, caption, said)
+    return table(["setting", *(escape(name.removeprefix("seal/")) for name in shown)], rows, caption, said)
 
 
 def _ratios(group: Group, column: str, ends: Sequence[int]) -> str:

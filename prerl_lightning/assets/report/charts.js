@@ -228,13 +228,15 @@ function endLabels(series, low, high, height, x, y) {
 }
 
 function pointSpec(figure, width, wide) {
-  const rows = DATA.groups.flatMap((group, g) => !state.shown[g] ? [] : group.runs.flatMap((r) => DATA.runs[r].points.map(([step, y, right]) => ({ x: xAt(DATA.runs[r], step), y, g: String(g), right }))));
+  const long = figure.kind === "lengths"; // x is the response's tokens, whatever the axis of the page
+  const rows = DATA.groups.flatMap((group, g) => !state.shown[g] ? [] : group.runs.flatMap((r) => DATA.runs[r].points.map(([step, y, right, tokens]) => ({ x: long ? tokens : xAt(DATA.runs[r], step), y, g: String(g), right }))));
   if (!rows.length) return null;
   const groups = [...new Set(rows.map((r) => r.g))];
   const color = { field: "g", type: "nominal", legend: null, scale: { domain: groups, range: groups.map((g) => colour(Number(g))) } };
-  const encoding = { x: xEncoding(wide), y: { field: "y", type: "quantitative", scale: { zero: false }, axis: { title: null, tickCount: 4 } }, color };
+  const x = long ? { field: "x", type: "quantitative", axis: { title: null, grid: false, tickCount: 5 } } : xEncoding(wide);
+  const encoding = { x, y: { field: "y", type: "quantitative", scale: { zero: false }, axis: { title: null, tickCount: 4 } }, color };
   const mark = (right) => ({ data: { values: rows.filter((r) => r.right === right) }, mark: { type: "point", filled: right === 1, size: 14, opacity: 0.55, strokeWidth: 1 }, encoding });
-  return { ...shared(figure, width, 170), padding: { left: 2, right: 8, top: 4, bottom: 4 }, layer: [...lifeLayers(wide, width), ...[0, 1].filter((right) => rows.some((r) => r.right === right)).map(mark)] };
+  return { ...shared(figure, width, 170), padding: { left: 2, right: 8, top: 4, bottom: 4 }, layer: [...(long ? [] : lifeLayers(wide, width)), ...[0, 1].filter((right) => rows.some((r) => r.right === right)).map(mark)] };
 }
 
 // Seconds a step by part, in bins of steps. What runs every n steps only is spread over the steps between.

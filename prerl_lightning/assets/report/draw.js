@@ -18,7 +18,7 @@ async function draw(place) {
   if (figure.kind === "stack") {
     const group = stackGroup(place);
     if (group !== null) ({ spec, series } = stackSpec(figure, group, width));
-  } else if (figure.kind === "points") {
+  } else if (figure.kind === "points" || figure.kind === "lengths") {
     spec = pointSpec(figure, width, wide);
   } else {
     const found = seriesOf(figure);
