@@ -116,7 +116,7 @@ def thought_table(groups: Sequence[Group], names: Sequence[str]) -> str:
     rows = []
     for group in groups:
         ends = [*(first for _, first in group.longest.lives[1:]), group.longest.steps]
-        cells = [_ratios(group, f"{source}/{name}", ends) for name in shown]
+        cells = [_ratios(group, f"{source}/{name}_ratio", ends) for name in shown]
         if set(cells) - {NONE}:
             rows.append([named(groups, group), *cells])
     if not rows:
