@@ -162,8 +162,9 @@ def test_samples_as_a_table_in_loggers(tmp_path):
 def test_how_a_run_ended(tmp_path, error, status, message):
     record = RunRecord()
     record.path, record.record = tmp_path / "run.json", {"status": "running"}
-    record.on_exception(SimpleNamespace(), SimpleNamespace(), error)
-    record.on_train_end(SimpleNamespace(interrupted=False), SimpleNamespace())
+    trainer = SimpleNamespace(interrupted=False, callbacks=[])
+    record.on_exception(trainer, SimpleNamespace(), error)
+    record.on_train_end(trainer, SimpleNamespace())
     found = json.loads(record.path.read_text())
     assert (found["status"], found["error"]) == (status, message)
     assert found["ended"]
