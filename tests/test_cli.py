@@ -200,7 +200,7 @@ def test_a_prefix_means_the_same_in_yaml_and_on_the_command_line(parse, tmp_path
             "fewer than data.prompts_per_step",
         ),
         (
-            ["fit", "--config", CONFIGS / "dsrl.yaml", "--data.sampling.max_new_tokens=128"],
+            ["fit", "--config", CONFIGS / "dsrl.yaml", "--data.sampling.max_new_tokens=144"],
             "leaves no room for a prompt",
         ),
         (

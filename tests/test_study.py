@@ -95,8 +95,21 @@ def test_wrong_files_are_refused_by_their_key(studied, changes, words):
         studied(**changes)
 
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "study").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_studies(file):
+    """Their arms are configurations, and have what the claims ask."""
+    study = read_study(file)
+    points = {f"{name} {p}": arguments(arm, p) for name, arm in study.arms.items() for p in study.points(name)[:1]}
+    found = check.answers({f"arms.{name}": arguments(arm) for name, arm in study.arms.items()} | points)
+    check.accepted(found)
+    check.check_claims(study, found)
+
+
 def test_an_arm_that_prerl_fit_refuses(tmp_path):
-    config = Path(__file__).parents[1] / "configs" / "grpo.yaml"
+    config = CONFIGS / "grpo.yaml"
     good = [f"--config={config}", "--trainer.max_steps=20"]
     found = check.answers({"arms.a": good, "arms.b": [*good, "--model.init_args.lrr=1"], "arms.c": good})
     assert list(found) == ["arms.a", "arms.b"]
