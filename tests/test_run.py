@@ -19,6 +19,7 @@ SMALL = [
         str(ROOT / "configs" / "dsrl.yaml"),
         "--data.val.init_args.size=16",
         "--trainer.val_check_interval=2",
+        "--data.prompts_per_step=8",
     ),
     *("--trainer.callbacks.init_args.at_step=3", "--checkpoint.every_n_train_steps=1", "--samples.every_n_steps=2"),
 ]
@@ -59,8 +60,8 @@ def test_what_a_run_shows_and_leaves(whole):
     ]
     means = [sum(line["score"]) / line["k"] / 16 for line in by_problem]
     assert means == pytest.approx([value for _, value in rows(run, "val/avg@8")])
-    counted = [sum(line["thoughts"]["reflection"]) / line["k"] / 16 for line in by_problem]
-    assert counted == pytest.approx([value for _, value in rows(run, "val/thoughts/reflection")])
+    counted = [sum(line["thoughts"]["wait"]) / line["k"] / 16 for line in by_problem]
+    assert counted == pytest.approx([value for _, value in rows(run, "val/thoughts/wait")])
     sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
     assert {"step", "life", "prompt", "response", "reward", "truncated"} <= set(sample)
     assert max(v for _, v in rows(run, "mismatch/log_prob_difference")) < 1e-4

@@ -17,10 +17,22 @@ def is_held_out(question: str) -> bool:
     return hashlib.blake2b(question.encode(), digest_size=8).digest()[0] % 10 == 0
 
 
-def positive(size: int) -> int:
-    if size < 1:
-        raise InputError(f"size: {size} problems are too few.")
-    return size
+class DrawnProblems(ProblemSet):
+    """Problem i is a function of (seed, split, i) alone.
+
+    Args:
+        split: ``train`` or ``held_out``.
+        size: number of problems.
+        seed: of the problems.
+    """
+
+    def __init__(self, split: Split = "train", size: int = 4096, seed: int = 0) -> None:
+        if size < 1:
+            raise InputError(f"size: {size} problems are too few.")
+        self.split, self.size, self.seed = split, size, seed
+
+    def __len__(self) -> int:
+        return self.size
 
 
 class Corpus(ABC):

@@ -18,8 +18,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-from prerl_lightning.data.problems import ProblemSet
-from prerl_lightning.data.tasks.corpus import Corpus, Split, is_held_out, positive
+from prerl_lightning.data.tasks.corpus import Corpus, DrawnProblems, Split, is_held_out
 from prerl_lightning.rewards.countdown import countdown_reward, value_of
 from prerl_lightning.rewards.score import Reward
 from prerl_lightning.types import Problem
@@ -59,24 +58,12 @@ def statement(numbers: Sequence[int], target: int) -> str:
     return ",".join(map(str, numbers)) + f">{target}"
 
 
-class CountdownProblems(ProblemSet):
-    """Problems such as ``3,5,7>26?``; problem i is a function of (seed, split, i) alone.
-
-    Args:
-        split: ``train`` or ``held_out``.
-        size: number of problems.
-        seed: of the problems.
-    """
-
-    def __init__(self, split: Split = "train", size: int = 4096, seed: int = 0) -> None:
-        self.split, self.size, self.seed = split, positive(size), seed
+class CountdownProblems(DrawnProblems):
+    """Problems such as ``3,5,7>26?``."""
 
     @property
     def reward(self) -> Reward:
         return countdown_reward
-
-    def __len__(self) -> int:
-        return self.size
 
     def __getitem__(self, index: int) -> Problem:
         numbers, target = draw_problem(random.Random(f"countdown {self.seed} {self.split} {index}"), self.split)

@@ -8,8 +8,7 @@ Most writers are careless, and wrong wherever a carry or borrow occurs: RL is le
 
 import random
 
-from prerl_lightning.data.problems import ProblemSet
-from prerl_lightning.data.tasks.corpus import Corpus, Split, is_held_out, positive
+from prerl_lightning.data.tasks.corpus import Corpus, DrawnProblems, Split, is_held_out
 from prerl_lightning.rewards.arithmetic import arithmetic_reward
 from prerl_lightning.rewards.score import Reward
 from prerl_lightning.types import Message, Problem
@@ -72,24 +71,12 @@ def solution(chain: tuple[int, str, int, str, int], rng: random.Random) -> str:
     return f"{steps[0]};{steps[1]}#{value}"
 
 
-class ArithmeticProblems(ProblemSet):
-    """Chains such as ``43-36+17=?``; problem i is a function of (seed, split, i) alone.
-
-    Args:
-        split: ``train`` or ``held_out``.
-        size: number of problems.
-        seed: of the problems.
-    """
-
-    def __init__(self, split: Split = "train", size: int = 4096, seed: int = 0) -> None:
-        self.split, self.size, self.seed = split, positive(size), seed
+class ArithmeticProblems(DrawnProblems):
+    """Chains such as ``43-36+17=?``."""
 
     @property
     def reward(self) -> Reward:
         return arithmetic_reward
-
-    def __len__(self) -> int:
-        return self.size
 
     def __getitem__(self, index: int) -> Problem:
         rng = random.Random(f"chain {self.seed} {self.split} {index}")
@@ -111,7 +98,7 @@ class SumsCorpus(Corpus):
         return ArithmeticProblems("held_out", size)
 
 
-class TwoDigitSums(ProblemSet):
+class TwoDigitSums(DrawnProblems):
     """Sums such as ``What is 37 + 18?`` after worked ones in a chat, for an instruct model that was not trained here.
 
     Args:
@@ -122,15 +109,12 @@ class TwoDigitSums(ProblemSet):
     """
 
     def __init__(self, split: Split = "train", size: int = 1024, shots: int = 4, seed: int = 0) -> None:
-        self.split, self.size, self.seed = split, positive(size), seed
+        super().__init__(split, size, seed)
         rng = random.Random(f"shots {seed}")
         self.examples: list[Message] = []
         for a, b in ((rng.randint(10, 99), rng.randint(10, 99)) for _ in range(shots)):
             self.examples.append({"role": "user", "content": f"What is {a} + {b}?"})
             self.examples.append({"role": "assistant", "content": f"{a} + {b} = {a + b}"})
-
-    def __len__(self) -> int:
-        return self.size
 
     def __getitem__(self, index: int) -> Problem:
         rng = random.Random(f"sum {self.seed} {self.split} {index}")
