@@ -117,7 +117,7 @@ def batches(
 
 @torch.no_grad()
 def measure(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, problems: int = 128, k: int = 8
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, problems: int, k: int = 8
 ) -> dict[str, float]:
     """Held-out avg@k and pass@k at temperature 1, and the corpus's `habits`; the caller's random state stays."""
     held_out = corpus.held_out(problems)
@@ -178,6 +178,7 @@ def pretrain(args: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure_every", type=int, default=0, help="steps; 0: at the end of each stage alone")
+    parser.add_argument("--problems", type=int, default=128, help="held-out ones to measure with, 8 answers each")
     parser.add_argument("--stages", type=list[Stage], required=True, help="corpus, steps, tokens, lr, warmup of each")
     own = parser.instantiate_classes(parser.parse_args(list(args)))
     stages: list[Stage] = own.stages
@@ -195,6 +196,6 @@ def pretrain(args: Sequence[str]) -> None:
             if step == stage.steps or (own.measure_every and step % own.measure_every == 0):
                 model.save_pretrained(own.out)
                 tokenizer.save_pretrained(own.out)
-                found = measure(model.eval(), tokenizer, stage.corpus)
+                found = measure(model.eval(), tokenizer, stage.corpus, own.problems)
                 log.info("step %d: %s", step, ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
                 model.train()
