@@ -35,11 +35,11 @@ Numbers = tuple[int, int, int]
 def expressions(numbers: Numbers) -> tuple[tuple[str, str, int], ...]:
     """(expression, its working up to the value, its value) of all with no value below 0; ``numbers`` sorted."""
     found = {}
-    for (a, b, c), (o, p) in itertools.product(set(itertools.permutations(numbers)), OPERATIONS):
-        first = f"{a}{o}{b}"
-        text = f"{first}{p}{c}"
+    for (a, b, c), operations in itertools.product(set(itertools.permutations(numbers)), OPERATIONS):
+        first = f"{a}{operations[0]}{b}"
+        text = f"{first}{operations[1]}{c}"
         if value_of(first) >= 0 and value_of(text) >= 0:
-            found[text] = (text, f"{first}={value_of(first)}{p}{c}=", value_of(text))
+            found[text] = (text, f"{first}={value_of(first)}{operations[1]}{c}=", value_of(text))
     return tuple(found[text] for text in sorted(found))
 
 
