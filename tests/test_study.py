@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -93,6 +95,20 @@ def claim(**changes):
 def test_wrong_files_are_refused_by_their_key(studied, changes, words):
     with pytest.raises(InputError, match=words):
         studied(**changes)
+
+
+def test_runs_of_a_study_in_the_background_hear_sigint():
+    """A shell without job control starts what has a & behind it with SIGINT ignored, and so what that starts."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    asked = [sys.executable, "-c", "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"]
+    try:
+        outside = subprocess.check_output(asked, text=True)
+        with schedule._signals():
+            inside = subprocess.check_output(asked, text=True)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (outside.strip(), inside.strip()) == ("True", "False")
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -16,8 +16,6 @@ from prerl_lightning.study.measures import source
 from prerl_lightning.study.record import Record, standing
 from prerl_lightning.study.verdicts import Side, Verdict, judge
 
-SHARES = (0.5, 0.8, 0.95)  # of the baseline's gain
-
 
 def write_page(
     path: Path, study: Study, record: Record, sides: Mapping[str, Side], verdicts: Sequence[Verdict]
@@ -132,7 +130,7 @@ def _ratios(study: Study, groups: Sequence[Group], sides: Mapping[str, Side], ru
     base = compare.baseline(groups)
     bars = []
     for group in groups:
-        for share in SHARES if group is not base else ():
+        for share in compare.SHARES if group is not base else ():
             what = Measure("steps_to_accuracy", {"share": share})
             claim = Claim("", "", what, group.name, base.name, "ratio", True, 1.0, "")
             both = sides[group.name], sides[base.name]

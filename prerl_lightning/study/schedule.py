@@ -131,7 +131,7 @@ def make(runs: Sequence[Planned], places: Sequence[Slot], ended: Callable[[Plann
     going: list[_Going] = []
     elsewhere: set[Path] = set()
     done = 0
-    with _sigterm_exits():
+    with _signals():
         try:
             while waiting or going:
                 for _ in range(len(waiting) if free else 0):
@@ -233,9 +233,16 @@ def _stop(going: Sequence[_Going]) -> None:
 
 
 @contextmanager
-def _sigterm_exits() -> Iterator[None]:
+def _signals() -> Iterator[None]:
+    """SIGTERM exits. SIGINT is heard where a shell's ``&`` had it ignored: what runs inherit of that would keep them
+    from hearing `_stop`, and they would be killed without a checkpoint."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
