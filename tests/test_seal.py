@@ -83,11 +83,15 @@ def test_the_report_tells_the_rules_apart(tmp_path):
     (group,) = compare.group([run])
     table = tables.thought_table([group], seal)
     cells = [re.sub("<.*?>", "", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", table)]
-    assert cells == ["1\u00d7of 4", "5\u00d7[2.5, 10] of 0.3", "5\u00d7[2.5, \u221e] of 0.05"]
+    assert cells == [
+        "1\u00d74 \u2192 4 a response",
+        "5\u00d70.3 \u2192 1.5 a response",
+        "5\u00d70.05 \u2192 0.25 a response",
+    ]
     assert "Pieces by SEAL's label a held-out response" in unescape(table)
     own = tables.thought_table([group], phrases)
     assert "5\u00d7" in own
-    assert "[2.5, 10] of 0.2" in own
+    assert "0.2 \u2192 1 a response" in own
     assert "SEAL" not in own
     drawn = {f.key: f for f in figures([run])}
     assert drawn["thoughts-seal-reflection"].title == "SEAL: reflection"

@@ -123,8 +123,9 @@ def thought_table(groups: Sequence[Group], names: Sequence[str]) -> str:
         return ""
     left = [name for name in names if name not in shown]
     what, at = ("held-out", "evaluated step") if source.startswith("val/") else ("training", "step")
+    counted = "Pieces by SEAL's label" if shown[0].startswith("seal/") else "Thoughts"
     caption = (
-        f"Thoughts a {what} response over those at step 0: at the end of each life (the last {at} in it); mean over "
+        f"{counted} a {what} response over those at step 0: at the end of each life (the last {at} in it); mean over "
         f"runs, [ ]: 95 % interval over problems, ( ): smallest to largest run; {NONE}: none at step 0"
         + (f", as of {', '.join(left)}" if left else "")
     )
