@@ -16,6 +16,8 @@ from importlib import import_module
 from typing import Any
 
 from prerl_lightning import __version__
+from prerl_lightning.signals import Interrupted, first_rank, signals
+from prerl_lightning.watchdog import watchdog
 
 USAGE = """usage: prerl {fit,validate,test} [--config FILE ...] [--KEY VALUE ...]
        prerl evaluate --model MODEL --data SET,... --k K
@@ -60,7 +62,8 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point; exits with 2 on bad input, and with 3 where a run was given up, after one message."""
+    """Entry point; exits with 2 on bad input, with 3 where a run was given up, with 1 where a rank was lost, each after
+    one message, and with 128 and the number of a signal that ended it."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -77,6 +80,35 @@ def main(argv: list[str] | None = None) -> None:
     _log_to_stdout()
     from prerl_lightning.errors import InputError, RunError
 
+    if args[0] not in ("study", "watch"):  # which have their own way with them
+        signals.listen()
+    patience = 5.0  # seconds for the other ranks to end by themselves
+    try:
+        _command(args, debug)
+        patience = 60.0
+    except Interrupted as error:
+        if error.step is None and first_rank():
+            print(f"prerl: {error}: ended before there was anything to save.", file=sys.stderr)
+        patience = 0.0 if error.step is None else 60.0
+        raise
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        # jsonargparse wraps what an objective or a callback raises about its arguments
+        said = error if isinstance(error, (InputError, RunError)) else error.__cause__
+        ours = not debug and isinstance(said, (InputError, RunError))
+        lost = None if ours or debug else watchdog.lost()
+        if not ours and not lost:
+            raise
+        if ours or watchdog.speaks:
+            print(f"prerl: error: {said if ours else lost}", file=sys.stderr)
+        sys.exit(3 if isinstance(said, RunError) else 2 if ours else 1)
+    finally:
+        watchdog.finish(patience)
+        signals.restore()
+
+
+def _command(args: list[str], debug: bool) -> None:
     if args[0] in COMMANDS:
         run: Callable[[list[str]], Any] = getattr(import_module(COMMANDS[args[0]]), args[0])
         args = args[1:]
@@ -87,15 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     if not debug:
         for name in ("lightning.pytorch", "lightning.fabric"):  # their import has set them to INFO
             logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        run(args)
-    except Exception as error:
-        # jsonargparse wraps what an objective or a callback raises about its arguments
-        said = error if isinstance(error, (InputError, RunError)) else error.__cause__
-        if debug or not isinstance(said, (InputError, RunError)):
-            raise
-        print(f"prerl: error: {said}", file=sys.stderr)
-        sys.exit(3 if isinstance(said, RunError) else 2)
+    run(args)
 
 
 class _Stdout(logging.StreamHandler):
@@ -113,8 +137,7 @@ def _log_to_stdout() -> None:
     log = logging.getLogger("prerl_lightning")
     log.addHandler(handler)
     log.propagate = False
-    first_rank = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
-    log.setLevel(logging.INFO if first_rank else logging.WARNING)
+    log.setLevel(logging.INFO if first_rank() else logging.WARNING)
 
 
 def _quiet() -> None:

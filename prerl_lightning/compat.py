@@ -1,7 +1,14 @@
 """All that touches what Lightning does not promise. tests/test_compat.py fails where a release changes it."""
 
+import signal
+from collections.abc import Callable
+from typing import cast
+
 import lightning as L
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.strategies.launchers import subprocess_script
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 
 def validate_now(trainer: L.Trainer) -> None:
@@ -37,3 +44,40 @@ class _Finished(_FitLoop):
 def run_ends_of_training(trainer: L.Trainer) -> None:
     """Where a checkpoint leaves no step to train, Lightning would call neither on_train_start nor on_train_end."""
     trainer.fit_loop.__class__ = _Finished  # type: ignore[assignment]
+
+
+class _Signals(_SignalConnector):
+    def __init__(self, trainer: L.Trainer, listen: Callable[[], None], restore: Callable[[], None]) -> None:
+        super().__init__(trainer)
+        self._listen, self._restore = listen, restore
+
+    def register_signal_handlers(self) -> None:
+        self._listen()
+
+    def teardown(self) -> None:
+        self._restore()
+
+
+def take_signals(trainer: L.Trainer, listen: Callable[[], None], restore: Callable[[], None]) -> None:
+    """``listen`` where Lightning would set its handlers, of which that of SIGTERM makes a collective call wherever the
+    signal comes, and ``restore`` at the Trainer's end."""
+    trainer._signal_connector = _Signals(trainer, listen, restore)
+
+
+def requeue_signal(trainer: L.Trainer) -> int | None:
+    """Under SLURM the signal that asks for a checkpoint and a requeue; None: nothing does."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
+        return None
+    return cast(int, environment.requeue_signal or signal.SIGUSR1)
+
+
+def requeue_path(trainer: L.Trainer) -> str:
+    """A checkpoint there is what a requeued job goes on from, unasked."""
+    return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+
+
+def observe_ranks(observe: Callable[..., None]) -> None:
+    """``observe`` is given the rank processes that Lightning's launcher has started; in place of its own observer,
+    which kills all processes within five seconds of the first that ends with a status, and says nothing."""
+    subprocess_script._launch_process_observer = observe

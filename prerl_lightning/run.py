@@ -29,14 +29,17 @@ from prerl_lightning.callbacks.reincarnation import PolicyReincarnation
 from prerl_lightning.callbacks.samples import Samples
 from prerl_lightning.callbacks.saving import ExportModel, RunCheckpoint
 from prerl_lightning.callbacks.thoughts import Thoughts
+from prerl_lightning.callbacks.watchdog import Watchdog
 from prerl_lightning.callbacks.watcher import callbacks_of
 from prerl_lightning.callbacks.weights import WeightChange
+from prerl_lightning.compat import observe_ranks
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives import PolicyModule
 from prerl_lightning.objectives.checks import check_precision
 from prerl_lightning.policy.model import load_config
 from prerl_lightning.resume import KeepConfig
+from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,7 @@ class PrerlCLI(LightningCLI):
     @classmethod
     def run(cls, args: list[str]) -> "PrerlCLI":
         cls.name = _run_name(args)
+        observe_ranks(watchdog.observe)
         return cls(
             PolicyModule,
             RolloutDataModule,
@@ -93,6 +97,7 @@ class PrerlCLI(LightningCLI):
         parser.add_lightning_class_args(WeightChange, "weights")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(RunHealth, "health")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(ExportModel, "export")
 
     def before_instantiate_classes(self) -> None:

@@ -16,9 +16,11 @@ import torch
 from prerl_lightning.callbacks.health import RunHealth
 from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.callbacks.watcher import callbacks_of, run_folder
+from prerl_lightning.errors import InputError, RunError
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.report import words
 from prerl_lightning.report.reading import read_run
+from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class RunRecord(L.Callback):
             "versions": versions(),
         }
         self._write()
+        watchdog.on_end = lambda why: self._end(trainer, "failed", why)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: PolicyModule, *_: Any) -> None:  # type: ignore[override]
         self._note(lives=[list(life) for life in pl_module.lives], warnings=_warnings(trainer))
@@ -78,9 +81,11 @@ class RunRecord(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, (KeyboardInterrupt, SystemExit)):
-            self._end(trainer, "interrupted")
-        else:
-            self._end(trainer, "failed", f"{type(exception).__name__}: {exception}")
+            self._end(trainer, "interrupted", str(exception) or None)
+            return
+        # a collective call fails where another rank died, and does not say so
+        lost = None if isinstance(exception, (InputError, RunError)) else watchdog.lost()
+        self._end(trainer, "failed", lost or f"{type(exception).__name__}: {exception}")
 
     def _end(self, trainer: L.Trainer, status: str, error: str | None = None) -> None:
         if self.record.get("status") == "running":

@@ -18,6 +18,8 @@ from prerl_lightning.compat import validation_follows
 from prerl_lightning.errors import RunError
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.policy.model import Policy, load_tokenizer
+from prerl_lightning.signals import Interrupted
+from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +59,8 @@ class RunCheckpoint(ModelCheckpoint):
     written once: ``last.ckpt`` is another name (a hard link) of a file that is kept anyway.
 
     One that is due where a validation is, is written behind it: with its score, and what callbacks keep of it. An error
-    in that validation, or Ctrl-C, has it written first (one process); a kill loses the steps since the one before. Runs
-    that share a ``dirpath`` share ``last.ckpt``.
+    in that validation has it written first (one process). A signal (Ctrl-C, SIGTERM) has the present step written, due
+    or not; a kill loses the steps since the one before. Runs that share a ``dirpath`` share ``last.ckpt``.
 
     A resumed run goes on comparing with the best of the runs before it, which stays where it is: what is overtaken is
     deleted in this run's ``dirpath`` alone.
@@ -160,17 +162,31 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         # of several ranks one alone may have failed; what RunHealth ends is not worth a checkpoint
-        if self._defer_save_until_validation and trainer.world_size == 1 and not isinstance(exception, RunError):
+        alone = trainer.world_size == 1 and not isinstance(exception, (Interrupted, RunError))
+        together = isinstance(exception, Interrupted) and exception.step is not None
+        if (self._defer_save_until_validation and alone) or (together and self._is_news(trainer)):
             self._defer_save_until_validation = False
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if together:
+            last = self.last_model_path or "none"
+            goes_on = "; --ckpt_path last goes on from there" if self.last_model_path else ""
+            log.info("%s: stopped at step %d. The checkpoint: %s%s.", exception, trainer.global_step, last, goes_on)
         super().on_exception(trainer, pl_module, exception)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        written = (self._last_global_step_saved, self._resumed_at)
-        if trainer.global_step not in written and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._is_news(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         if self.monitor and self.best_model_score is not None:
             log.info("Best by %s: %.4g, in %s", self.monitor, self.best_model_score, self.best_model_path)
+
+    def _is_news(self, trainer: L.Trainer) -> bool:
+        """No checkpoint has the present weights."""
+        written = (0, self._last_global_step_saved, self._resumed_at)
+        return trainer.global_step not in written and not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        watchdog.mark("checkpoint", trainer.global_step)
+        super()._save_checkpoint(trainer, filepath)
 
     def _best_so_far(self, trainer: L.Trainer) -> bool:
         score, best = trainer.callback_metrics[str(self.monitor)], self.best_model_score
@@ -241,15 +257,25 @@ def _link(file: Path, name: Path) -> None:
 
 
 class ExportModel(L.Callback):
-    """Writes the policy as a Hugging Face folder (weights, config, tokenizer) when training ends or is interrupted.
+    """Writes the policy as a Hugging Face folder (weights, config, tokenizer) when training ends.
 
     Args:
         enabled: False: do not.
         dtype: of the weights in the file.
+        interrupted: also where a signal ends it (Ctrl-C, SIGTERM), which may not leave the time for it.
     """
 
-    def __init__(self, enabled: bool = True, dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> None:
-        self.enabled, self.dtype = enabled, dtype
+    def __init__(
+        self,
+        enabled: bool = True,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        interrupted: bool = False,
+    ) -> None:
+        self.enabled, self.dtype, self.interrupted = enabled, dtype, interrupted
+
+    def on_exception(self, trainer: L.Trainer, pl_module: PolicyModule, exception: BaseException) -> None:  # type: ignore[override]
+        if self.interrupted and isinstance(exception, Interrupted) and exception.step is not None:
+            self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -28,6 +28,7 @@ from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.metrics.evaluation import EvaluationMetric
 from prerl_lightning.metrics.utilisation import TrainingFlops, peak_flops
 from prerl_lightning.objectives import agreement, checks, lives, memory
+from prerl_lightning.objectives.interruptions import Interruptions
 from prerl_lightning.objectives.losses import Aggregation, KLEstimator
 from prerl_lightning.objectives.schedule import Schedule, learning_rate_factor
 from prerl_lightning.objectives.update import Term, Update, gathered
@@ -37,6 +38,7 @@ from prerl_lightning.policy.reference import Reference
 from prerl_lightning.rollout.engine import Engine
 from prerl_lightning.rollout.sampler import Group
 from prerl_lightning.types import Prompt, Rollout
+from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +165,7 @@ class PolicyModule(L.LightningModule):
         self.reference: Reference | None = None
         self.evaluation = EvaluationMetric()
         self.validations = Validations()
+        self.interruptions = Interruptions()
         # for callbacks: this rank's last rollout, the one of all ranks (`gathered`), and the seconds they took
         self.rollout: Rollout | None = None
         self.whole_rollout: Rollout | None = None
@@ -271,6 +274,7 @@ class PolicyModule(L.LightningModule):
         if self._row:
             self.record({"optim/step": self.trainer.global_step, "time/watchers": self.watched_seconds})
             self._write_row()
+        self.interruptions.agree(self.trainer)
 
     # ------------------------------------------------------------------ the policy and its optimizer
 
@@ -391,11 +395,13 @@ class PolicyModule(L.LightningModule):
         for module in (self, *self.successors):
             module.agreed = False
         self.lr_at(self.warmup_steps)  # a decay without an end is refused here, not after the first rollout
+        self.interruptions.on_fit_start(self.trainer)
         self._started = time.perf_counter()
 
     def on_train_start(self) -> None:
         if self.trainer.ckpt_path:
             self._take_settings()
+        self.interruptions.on_train_start()
         self.validations.on_train_start(self.trainer)
 
     def on_train_epoch_end(self) -> None:
@@ -406,12 +412,16 @@ class PolicyModule(L.LightningModule):
             return self.acting.training_step(batch, batch_idx)
         start = time.perf_counter()
         version = self.trainer.global_step
+        watchdog.mark("weights", version)
         seconds = {"update_weights": self.sync()}
+        watchdog.mark("rollout", version)
         rollout = self.data.rollout(batch, version)
         self.data.engine.sleep()
         seconds |= rollout.seconds
         self.host.rollout, self.host.watched_seconds = rollout, 0.0
+        watchdog.mark("update", version)
         metrics, train_seconds = self.update(rollout)
+        watchdog.mark("measurements", version)
         seconds |= train_seconds
         whole = time.perf_counter() - start
         seconds |= {"other": whole - sum(seconds.values()), "step": whole}
@@ -460,6 +470,7 @@ class PolicyModule(L.LightningModule):
         if self.trainer.state.fn != "fit":
             self.data.engine.policy_version = None
             self.agreed = False
+        watchdog.mark("validation", self.trainer.global_step)
         self.sync()
 
     def on_test_start(self) -> None:
@@ -473,6 +484,10 @@ class PolicyModule(L.LightningModule):
 
     def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> dict[str, list[Group]]:
         return self.validation_step(batch, batch_idx)
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        if self.trainer.state.fn == "fit":
+            self.interruptions.agree(self.trainer)
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")

@@ -36,6 +36,7 @@ from prerl_lightning.policy.packing import (
     micro_batches,
 )
 from prerl_lightning.types import Prompt, Rollout, Sequences
+from prerl_lightning.watchdog import watchdog
 
 if TYPE_CHECKING:
     from prerl_lightning.objectives.base import PolicyModule
@@ -236,6 +237,7 @@ class Update:
 
     def _forward(self, batch: MicroBatch, entropy: bool = False) -> Tensor:
         """(T,) log-probs of a micro-batch on the device; their entropies, where asked for, are counted."""
+        watchdog.move()
         log_probs, entropies = self.policy(batch, self.rollout.temperature, entropy)
         if entropies is not None:
             self.sums.add("optim/entropy", entropies.sum(), len(entropies))

@@ -25,6 +25,7 @@ from prerl_lightning.budget import ModelShape, kv_bytes_per_token
 from prerl_lightning.errors import InputError
 from prerl_lightning.rollout.engine import Engine, OnGroup, Place, Sampling
 from prerl_lightning.types import Response
+from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
 
@@ -232,6 +233,7 @@ class VLLMEngine(Engine):
                 ids = self._llm.enqueue(inputs, params, use_tqdm=False)
                 first = int(ids[0].partition("-")[0])  # requests are numbered, and a random part hangs on
                 while engine.has_unfinished_requests():
+                    watchdog.move()
                     for output in engine.step():
                         if output.finished:
                             i = int(output.request_id) - first

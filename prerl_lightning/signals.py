@@ -1,0 +1,90 @@
+"""Signals that end a run. Before training one ends the process where it is; from then on a handler only notes it, the
+ranks agree on it where they meet anyway (`objectives.interruptions`), and the run ends there, with a checkpoint."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+
+
+class Interrupted(SystemExit):
+    """A signal ended the run: the exit status is 128 and its number, as a shell has it.
+
+    Args:
+        number: of the signal.
+        step: the optimizer steps behind the run, where all its ranks agreed on ending there; None: it came before
+            training, or in a command that trains nothing.
+    """
+
+    def __init__(self, number: int, step: int | None = None) -> None:
+        super().__init__(128 + number)
+        self.number, self.step = number, step
+
+    def __str__(self) -> str:
+        return signal.Signals(self.number).name
+
+
+class Signals:
+    """Of this process.
+
+    Attributes:
+        received: the number of the first one; 0: none was.
+        at_once: what a second Ctrl-C does before the process ends.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.at_once: Callable[[], None] = lambda: None
+        self._noted_only = False
+        self._before: dict[int, Any] = {}
+
+    def listen(self, numbers: Iterable[int] = ENDING) -> None:
+        """Take them over, but for those that are ignored: ``nohup`` and a shell's ``&`` mean it so."""
+        if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+            return
+        for number in numbers:
+            before = signal.getsignal(number)
+            if before not in (signal.SIG_IGN, self._handle):
+                self._before.setdefault(number, before)
+                signal.signal(number, self._handle)
+
+    def note_only(self) -> None:
+        """From now on they wait for somebody to look at ``received``."""
+        self.received, self._noted_only = 0, True
+
+    def restore(self) -> None:
+        """The handlers that were there before `listen`."""
+        before, self._before, self._noted_only = self._before, {}, False
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again, self.received = bool(self.received), self.received or number
+        if again and number == signal.SIGINT:
+            self.at_once()
+            _say("stopped at once; what was done since the last checkpoint is lost.")
+            os._exit(128 + number)
+        elif not again and not self._noted_only:
+            raise Interrupted(number)
+        elif not again:
+            name = signal.Signals(number).name
+            _say(f"{name}: the run ends behind the present step, with a checkpoint. Ctrl-C ends it at once.")
+
+
+def first_rank() -> bool:
+    """Of several processes that are sent the same, the one to say so."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def _say(text: str) -> None:
+    """Not by print, in the midst of which the signal may have come."""
+    if first_rank():
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\nprerl: {text}\n".encode())
+
+
+signals = Signals()
