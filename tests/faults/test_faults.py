@@ -1,0 +1,110 @@
+"""A few of the faults of soak.py, in four minutes: what is said, the exit status, and that no value changes."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from driver import Fault, Run, differences
+
+INT, TERM, HUP, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+
+
+def record(run):
+    """run.json of its newest folder that has one."""
+    found = max(run.runs.glob("version_*/run.json"), key=lambda p: p.stat().st_mtime)
+    return json.loads(found.read_text())
+
+
+def left(run):
+    return [*(path.name for path in run.runs.glob("**/*.new")), *(p.name for p in (run.folder / "tmp").glob("prerl*"))]
+
+
+def test_one_process(tmp_path):
+    alone = Run(tmp_path / "alone")
+    alone.whole()
+    run = Run(tmp_path / "run")
+
+    assert run.suffer(Fault("start-up", (INT,), delay=1.0)) == 128 + INT, run.output
+    assert run.output.strip().splitlines() == ["prerl: SIGINT: ended before there was anything to save."]
+    assert not run.runs.exists()
+
+    assert run.suffer(Fault("step 2", (TERM,))) == 128 + TERM, run.output
+    assert "Traceback" not in run.output
+    assert "SIGTERM: stopped at step 3. The checkpoint: " in run.output
+    assert (record(run)["status"], record(run)["error"]) == ("interrupted", "SIGTERM")
+    assert not list(run.runs.glob("*/model"))
+
+    # in the validation where life 2 begins; the reward's workers get it too
+    assert run.suffer(Fault("validation 4", (HUP,))) == 128 + HUP, run.output
+    assert "SIGHUP: stopped at step 4. " in run.output
+
+    assert run.suffer(Fault("step 6", (INT, INT), to="first")) == 128 + INT, run.output
+    assert "stopped at once" in run.output
+    assert "Traceback" not in run.output
+    assert record(run)["status"] == "running"  # as after a kill
+
+    # SLURM's, in one task: no --ckpt_path, which a requeued job's command has not either
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    slurm |= {"SLURM_JOB_NAME": "rl", "SLURM_NODELIST": "here", "SLURM_NNODES": "1"}
+    run.environment |= {**slurm, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    assert run.suffer(Fault("step 8", (USR1,))) == 128 + USR1, run.output
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    (hpc,) = run.folder.glob("hpc_ckpt_*.ckpt")
+    assert f"SLURM requeues job 77, which goes on from {hpc}" in run.output
+    assert run.end(run.start(resume=False)) == 0, run.output
+    assert "step 9/" not in run.output
+    assert "From first to last" in run.output
+
+    assert differences(alone, run)[0] == 0
+    assert not left(run)
+
+
+@pytest.mark.parametrize("strategy", ["ddp"])
+def test_two_ranks(tmp_path, strategy):
+    alone = Run(tmp_path / "alone", strategy)
+    alone.whole()
+    run = Run(tmp_path / "run", strategy, ["--watchdog.warn_after=4", "--watchdog.end_after=4"])
+
+    assert run.suffer(Fault("start-up", (TERM,), to="first", delay=1.0)) == 128 + TERM, run.output
+    assert not run.left
+
+    assert run.suffer(Fault("step 2", (TERM,), to="rank 1")) == 128 + TERM, run.output
+    assert "SIGTERM: stopped at step 3. " in run.output
+    assert "Traceback" not in run.output
+    assert not run.left
+
+    assert run.suffer(Fault("validation 4", (TERM,))) == 128 + TERM, run.output
+    assert "SIGTERM: stopped at step 4. " in run.output
+    assert not run.left
+
+    assert run.suffer(Fault("step 6", (signal.SIGSTOP,), to="rank 1")) == 1, run.output
+    last = run.output.strip().splitlines()[-1]
+    assert last.startswith("prerl: error: No rank has moved for "), run.output
+    assert "rank 1 (pid " in last
+    assert "without a sign of life: stopped?" in last
+    assert record(run)["status"] == "failed"
+    assert not run.left
+
+    assert run.suffer(Fault("step 8", to="rank 1")) == 1, run.output
+    last = run.output.strip().splitlines()[-1]
+    assert "rank 1 (pid " in last, run.output
+    assert "was killed by SIGKILL in the " in last
+    assert "Traceback" not in run.output
+    assert "was killed by SIGKILL" in record(run)["error"]
+    assert not run.left
+
+    assert run.suffer(Fault("step 9", to="first")) == -signal.SIGKILL, run.output
+    assert not run.left
+
+    run.whole()
+    assert differences(alone, run)[0] == 0
+    assert not left(run)
