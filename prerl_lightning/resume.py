@@ -1,6 +1,8 @@
 """What a run is resumed from: which file `last` and `best` are, and its configuration against the present one."""
 
 import logging
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ import lightning as L
 import torch
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.cli import SaveConfigCallback
+from transformers import AutoModelForCausalLM
 
 from prerl_lightning.callbacks.saving import kept_best
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, in_one_line
+from prerl_lightning.policy.model import load_config
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +46,41 @@ def plain(parser: Any, config: Any) -> dict[str, Any]:
     return yaml.safe_load(parser.dump(config, skip_none=False))
 
 
+def damage(path: Path) -> str | None:
+    """What is wrong with the file of a checkpoint, which is read to its end; None: it is whole."""
+    if path.is_dir():
+        return "a folder: checkpoints are one file"
+    if not path.stat().st_size:
+        return "empty"
+    try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
+        return f"cut off, or no checkpoint ({in_one_line(error, 80)})"
+    return f"damaged: the checksum of {broken} is not what it was written with" if broken else None
+
+
+def check_file(path: Path, model: str) -> None:
+    """Raises InputError where it is not whole, no training checkpoint, or of another model."""
+    if problem := damage(path):
+        raise InputError(f"--ckpt_path: {path} is {problem}. Give another; last takes the newest that is whole.")
+    found = load(str(path))
+    if not isinstance(found, dict) or not {"state_dict", "loops", "pytorch-lightning_version"} <= found.keys():
+        raise InputError(
+            f"--ckpt_path: {path} is no training checkpoint of this library. To start a new run from exported weights, "
+            "give their folder as --model.init_args.model."
+        )
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(load_config(model)).state_dict()
+    for name, tensor in found["state_dict"].items():
+        own = expected.get(name.removeprefix("policy.model."))
+        if own is None or own.shape != tensor.shape:
+            there = "is not in" if own is None else f"has the shape {tuple(own.shape)} in"
+            raise InputError(
+                f"--ckpt_path: {path} is of another model: its {name} {tuple(tensor.shape)} {there} {model}."
+            )
+
+
 def load(path: str) -> dict[str, Any]:
     """A checkpoint whose tensors stay on disk. Raises InputError where it is none."""
     try:
@@ -51,11 +90,24 @@ def load(path: str) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> Path:
-    """The last.ckpt of all runs below: a resumed run gets a folder of its own, so that no log is overwritten."""
-    found = sorted(folder.glob("**/last.ckpt"), key=lambda p: p.stat().st_mtime)
-    if not found:
+    """The last.ckpt of all runs below: a resumed run gets a folder of its own, so that no log is overwritten. If it is
+    not whole, the newest checkpoint that is."""
+
+    def by_age(name: str) -> list[Path]:
+        return sorted(folder.glob(f"**/{name}"), key=lambda p: p.stat().st_mtime, reverse=True)
+
+    lasts = by_age("last.ckpt")
+    if not lasts:
         raise InputError(f"--ckpt_path: there is no last.ckpt below {folder}. Leave it out to start anew.")
-    return found[-1]
+    files: dict[int, Path] = {}  # of several names of one, the first
+    for path in [lasts[0], *by_age("*.ckpt")]:
+        files.setdefault(path.stat().st_ino, path)
+    for path in files.values():
+        problem = damage(path)
+        if problem is None:
+            return path
+        log.warning("%s is %s. The newest before it that is whole is taken.", path, problem)
+    raise InputError(f"--ckpt_path: none of the checkpoints below {folder} is whole. Leave it out to start anew.")
 
 
 def best(folder: Path, monitor: str | None, mode: str) -> str:

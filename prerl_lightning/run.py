@@ -1,6 +1,7 @@
 """What stands behind ``prerl fit``, ``validate`` and ``test``: LightningCLI with this library's defaults."""
 
 import logging
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +40,7 @@ from prerl_lightning.objectives import PolicyModule
 from prerl_lightning.objectives.checks import check_precision
 from prerl_lightning.policy.model import load_config
 from prerl_lightning.resume import KeepConfig
+from prerl_lightning.signals import first_rank
 from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ TRAINER_DEFAULTS = {
 }
 
 
+RESUMED_FROM = "PRERL_RESUMED_FROM"
 LOGGER_PACKAGES = {"TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 
 
@@ -145,8 +148,11 @@ class PrerlCLI(LightningCLI):
             lives = [c.successor for c in callbacks_of(self.trainer, PolicyReincarnation)]
             check_monitors(self.trainer, [self.model, *lives], self.datamodule)
         if subconfig.get("ckpt_path") == "last":
-            subconfig["ckpt_path"] = str(resume.newest(self._runs))
-            log.info("Resuming from %s", subconfig["ckpt_path"])
+            # the ranks that this process starts take the same, without reading it through once more
+            told = None if first_rank() else os.environ.get(RESUMED_FROM)
+            here = told or str(resume.newest(self._runs))
+            subconfig["ckpt_path"] = os.environ[RESUMED_FROM] = here
+            log.info("Resuming from %s", here)
         elif subconfig.get("ckpt_path") == "best":
             checkpoint = subconfig["checkpoint"]
             subconfig["ckpt_path"] = resume.best(self._runs, checkpoint.monitor, checkpoint.mode)
@@ -157,6 +163,8 @@ class PrerlCLI(LightningCLI):
             raise InputError(
                 f"--ckpt_path: there is no {path}. Give a checkpoint, last for the newest one, or best for the best."
             )
+        if first_rank():
+            resume.check_file(Path(path), self.model.model_name)
         if self.subcommand == "fit":
             present = resume.plain(self._parser("fit"), self.config["fit"])
             resume.compare(path, present, self.allow_changes)

@@ -1,5 +1,6 @@
 """Checkpoints of a Trainer: written once, whole or not at all, behind the validation of their step."""
 
+import fcntl
 import resource
 import tempfile
 
@@ -9,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from trainers import quiet_trainer
 
-from prerl_lightning.callbacks.saving import RunCheckpoint
+from prerl_lightning.callbacks.saving import NotWritten, RunCheckpoint
 from prerl_lightning.compat import validate_now
 from prerl_lightning.errors import InputError
 
@@ -148,7 +149,7 @@ def test_a_full_disk_leaves_the_good_checkpoint(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a checkpoint has 600,000 bytes
     try:
-        with pytest.raises(OSError, match=r"step=4\.ckpt could not be written \(\[Errno .* GiB are free"):
+        with pytest.raises(NotWritten, match=r"step=4\.ckpt could not be written \(\[Errno .* GiB are needed, "):
             fit(tmp_path, steps=4, every_n_train_steps=4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -267,3 +268,32 @@ def test_what_was_not_trained_is_not_the_best(tmp_path):
 
     fit(tmp_path, 3, lambda step: -step, module=Early, monitor="val/score", every_n_train_steps=100)
     assert names(tmp_path) == ["last.ckpt", "step=2.ckpt"]
+
+
+def test_what_a_killed_run_had_begun_to_write_is_swept(tmp_path):
+    fit(tmp_path, steps=2)
+    (tmp_path / "step=4.ckpt.new").write_bytes(b"half")
+    writing = (tmp_path / "step=5.ckpt.new").open("wb")  # by a process that lives
+    fcntl.flock(writing, fcntl.LOCK_EX)
+    fit(tmp_path, steps=2)
+    assert [name for name in names(tmp_path) if name.endswith(".new")] == ["step=5.ckpt.new"]
+
+
+def test_a_full_disk_need_not_stop_the_run(tmp_path, caplog):
+    """The books are as before: the good file is not removed for one that is not there."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class FullForAWhile(Counting):
+        def training_step(self, batch, batch_idx):
+            room = 100_000 if 4 <= self.global_step < 6 else limits[0]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            super().training_step(batch, batch_idx)
+
+    try:
+        fit(tmp_path, steps=8, every_n_train_steps=2, when_full="go_on", module=FullForAWhile)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caplog.text.count("could not be written") == 1
+    assert "step=6.ckpt could not be written" in caplog.text
+    assert names(tmp_path) == ["last.ckpt", "step=8.ckpt"]
+    assert load(tmp_path / "last.ckpt")["global_step"] == 8

@@ -1,9 +1,14 @@
 """Checkpoints to resume from, and the trained model as a Hugging Face folder."""
 
+import fcntl
 import logging
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from copy import copy
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -13,44 +18,93 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from prerl_lightning.budget import GIB, ModelShape
 from prerl_lightning.callbacks.monitors import check_monitor
 from prerl_lightning.compat import validation_follows
-from prerl_lightning.errors import RunError
+from prerl_lightning.errors import InputError, RunError
 from prerl_lightning.objectives.base import PolicyModule
-from prerl_lightning.policy.model import Policy, load_tokenizer
+from prerl_lightning.policy.model import Policy, load_config, load_tokenizer
 from prerl_lightning.signals import Interrupted
 from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
 
 
+class NotWritten(RunError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
 class WholeFileIO(TorchCheckpointIO):
-    """Writes a checkpoint tensor by tensor into a file beside its place, and gives it its name when it is whole.
-    Lightning's own makes a second copy in memory and a third in the temporary folder. Remote paths are left to it."""
+    """Writes a checkpoint tensor by tensor into a file beside its place, and gives it its name when it is whole and on
+    the disk. Lightning's own makes a second copy in memory and a third in the temporary folder. Remote paths are left
+    to it.
+
+    Attributes:
+        raises: False: what went wrong is left in ``problem``, for rank 0, which alone writes, to tell the others.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raises, self.problem = True, ""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path, self.problem = Path(path), ""
         new = path.with_name(f"{path.name}.new")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with new.open("wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # see sweep
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(new, path)
+                os.replace(new, path)
+            _fsync(path.parent)
         except (OSError, RuntimeError) as error:
             reason: BaseException = error  # torch's writer makes a RuntimeError of a full disk
             while not isinstance(reason, OSError) and reason.__context__ is not None:
                 reason = reason.__context__
-            free = shutil.disk_usage(path.parent).free
-            raise OSError(
-                f"The checkpoint {path} could not be written ({reason}); {free / 2**30:.2f} GiB are free there. "
-                "The checkpoints before it are as they were."
-            ) from error
-        finally:
-            new.unlink(missing_ok=True)
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
+            free = shutil.disk_usage(_existing(path)).free
+            self.problem = (
+                f"The checkpoint {path} could not be written ({reason}): {_bytes_of(checkpoint) / 2**30:.2f} GiB are "
+                f"needed, {free / 2**30:.2f} are free there. The checkpoints before it are as they were: make room, "
+                "and --ckpt_path last goes on. With --checkpoint.when_full go_on runs train on without."
+            )
+            if self.raises:
+                raise NotWritten(self.problem) from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process that died was writing there. The lock of one that lives is held, on whatever machine."""
+    for new in folder.glob("*.ckpt.new"):
+        with suppress(OSError), new.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            new.unlink()
+            log.info("Removed %s, which a run that was killed had begun to write.", new)
+
+
+def _fsync(folder: Path) -> None:
+    """A new name in it is on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that is there."""
+    return next(p for p in (path, *path.absolute().parents) if p.is_dir())
+
+
+def _bytes_of(tree: Any) -> int:
+    if isinstance(tree, torch.Tensor):
+        return tree.numel() * tree.element_size()
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return sum(map(_bytes_of, parts))
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -74,7 +128,14 @@ class RunCheckpoint(ModelCheckpoint):
         save_top_k: so many are kept, besides ``last.ckpt``; -1: all.
         save_weights_only: no optimizer state: smaller, and not to be resumed from.
         train_time_interval: write by time instead of steps.
+        when_full: what a checkpoint that cannot be written does to the run: it has it ``stop``, or ``go_on`` without.
     """
+
+    # what Lightning has changed by the time that a file turns out not to be written
+    BOOKS = (
+        *("best_k_models", "best_model_path", "best_model_score", "kth_best_model_path", "kth_value"),
+        *("current_score", "last_model_path", "_last_checkpoint_saved", "_last_global_step_saved", "_last_judged"),
+    )
 
     def __init__(
         self,
@@ -85,6 +146,7 @@ class RunCheckpoint(ModelCheckpoint):
         save_top_k: int = 1,
         save_weights_only: bool = False,
         train_time_interval: timedelta | None = None,
+        when_full: Literal["stop", "go_on"] = "stop",
     ) -> None:
         super().__init__(
             dirpath=dirpath,
@@ -99,6 +161,7 @@ class RunCheckpoint(ModelCheckpoint):
             train_time_interval=train_time_interval,
             save_on_train_epoch_end=False,
         )
+        self.when_full = when_full
         self._seen_step = 0  # by the batch before
         self._last_judged = -1  # the step of the last weights that a score was compared for
         self._resumed_at: int | None = None  # the step whose checkpoint this process began with
@@ -107,10 +170,45 @@ class RunCheckpoint(ModelCheckpoint):
     def held_out(self) -> bool:
         return (self.monitor or "").startswith("val/")
 
+    def check_run(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:
+        """Before anything is started: whether there is room for a checkpoint and the next one.
+
+        Raises:
+            InputError: the folder cannot be written in; or two checkpoints are larger than what is free, and
+                ``when_full`` is ``stop``.
+        """
+        logger = trainer.logger
+        folder = str(self.dirpath or getattr(logger, "save_dir", None) or trainer.default_root_dir)
+        if "://" in folder or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        there = _existing(Path(folder))
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            key = "checkpoint.dirpath" if self.dirpath else "trainer.default_root_dir"
+            raise InputError(f"{key}: {folder} cannot be written in: {error.strerror}.") from error
+        parameters = ModelShape.of_config(load_config(pl_module.model_name)).parameters
+        needed = 2 * parameters * (4 if self.save_weights_only else 12)  # fp32, and Adam's two moments
+        free = shutil.disk_usage(there).free
+        if free < needed:
+            said = (
+                f"checkpoint: a new one is written beside the last, which takes {needed / GIB:.2f} GiB for the two, "
+                f"and {free / GIB:.2f} are free in {there}. Make room, name another --trainer.default_root_dir, or "
+                "write --checkpoint.when_full go_on, or --trainer.enable_checkpointing false."
+            )
+            if self.when_full == "stop":
+                raise InputError(said)
+            log.warning(said)
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if "://" not in str(self.dirpath):
             self.dirpath = os.path.abspath(str(self.dirpath))  # of the best, a resume elsewhere is to know it
+            if trainer.is_global_zero and stage == "fit":
+                here = Path(self.dirpath)
+                for folder in {here, *here.parents[1].glob(f"*/{here.name}")}:
+                    sweep(folder)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFileIO()
 
@@ -140,7 +238,8 @@ class RunCheckpoint(ModelCheckpoint):
         if due and not self._should_skip_saving_checkpoint(trainer):
             self._defer_save_until_validation = validation_follows(trainer)
             if not self._defer_save_until_validation:
-                self._save(trainer, validated=False)
+                with self._unless_full():
+                    self._save(trainer, validated=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.held_out and trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -152,13 +251,14 @@ class RunCheckpoint(ModelCheckpoint):
             self._last_global_step_saved, due = -1, True
         if self._should_skip_saving_checkpoint(trainer):
             return
-        if due or trainer.global_step == self._resumed_at:  # what it was resumed from does not know this validation
-            self._save(trainer, validated=True)
-        elif self.held_out and (self.save_top_k > 0 or self._best_so_far(trainer)):
-            candidates = self._monitor_candidates(trainer)
-            self._judge(trainer, candidates)
-            if self._last_global_step_saved == trainer.global_step:
-                self._save_last_checkpoint(trainer, candidates)
+        with self._unless_full():
+            if due or trainer.global_step == self._resumed_at:  # what it was resumed from does not know this validation
+                self._save(trainer, validated=True)
+            elif self.held_out and (self.save_top_k > 0 or self._best_so_far(trainer)):
+                candidates = self._monitor_candidates(trainer)
+                self._judge(trainer, candidates)
+                if self._last_global_step_saved == trainer.global_step:
+                    self._save_last_checkpoint(trainer, candidates)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         # of several ranks one alone may have failed; what RunHealth ends is not worth a checkpoint
@@ -166,7 +266,8 @@ class RunCheckpoint(ModelCheckpoint):
         together = isinstance(exception, Interrupted) and exception.step is not None
         if (self._defer_save_until_validation and alone) or (together and self._is_news(trainer)):
             self._defer_save_until_validation = False
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            with self._unless_full():
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         if together:
             last = self.last_model_path or "none"
             goes_on = "; --ckpt_path last goes on from there" if self.last_model_path else ""
@@ -175,7 +276,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._is_news(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            with self._unless_full():
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         if self.monitor and self.best_model_score is not None:
             log.info("Best by %s: %.4g, in %s", self.monitor, self.best_model_score, self.best_model_path)
 
@@ -186,7 +288,28 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         watchdog.mark("checkpoint", trainer.global_step)
-        super()._save_checkpoint(trainer, filepath)
+        io = trainer.strategy.checkpoint_io
+        if type(io) is not WholeFileIO:
+            return super()._save_checkpoint(trainer, filepath)
+        io.raises = False
+        try:
+            super()._save_checkpoint(trainer, filepath)
+        finally:
+            io.raises = True
+        if problem := trainer.strategy.broadcast(io.problem):
+            raise NotWritten(problem)
+
+    @contextmanager
+    def _unless_full(self) -> Iterator[None]:
+        """What could not be written leaves no trace in the books, and the file before it in its place."""
+        before = {name: copy(getattr(self, name)) for name in self.BOOKS}
+        try:
+            yield
+        except NotWritten as error:
+            self.__dict__.update(before)
+            if self.when_full == "stop":
+                raise
+            log.warning("%s", error)
 
     def _best_so_far(self, trainer: L.Trainer) -> bool:
         score, best = trainer.callback_metrics[str(self.monitor)], self.best_model_score
@@ -254,6 +377,7 @@ def _link(file: Path, name: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(file, new)
     os.replace(new, name)
+    _fsync(name.parent)
 
 
 class ExportModel(L.Callback):

@@ -48,3 +48,6 @@ def check_run(host: "PolicyModule", data: RolloutDataModule) -> None:
             )
     if not trainer.fast_dev_run:  # which has a max_steps of its own
         lives.check_steps(host, trainer.max_steps)
+    for callback in trainer.callbacks:
+        if (check := getattr(callback, "check_run", None)) is not None:
+            check(trainer, host)
