@@ -9,7 +9,7 @@ CONFIG ?= configs/dsrl.yaml
 # shows the command as one would type it with .venv active
 in_venv = @echo '$(subst ','\'',$(strip $(1)))'; PATH="$(CURDIR)/.venv/bin:$$PATH" $(1)
 
-.PHONY: help setup demo test check FORCE
+.PHONY: help setup demo test check soak FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -23,6 +23,10 @@ demo: setup ## train a tiny model on this machine (CONFIG=another file)
 
 test: setup ## the tests
 	$(call in_venv,pytest $(ARGS))
+
+soak: setup ## hours: 50 kills, and 2,000 steps without a leak; figures into benchmarks/results/soak.json
+	$(call in_venv,python tests/faults/soak.py kills)
+	$(call in_venv,python tests/faults/soak.py steps)
 
 check: setup ## ruff and mypy
 	$(call in_venv,ruff check)

@@ -232,9 +232,65 @@ def test_last_is_the_newest_file(tmp_path):
     paths = [tmp_path / run / "checkpoints" / "last.ckpt" for run in ("b", "c", "a")]
     for age, path in enumerate(paths):
         path.parent.mkdir(parents=True)
-        path.touch()
+        torch.save({}, path)
         os.utime(path, (10**9 - age, 10**9 - age))
     assert newest(tmp_path) == paths[0]
+
+
+def test_last_falls_back_to_what_is_whole(tmp_path, caplog):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for age, name in enumerate(("step=6.ckpt", "step=4.ckpt", "step=2.ckpt")):
+        torch.save({"weights": torch.randn(100)}, folder / name)
+        os.utime(folder / name, (10**9 - age, 10**9 - age))
+    os.link(folder / "step=6.ckpt", folder / "last.ckpt")
+    flip(folder / "last.ckpt")
+    (folder / "step=4.ckpt").write_bytes(b"")
+    os.utime(folder / "step=4.ckpt", (10**9 - 1, 10**9 - 1))
+    assert newest(tmp_path) == folder / "step=2.ckpt"
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition(" is ")[0] for line in said] == [str(folder / name) for name in ("last.ckpt", "step=4.ckpt")]
+    assert "damaged: the checksum of " in said[0]
+    assert " is empty." in said[1]
+    (folder / "step=2.ckpt").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="none of the checkpoints below"):
+        newest(tmp_path)
+
+
+def flip(path):
+    """One bit, in the midst of a tensor."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "garbage", "flipped", "folder", "foreign", "other model"])
+def test_what_is_no_whole_checkpoint_is_refused_before_the_engine_starts(here, refused, model_folder, kind):
+    path, more = Path("bad.ckpt"), []
+    content = Path(BEFORE_2).read_bytes()
+    path.write_bytes({"cut": content[:-1000], "empty": b"", "garbage": b"garbage" * 100}.get(kind, content))
+    if kind == "flipped":
+        flip(path)
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+    elif kind == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif kind == "other model":
+        more = [f"--model.init_args.model={model_folder('qwen2-tied')}", "--allow_changes=true"]
+    said = refused("fit", "--config=small.yaml", f"--ckpt_path={path}", *more)
+    expected = {
+        "cut": "is cut off, or no checkpoint",
+        "empty": "is empty",
+        "garbage": "is cut off, or no checkpoint",
+        "flipped": "is damaged: the checksum of ",
+        "folder": "is a folder",
+        "foreign": "is no training checkpoint of this library",
+        "other model": "is of another model: its policy.model.",
+    }
+    assert said.splitlines()[-1].startswith("prerl: error: --ckpt_path: bad.ckpt ")
+    assert expected[kind] in said
+    assert not Path("runs/small/version_1").exists()
 
 
 def test_what_changes_no_step_is_free_and_the_rest_may_be_allowed(whole, here, caplog):

@@ -120,7 +120,9 @@ class Run:
             time.sleep(fault.delay)
             for i, number in enumerate(fault.signals):
                 time.sleep(0.3 if i else 0.0)
-                for pid in self._targets(fault.to, process):
+                while not (pids := self._targets(fault.to, process)) and process.poll() is None:
+                    time.sleep(0.1)  # for a rank that is yet to be started
+                for pid in pids:
                     try:
                         os.kill(pid, number)
                     except ProcessLookupError:
@@ -142,7 +144,7 @@ class Run:
             time.sleep(0.2)
 
     def _targets(self, to: str, process: subprocess.Popen) -> list[int]:
-        if to == "first":
+        if to in ("first", "rank 0"):
             return [process.pid]
         pids = self.processes()
         if to == "tree":
