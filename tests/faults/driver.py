@@ -79,7 +79,7 @@ class Run:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & has it ignored
+            preexec_fn=_hear,
         )
 
     def said(self) -> str:
@@ -166,6 +166,12 @@ class Run:
     def checkpoint(self) -> dict:
         newest = max(self.runs.glob("version_*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
         return torch.load(newest, map_location="cpu", weights_only=False)
+
+
+def _hear() -> None:
+    """What nohup and a shell's ``&`` had ignored, which a run respects."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def differences(one: Run, other: Run) -> tuple[int, int]:
