@@ -1,10 +1,18 @@
 """What this library uses of Lightning without a promise: one place, and this test for it."""
 
 import inspect
+import signal
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies.launchers import subprocess_script
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from trainers import quiet_trainer
+
+from prerl_lightning.compat import requeue_path, requeue_signal
 
 
 def test_lightning_still_runs_validation_the_way_validate_now_does():
@@ -43,3 +51,31 @@ def test_lightning_still_validates_where_a_run_is_told_to_stop():
 def test_lightning_still_keeps_a_timer_s_time_in_checkpoints():
     """Where it no longer does, Validations need not leave it out."""
     assert "time_elapsed" in Timer(duration="00:00:00:01").state_dict()
+
+
+def test_lightning_still_asks_its_connector_for_signal_handlers():
+    """tests/faults sees the result (no rank meets the others in a handler)."""
+    assert "self._signal_connector.register_signal_handlers()" in inspect.getsource(Trainer._run)
+    assert "self._signal_connector.teardown()" in inspect.getsource(Trainer._teardown)
+    # where it no longer does, Lightning's own may be used
+    assert "dist.broadcast(" in inspect.getsource(_SignalConnector._sigterm_notifier_fn)
+
+
+def test_slurm_s_requeue_is_still_where_requeue_path_has_it():
+    trainer = quiet_trainer()
+    trainer.strategy  # noqa: B018
+    assert requeue_signal(trainer) is None
+    trainer._accelerator_connector.cluster_environment = SLURMEnvironment(requeue_signal=signal.SIGUSR2)
+    assert requeue_signal(trainer) == signal.SIGUSR2
+    trainer._accelerator_connector.cluster_environment = SLURMEnvironment()
+    assert requeue_signal(trainer) == signal.SIGUSR1
+    trainer._accelerator_connector.cluster_environment = SLURMEnvironment(auto_requeue=False)
+    assert requeue_signal(trainer) is None
+    assert requeue_path(trainer).endswith("hpc_ckpt_1.ckpt")
+    assert "self._hpc_resume_path" in inspect.getsource(type(trainer._checkpoint_connector)._parse_ckpt_path)
+
+
+def test_lightning_s_launcher_still_asks_for_an_observer_by_its_name():
+    assert "_launch_process_observer(self.procs)" in inspect.getsource(
+        subprocess_script._SubprocessScriptLauncher.launch
+    )

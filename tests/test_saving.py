@@ -3,6 +3,7 @@
 import fcntl
 import resource
 import tempfile
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -13,6 +14,7 @@ from trainers import quiet_trainer
 from prerl_lightning.callbacks.saving import NotWritten, RunCheckpoint
 from prerl_lightning.compat import validate_now
 from prerl_lightning.errors import InputError
+from prerl_lightning.objectives import GRPO
 
 
 class Counting(L.LightningModule):
@@ -297,3 +299,24 @@ def test_a_full_disk_need_not_stop_the_run(tmp_path, caplog):
     assert "step=6.ckpt could not be written" in caplog.text
     assert names(tmp_path) == ["last.ckpt", "step=8.ckpt"]
     assert load(tmp_path / "last.ckpt")["global_step"] == 8
+
+
+def test_a_folder_that_cannot_be_written_in_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    trainer = quiet_trainer(default_root_dir=tmp_path / "file" / "runs")
+    with pytest.raises(InputError, match=r"trainer\.default_root_dir: .* cannot be written in: Not a directory"):
+        RunCheckpoint().check_run(trainer, GRPO("embedded"))
+
+
+def test_room_for_two_checkpoints_is_asked_for_at_the_start(tmp_path, monkeypatch, caplog):
+    trainer = quiet_trainer(default_root_dir=tmp_path / "runs")
+    RunCheckpoint().check_run(trainer, GRPO("embedded"))
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=20 << 20))  # two of 868,000 x 12 bytes
+    RunCheckpoint().check_run(trainer, GRPO("embedded"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=19 << 20))
+    RunCheckpoint(save_weights_only=True).check_run(trainer, GRPO("embedded"))
+    with pytest.raises(InputError, match=r"takes 0\.02 GiB for the two, and 0\.02 are free in .*when_full go_on"):
+        RunCheckpoint().check_run(trainer, GRPO("embedded"))
+    RunCheckpoint(when_full="go_on").check_run(trainer, GRPO("embedded"))
+    assert "takes 0.02 GiB" in caplog.text

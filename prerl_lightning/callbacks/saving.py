@@ -96,8 +96,8 @@ def _fsync(folder: Path) -> None:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder above that is there."""
-    return next(p for p in (path, *path.absolute().parents) if p.is_dir())
+    """It, or the nearest above it that is there."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def _bytes_of(tree: Any) -> int:
