@@ -20,7 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from prerl_lightning.budget import GIB, ModelShape
 from prerl_lightning.callbacks.monitors import check_monitor
-from prerl_lightning.compat import validation_follows
+from prerl_lightning.callbacks.requeue import requeue
+from prerl_lightning.compat import requeue_signal, validation_follows
 from prerl_lightning.errors import InputError, RunError
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.policy.model import Policy, load_config, load_tokenizer
@@ -269,9 +270,11 @@ class RunCheckpoint(ModelCheckpoint):
             with self._unless_full():
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         if together:
-            last = self.last_model_path or "none"
-            goes_on = "; --ckpt_path last goes on from there" if self.last_model_path else ""
-            log.info("%s: stopped at step %d. The checkpoint: %s%s.", exception, trainer.global_step, last, goes_on)
+            last = self.last_model_path or str(trainer.ckpt_path or "")
+            goes_on = f"The checkpoint: {last}; --ckpt_path last goes on from there." if last else "No checkpoint."
+            log.info("%s: stopped at step %d. %s", exception, trainer.global_step, goes_on)
+            if last and exception.number == requeue_signal(trainer):  # type: ignore[attr-defined]
+                requeue(trainer, last)
         super().on_exception(trainer, pl_module, exception)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
