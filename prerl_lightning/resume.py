@@ -1,6 +1,7 @@
 """What a run is resumed from: which file `last` and `best` are, and its configuration against the present one."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.cli import SaveConfigCallback
 
 from prerl_lightning.callbacks.saving import kept_best
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, in_one_line
+from prerl_lightning.secrets import hide
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +29,15 @@ FREE = (
     *("data.val", "data.val_samples", "data.val_greedy", "data.val_reward", "data.val_batch", "data.verification"),
 )
 BOUND = ("seed_everything", "model", "data", "lives", "trainer.limit_train_batches", "trainer.overfit_batches")
-UNLISTED = ("ckpt_path", "allow_changes")
+UNLISTED = ("ckpt_path", "allow_changes", "weights_only")
 
 
 class KeepConfig(SaveConfigCallback):
-    """config.yaml in the run's folder, and the same in each checkpoint, which may be moved."""
+    """config.yaml in the run's folder, and the same in each checkpoint, which may be moved. Both are without keys and
+    passwords (secrets.py)."""
+
+    def __init__(self, parser: Any, config: Any, **options: Any) -> None:
+        super().__init__(parser, hide(config), **options)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["configuration"] = plain(self.parser, self.config)
@@ -39,15 +45,27 @@ class KeepConfig(SaveConfigCallback):
 
 def plain(parser: Any, config: Any) -> dict[str, Any]:
     """As config.yaml has it."""
-    return yaml.safe_load(parser.dump(config, skip_none=False))
+    return hide(yaml.safe_load(parser.dump(config, skip_none=False)))
 
 
-def load(path: str) -> dict[str, Any]:
-    """A checkpoint whose tensors stay on disk. Raises InputError where it is none."""
+def load(path: str, weights_only: bool = True) -> dict[str, Any]:
+    """A checkpoint whose tensors stay on disk.
+
+    Args:
+        weights_only: nothing but tensors and plain values; False: also what runs code of the file's choice.
+
+    Raises:
+        InputError: it is none, or holds more than ``weights_only`` lets in.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
     except Exception as error:  # pickle, zip and torch each raise their own
-        raise InputError(f"--ckpt_path: {path} is no training checkpoint: {error}") from error
+        if weights_only and (found := re.search(r"GLOBAL (\S+)", str(error))):
+            raise InputError(
+                f"--ckpt_path: {path} holds more than tensors and plain values ({found[1]}), and to load that may run "
+                "code that it brings along. If you trust where it comes from, write --weights_only false."
+            ) from error
+        raise InputError(f"--ckpt_path: {path} is no training checkpoint: {in_one_line(error)}") from error
 
 
 def newest(folder: Path) -> Path:
@@ -58,10 +76,10 @@ def newest(folder: Path) -> Path:
     return found[-1]
 
 
-def best(folder: Path, monitor: str | None, mode: str) -> str:
+def best(folder: Path, monitor: str | None, mode: str, weights_only: bool = True) -> str:
     """The best of the newest run below, and of those that it was resumed from."""
     last = newest(folder)
-    checkpoint = load(str(last))
+    checkpoint = load(str(last), weights_only)
     if monitor is None:  # that of the run
         judged = [state for state in checkpoint.get("callbacks", {}).values() if state.get("best_k_models")]
         monitor, mode = next(((state["monitor"], state.get("mode", mode)) for state in judged), (None, mode))
@@ -76,13 +94,13 @@ def best(folder: Path, monitor: str | None, mode: str) -> str:
     return path
 
 
-def compare(path: str, present: Mapping[str, Any], allow_changes: bool) -> None:
+def compare(path: str, present: Mapping[str, Any], allow_changes: bool, weights_only: bool = True) -> None:
     """Say what is not as in the configuration that the checkpoint at ``path`` was written with.
 
     Raises:
         InputError: one of it orders the data otherwise or gives a step another meaning, and ``allow_changes`` is False.
     """
-    found = load(path).get("configuration")
+    found = load(path, weights_only).get("configuration")
     if found is None:
         log.warning("%s holds no configuration that the present one could be compared with.", path)
         return

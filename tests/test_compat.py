@@ -2,7 +2,9 @@
 
 import inspect
 
+import lightning as L
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
@@ -43,3 +45,10 @@ def test_lightning_still_validates_where_a_run_is_told_to_stop():
 def test_lightning_still_keeps_a_timer_s_time_in_checkpoints():
     """Where it no longer does, Validations need not leave it out."""
     assert "time_elapsed" in Timer(duration="00:00:00:01").state_dict()
+
+
+def test_lightning_still_reads_a_checkpoint_as_it_is_told():
+    """tests/test_security.py sees the result: `weights_only` of all that is loaded, and no hyperparameters before."""
+    for method in (L.Trainer.fit, L.Trainer.validate, L.Trainer.test):
+        assert inspect.signature(method).parameters["weights_only"].default is None
+    assert "torch.load" in inspect.getsource(LightningCLI._parse_ckpt_path)
