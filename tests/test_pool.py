@@ -95,6 +95,15 @@ def test_a_worker_killed_from_outside_is_replaced_and_its_answer_verified(pool, 
     assert not set(pool.pids) & set(before)
 
 
+def test_signals_to_the_whole_job_are_not_the_workers_to_answer(pool):
+    before, futures = pool.pids, pool.submit(items("sleep", *["fine"] * 40))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for pid in before:
+            os.kill(pid, number)
+    assert [f.result().failure for f in futures] == ["timeout", *[None] * 40]
+    assert pool.pids == before
+
+
 def worker(prompt, response, ground_truth, extra):
     """Which one it is."""
     return float(os.getpid())

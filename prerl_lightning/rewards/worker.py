@@ -97,7 +97,9 @@ def main(pipe: Connection) -> None:
 
 if __name__ == "__main__":
     _end_with(int(sys.argv[2]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to answer
+    # what is sent to the whole job is the training process's to answer; not ignored, which children would inherit
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda *_: None)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]  # a pipe, too
     with suppress(EOFError, ConnectionError):  # the training process has ended
