@@ -137,14 +137,16 @@ class RewardPool:
         """
         most = self.options.max_failed * len(items)
         done: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for i, future in enumerate(futures):
-            future.add_done_callback(lambda _, i=i: done.put(i))
+        number = {future: i for i, future in enumerate(futures)}
+        for future in futures:
+            future.add_done_callback(lambda ended: done.put(number[ended]))
         failed: list[str] = []
         begun, word = time.monotonic(), WAIT
         for n in range(1, len(items) + 1):
-            i = None
+            i: int | None = None
             while i is None:
-                i = _next(done, max(0.0, begun + word - time.monotonic()))
+                with suppress(queue.Empty):
+                    i = done.get(timeout=max(0.0, begun + word - time.monotonic()))
                 if (waited := time.monotonic() - begun) >= word:
                     word *= 2
                     log.info(
@@ -309,8 +311,9 @@ class _Worker(threading.Thread):
             except (EOFError, ConnectionError, BlockingIOError) as error:  # the last: it does not read
                 if self.closing:
                     continue
-                hung = isinstance(error, BlockingIOError) or self.process is None
-                ending = "its worker does not read" if hung else self.process.ending()
+                ending = "its worker does not read"
+                if self.process is not None and not isinstance(error, BlockingIOError):
+                    ending = self.process.ending()
                 self._lose(ending, chunk)
                 sent = False
                 deaths += 1
@@ -322,14 +325,6 @@ class _Worker(threading.Thread):
                 with suppress(InvalidStateError):  # cancelled: the run stops
                     chunk.pop(0)[1].set_result(verdict)
                 deaths = 0
-
-
-def _next(done: "queue.SimpleQueue[int]", seconds: float) -> int | None:
-    """None: nothing in that time."""
-    try:
-        return done.get(timeout=seconds)
-    except queue.Empty:
-        return None
 
 
 def _arguments(item: Item) -> tuple[str, str, str, Mapping[str, Any]]:
