@@ -17,6 +17,7 @@ from typing import Any
 
 from prerl_lightning import __version__
 from prerl_lightning.signals import Interrupted, first_rank, signals
+from prerl_lightning.terminal import printable_lines
 from prerl_lightning.watchdog import watchdog
 
 USAGE = """usage: prerl {fit,validate,test} [--config FILE ...] [--KEY VALUE ...]
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         if not ours and not lost:
             raise
         if ours or watchdog.speaks:
-            print(f"prerl: error: {said if ours else lost}", file=sys.stderr)
+            print(f"prerl: error: {printable_lines(str(said if ours else lost))}", file=sys.stderr)
         sys.exit(3 if isinstance(said, RunError) else 2 if ours else 1)
     finally:
         watchdog.finish(patience)
@@ -122,6 +123,13 @@ def _command(args: list[str], debug: bool) -> None:
     run(args)
 
 
+class _Printable(logging.Formatter):
+    """What is logged may quote completions, data and other libraries' errors."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
+
+
 class _Stdout(logging.StreamHandler):
     """To what sys.stdout is at the moment: a rich bar takes its place and keeps other lines off its own."""
 
@@ -133,7 +141,7 @@ class _Stdout(logging.StreamHandler):
 def _log_to_stdout() -> None:
     """Our own log lines, of rank 0; of all ranks from warnings on."""
     handler = _Stdout()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Printable("%(message)s"))
     log = logging.getLogger("prerl_lightning")
     log.addHandler(handler)
     log.propagate = False

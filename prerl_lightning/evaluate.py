@@ -33,6 +33,7 @@ from prerl_lightning.rewards.pool import RewardPool
 from prerl_lightning.rollout.engine import Place
 from prerl_lightning.rollout.sampler import Group, sample_for_evaluation
 from prerl_lightning.run import PrerlCLI
+from prerl_lightning.secrets import hide_in_text
 from prerl_lightning.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
             "set": key,
             "problems": len(encoded),
             "prompts": answer_number(repr([p.token_ids for p in encoded])),
-            "reward": getattr(rewards[key], "__name__", repr(rewards[key])),
+            "reward": hide_in_text(getattr(rewards[key], "__name__", repr(rewards[key]))),
             "k": own.k,
             "greedy": own.greedy,
             "seed": seed,

@@ -1,6 +1,7 @@
 """What a run is resumed from: which file `last` and `best` are, and its configuration against the present one."""
 
 import logging
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from prerl_lightning.callbacks.saving import kept_best
 from prerl_lightning.errors import InputError, in_one_line
 from prerl_lightning.policy.model import load_config
+from prerl_lightning.secrets import hide
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +33,15 @@ FREE = (
     *("data.val", "data.val_samples", "data.val_greedy", "data.val_reward", "data.val_batch", "data.verification"),
 )
 BOUND = ("seed_everything", "model", "data", "lives", "trainer.limit_train_batches", "trainer.overfit_batches")
-UNLISTED = ("ckpt_path", "allow_changes")
+UNLISTED = ("ckpt_path", "allow_changes", "weights_only")
 
 
 class KeepConfig(SaveConfigCallback):
-    """config.yaml in the run's folder, and the same in each checkpoint, which may be moved."""
+    """config.yaml in the run's folder, and the same in each checkpoint, which may be moved. Both are without keys and
+    passwords (secrets.py)."""
+
+    def __init__(self, parser: Any, config: Any, **options: Any) -> None:
+        super().__init__(parser, hide(config), **options)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["configuration"] = plain(self.parser, self.config)
@@ -43,7 +49,7 @@ class KeepConfig(SaveConfigCallback):
 
 def plain(parser: Any, config: Any) -> dict[str, Any]:
     """As config.yaml has it."""
-    return yaml.safe_load(parser.dump(config, skip_none=False))
+    return hide(yaml.safe_load(parser.dump(config, skip_none=False)))
 
 
 def damage(path: Path) -> str | None:
@@ -60,11 +66,11 @@ def damage(path: Path) -> str | None:
     return f"damaged: the checksum of {broken} is not what it was written with" if broken else None
 
 
-def check_file(path: Path, model: str) -> None:
-    """Raises InputError where it is not whole, no training checkpoint, or of another model."""
+def check_file(path: Path, model: str, weights_only: bool = True) -> None:
+    """Raises InputError where it is not whole, no training checkpoint, or of another model; and as `load` does."""
     if problem := damage(path):
         raise InputError(f"--ckpt_path: {path} is {problem}. Give another; last takes the newest that is whole.")
-    found = load(str(path))
+    found = load(str(path), weights_only)
     if not isinstance(found, dict) or not {"state_dict", "loops", "pytorch-lightning_version"} <= found.keys():
         raise InputError(
             f"--ckpt_path: {path} is no training checkpoint of this library. To start a new run from exported weights, "
@@ -81,12 +87,24 @@ def check_file(path: Path, model: str) -> None:
             )
 
 
-def load(path: str) -> dict[str, Any]:
-    """A checkpoint whose tensors stay on disk. Raises InputError where it is none."""
+def load(path: str, weights_only: bool = True) -> dict[str, Any]:
+    """A checkpoint whose tensors stay on disk.
+
+    Args:
+        weights_only: nothing but tensors and plain values; False: also what runs code of the file's choice.
+
+    Raises:
+        InputError: it is none, or holds more than ``weights_only`` lets in.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
     except Exception as error:  # pickle, zip and torch each raise their own
-        raise InputError(f"--ckpt_path: {path} is no training checkpoint: {error}") from error
+        if weights_only and (found := re.search(r"GLOBAL (\S+)", str(error))):
+            raise InputError(
+                f"--ckpt_path: {path} holds more than tensors and plain values ({found[1]}), and to load that may run "
+                "code that it brings along. If you trust where it comes from, write --weights_only false."
+            ) from error
+        raise InputError(f"--ckpt_path: {path} is no training checkpoint: {in_one_line(error)}") from error
 
 
 def newest(folder: Path) -> Path:
@@ -110,10 +128,10 @@ def newest(folder: Path) -> Path:
     raise InputError(f"--ckpt_path: none of the checkpoints below {folder} is whole. Leave it out to start anew.")
 
 
-def best(folder: Path, monitor: str | None, mode: str) -> str:
+def best(folder: Path, monitor: str | None, mode: str, weights_only: bool = True) -> str:
     """The best of the newest run below, and of those that it was resumed from."""
     last = newest(folder)
-    checkpoint = load(str(last))
+    checkpoint = load(str(last), weights_only)
     if monitor is None:  # that of the run
         judged = [state for state in checkpoint.get("callbacks", {}).values() if state.get("best_k_models")]
         monitor, mode = next(((state["monitor"], state.get("mode", mode)) for state in judged), (None, mode))
@@ -128,13 +146,13 @@ def best(folder: Path, monitor: str | None, mode: str) -> str:
     return path
 
 
-def compare(path: str, present: Mapping[str, Any], allow_changes: bool) -> None:
+def compare(path: str, present: Mapping[str, Any], allow_changes: bool, weights_only: bool = True) -> None:
     """Say what is not as in the configuration that the checkpoint at ``path`` was written with.
 
     Raises:
         InputError: one of it orders the data otherwise or gives a step another meaning, and ``allow_changes`` is False.
     """
-    found = load(path).get("configuration")
+    found = load(path, weights_only).get("configuration")
     if found is None:
         log.warning("%s holds no configuration that the present one could be compared with.", path)
         return

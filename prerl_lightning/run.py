@@ -40,6 +40,7 @@ from prerl_lightning.objectives import PolicyModule
 from prerl_lightning.objectives.checks import check_precision
 from prerl_lightning.policy.model import load_config
 from prerl_lightning.resume import KeepConfig
+from prerl_lightning.secrets import hidden_keys
 from prerl_lightning.signals import first_rank
 from prerl_lightning.watchdog import watchdog
 
@@ -103,10 +104,20 @@ class PrerlCLI(LightningCLI):
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(ExportModel, "export")
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning reads a checkpoint for hyperparameters, of which this library's hold none."""
+
     def before_instantiate_classes(self) -> None:
         subconfig = self.config[self.subcommand]
         # said once: in config.yaml it would hold for all resumes to come
         self.allow_changes, subconfig["allow_changes"] = subconfig["allow_changes"], False
+        # likewise; Lightning's own default lets checkpoints from the net run code
+        self.weights_only, subconfig["weights_only"] = subconfig["weights_only"] is not False, None
+        if key := next(hidden_keys(subconfig), None):
+            raise InputError(
+                f"{key}: its value, a secret, was left out of this file when it was written. Give it again, or better "
+                "take the key out and set the variable that its library reads, such as WANDB_API_KEY."
+            )
         trainer = self._get(self.config, "trainer")
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
@@ -144,6 +155,7 @@ class PrerlCLI(LightningCLI):
         if self.trainer is None:  # `prerl evaluate` and `prerl doctor` take a run's parts, and do not resume it
             return
         subconfig = self.config_init[self.subcommand]
+        subconfig["weights_only"] = self.weights_only
         if self.subcommand == "fit":
             lives = [c.successor for c in callbacks_of(self.trainer, PolicyReincarnation)]
             check_monitors(self.trainer, [self.model, *lives], self.datamodule)
@@ -155,7 +167,7 @@ class PrerlCLI(LightningCLI):
             log.info("Resuming from %s", here)
         elif subconfig.get("ckpt_path") == "best":
             checkpoint = subconfig["checkpoint"]
-            subconfig["ckpt_path"] = resume.best(self._runs, checkpoint.monitor, checkpoint.mode)
+            subconfig["ckpt_path"] = resume.best(self._runs, checkpoint.monitor, checkpoint.mode, self.weights_only)
         path = str(subconfig.get("ckpt_path") or "hpc")
         if path == "hpc" or "://" in path:
             return
@@ -164,10 +176,10 @@ class PrerlCLI(LightningCLI):
                 f"--ckpt_path: there is no {path}. Give a checkpoint, last for the newest one, or best for the best."
             )
         if first_rank():
-            resume.check_file(Path(path), self.model.model_name)
+            resume.check_file(Path(path), self.model.model_name, self.weights_only)
         if self.subcommand == "fit":
             present = resume.plain(self._parser("fit"), self.config["fit"])
-            resume.compare(path, present, self.allow_changes)
+            resume.compare(path, present, self.allow_changes, self.weights_only)
 
     @property
     def _runs(self) -> Path:

@@ -407,8 +407,8 @@ FAULTS = [
     Fault(
         "failed-share-is-enough",
         "rewards/pool.py",
-        "if len(failed) > self.options.max_failed",
-        "if len(failed) >= self.options.max_failed",
+        "if len(failed) > most",
+        "if len(failed) >= most",
         "test_pool.py::test_too_many_failures_stop_the_run",
     ),
     Fault(
@@ -430,6 +430,34 @@ FAULTS = [
         "rewards/pool.py",
         'HUNG = Verdict(0.0, None, "timeout"',
         'HUNG = Verdict(0.0, None, "error"',
+        "test_pool.py -k verdicts",
+    ),
+    Fault(
+        "certain-and-waited-for",
+        "rewards/pool.py",
+        "if len(failed) > most:",
+        "if len(failed) > most and n == len(items):",
+        "test_pool.py::test_a_batch_stops_as_soon_as_too_many_failures_are_certain",
+    ),
+    Fault(
+        "workers-outlive-the-run",
+        "rewards/worker.py",
+        "    _end_with(int(sys.argv[2]))\n",
+        "",
+        "test_pool.py -k end_with_the_training_process",
+    ),
+    Fault(
+        "closed-behind-what-waits",
+        "rewards/pool.py",
+        "                    process.kill()\n",
+        "                    pass\n",
+        "test_pool.py::test_a_pool_closes_without_waiting_for_what_hangs",
+    ),
+    Fault(
+        "endless-rewards",
+        "rewards/worker.py",
+        "if not abs(score) <= LARGEST:",
+        "if score != score:",
         "test_pool.py -k verdicts",
     ),
     # ------------------------------------------------------------------ ranks and sharding

@@ -3,9 +3,11 @@
 import inspect
 import signal
 
+import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies.launchers import subprocess_script
@@ -79,3 +81,10 @@ def test_lightning_s_launcher_still_asks_for_an_observer_by_its_name():
     assert "_launch_process_observer(self.procs)" in inspect.getsource(
         subprocess_script._SubprocessScriptLauncher.launch
     )
+
+
+def test_lightning_still_reads_a_checkpoint_as_it_is_told():
+    """tests/test_security.py sees the result: `weights_only` of all that is loaded, and no hyperparameters before."""
+    for method in (L.Trainer.fit, L.Trainer.validate, L.Trainer.test):
+        assert inspect.signature(method).parameters["weights_only"].default is None
+    assert "torch.load" in inspect.getsource(LightningCLI._parse_ckpt_path)

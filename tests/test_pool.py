@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -37,8 +38,19 @@ def awkward(prompt, response, ground_truth, extra):
         os._exit(3)
     if response == "sys.exit":
         sys.exit(3)
+    if response == "huge":
+        return 1e308
     if response == "print":
         print("noise", flush=True)
+    if response == "loud":  # much more than a pipe holds, from Python, from C and from a child, with escapes
+        print("\x1b[2Jone")
+        print("two", file=sys.stderr)
+        os.write(1, b"three\n")
+        os.write(2, b"\n \nfour\xff\n" + b"x" * 10_000_000)
+        os.system("echo a child; echo and its error >&2")
+    if response == "last words":
+        os.write(2, b"Fatal: \x1b[2J no such device\n")
+        os._exit(3)
     if response == "once" and not os.path.exists(extra["flag"]):
         open(extra["flag"], "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -57,9 +69,9 @@ def pool():
 
 
 def test_verdicts_tell_timeout_error_and_reward_apart_and_keep_order(pool):
-    awkwards = ["raise", "nan", "sleep", "swallow", "regex", "memory", "exit", "sys.exit"]
+    awkwards = ["raise", "nan", "huge", "sleep", "swallow", "regex", "memory", "exit", "sys.exit"]
     wanted = dict.fromkeys(("sleep", "swallow", "regex"), "timeout")
-    wanted |= dict.fromkeys(("raise", "nan", "memory", "exit", "sys.exit"), "error")
+    wanted |= dict.fromkeys(("raise", "nan", "huge", "memory", "exit", "sys.exit"), "error")
     responses = [r for a in awkwards for r in ("fine", a, "print", "fine")]
     verdicts = pool.verify(items(*responses))
     assert [v.failure for v in verdicts] == [wanted.get(r) for r in responses]
@@ -67,6 +79,7 @@ def test_verdicts_tell_timeout_error_and_reward_apart_and_keep_order(pool):
     told = {r: v.message for r, v in zip(responses, verdicts, strict=True)}
     assert "nothing here" in told["raise"]
     assert "nan" in told["nan"]
+    assert told["huge"] == "the reward is 1e+308; it must lie between -1e+09 and 1e+09"
     assert "exit status 3" in told["exit"]
     assert "MemoryError" in told["memory"]
 
@@ -82,6 +95,15 @@ def test_a_worker_killed_from_outside_is_replaced_and_its_answer_verified(pool, 
     assert not set(pool.pids) & set(before)
 
 
+def test_signals_to_the_whole_job_are_not_the_workers_to_answer(pool):
+    before, futures = pool.pids, pool.submit(items("sleep", *["fine"] * 40))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for pid in before:
+            os.kill(pid, number)
+    assert [f.result().failure for f in futures] == ["timeout", *[None] * 40]
+    assert pool.pids == before
+
+
 def worker(prompt, response, ground_truth, extra):
     """Which one it is."""
     return float(os.getpid())
@@ -90,7 +112,7 @@ def worker(prompt, response, ground_truth, extra):
 @pytest.fixture
 def pair(monkeypatch):
     """Two workers, which count as hung after a second."""
-    monkeypatch.setattr("prerl_lightning.rewards.pool.MARGIN", 0.7, raising=False)
+    monkeypatch.setattr("prerl_lightning.rewards.process.MARGIN", 0.7)
     made = RewardPool(worker, Verification(workers=2, timeout=0.2, max_failed=1.0))
     assert len(set(made.pids)) == 2
     yield made
@@ -166,6 +188,82 @@ def test_too_many_failures_stop_the_run(caplog):
         pool.close()
 
 
+def counted(prompt, response, ground_truth, extra):
+    """Writes that it was asked; then what `awkward` does."""
+    with open(extra["asked"], "a") as file:
+        file.write("x")
+    return awkward(prompt, response, ground_truth, extra)
+
+
+@pytest.mark.parametrize(("does", "deaths"), [("sleep", 0), ("exit", 2)])
+def test_a_batch_stops_as_soon_as_too_many_failures_are_certain(tmp_path, monkeypatch, caplog, does, deaths):
+    """Of 128 answers 4 show it: a verifier that hangs, and one that dies, cost no more time-outs or starts."""
+    monkeypatch.setattr("prerl_lightning.rewards.pool.WAIT", 0.3)
+    asked = tmp_path / "asked"
+    options = Verification(workers=2, timeout=0.5, max_failed=0.03)
+    pool = RewardPool(counted, options)
+    caplog.set_level("INFO")
+    try:
+        with pytest.raises(InputError, match=r"4 of 128 answers could not be verified; \d+ more were not waited for"):
+            pool.verify(items(*[does] * 128, asked=str(asked)))
+    finally:
+        pool.close()
+    # each that failed, those that are under way at that moment in two workers, and what these take up until the close
+    assert len(asked.read_text()) <= (4 + 2 + 2) * max(1, deaths)
+    said = [r.getMessage() for r in caplog.records if "of waiting" in r.getMessage()]
+    assert re.fullmatch(
+        r"reward: \d of 128 answers are verified after \d s of waiting, \d of them failed; above 3 the run stops\.",
+        said[0],
+    )
+    assert len(said) <= 6  # at ever longer intervals
+
+
+def test_a_pool_closes_without_waiting_for_what_hangs(tmp_path):
+    asked = tmp_path / "asked"
+    pool = RewardPool(counted, Verification(workers=2, timeout=30, max_failed=1.0))
+    futures = pool.submit(items(*["sleep"] * 64, asked=str(asked)))
+    _wait_for(asked.exists)
+    pids = pool.pids
+    pool.close()
+    assert all(future.cancelled() for future in futures)
+    assert not any(map(_runs, pids))
+    assert len(asked.read_text()) <= 2
+
+
+def test_what_workers_write_is_shown_once_and_blocks_none(capfd, caplog):
+    caplog.set_level("INFO")
+    pool = RewardPool(awkward, Verification(workers=2, timeout=60, max_failed=1.0))
+    try:
+        assert {v.score for v in pool.verify(items(*["loud"] * 6))} == {1.0}
+        (died,) = pool.verify(items("last words"))
+    finally:
+        pool.close()
+    assert died.message == "its worker died (exit status 3), and wrote last: Fatal: ·[2J no such device"
+    said = [r.getMessage() for r in caplog.records if "wrote:" in r.getMessage()]
+    assert len(said) == 5
+    wanted = ("·[2Jone", "two", "three", "four\N{REPLACEMENT CHARACTER}")
+    assert all(f"reward: a worker wrote: {line}" in said for line in wanted[:2])
+    assert set(said) <= {f"reward: a worker wrote: {line}" for line in (*wanted, "x" * 300)}
+    assert caplog.text.count("what workers write from here on is not shown") == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_failures_cannot_steer_the_terminal(caplog):
+    class Odd(Exception):
+        def __repr__(self):
+            return "\x1b[2J\u202e"
+
+    def reward(*_):
+        raise Odd
+
+    pool = RewardPool(reward, Verification(workers=0, max_failed=0.5))
+    with pytest.raises(InputError, match="·\\[2J·") as error:
+        pool.verify([Item("", "\x1b]0;title\x07", "\x1b", {})])
+    for text in (caplog.text, str(error.value)):
+        assert "response '\\x1b]0;title\\x07'" in text
+        assert not any(c in text for c in "\x1b\x07\u202e")
+
+
 def test_without_workers_rewards_run_here(tmp_path):
     seen = []
 
@@ -186,25 +284,35 @@ def test_a_reward_that_a_worker_cannot_load_is_named(monkeypatch):
         RewardPool(boxed_reward, Verification())
 
 
-def test_workers_end_with_the_training_process(tmp_path):
-    """Killed with -9, in the middle of an endless verification."""
-    import subprocess
-
+@pytest.mark.parametrize("how", ["import", "import of C", "Python", "C", "sleep"])
+def test_workers_end_with_the_training_process(tmp_path, how):
+    """Killed with -9, while they hang for good."""
+    pids = tmp_path / "pids"
     code = (
-        "import sys; sys.path.insert(0, 'tests'); import test_pool as t; "
-        "p = t.RewardPool(t.awkward, t.Verification(workers=2, timeout=2, max_failed=1)); "
-        "p.submit(t.items('swallow')); print(*p.pids, flush=True); import time; time.sleep(60)"
+        "import hanging; from prerl_lightning.rewards.pool import *; "
+        "RewardPool(hanging.reward, Verification(timeout=200)).verify([Item('', '', '', {})] * 64)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    pids = [int(p) for p in process.stdout.readline().split()]
-    assert len(pids) == 2
-    time.sleep(0.5)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 60
-    while any(_runs(pid) for pid in pids):
-        assert time.monotonic() < deadline, "a worker outlived its parent"
-        time.sleep(0.1)
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    environment = os.environ | {"HANGS": how, "PIDS": str(pids), "PYTHONPATH": path}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    try:
+        _wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    finally:
+        process.kill()
+        process.wait()
+    workers = [int(pid) for pid in pids.read_text().split()]
+    try:
+        _wait_for(lambda: not any(map(_runs, workers)), seconds=10)
+    finally:
+        for pid in filter(_runs, workers):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _wait_for(what, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def _runs(pid):

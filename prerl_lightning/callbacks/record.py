@@ -20,6 +20,7 @@ from prerl_lightning.errors import InputError, RunError
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.report import words
 from prerl_lightning.report.reading import read_run
+from prerl_lightning.secrets import hide_in_command
 from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class RunRecord(L.Callback):
         self.record = {
             "format": 1,
             "name": getattr(trainer.logger, "name", None) or self.path.parent.name,
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": [Path(sys.argv[0]).name, *hide_in_command(sys.argv[1:])],
             "started": _now(),
             "ended": None,
             "status": "running",

@@ -19,6 +19,7 @@ from prerl_lightning.callbacks.watcher import Watcher, append_lines, callbacks_o
 from prerl_lightning.metrics.thoughts import ThoughtFinder, load_families
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.rollout.sampler import Group
+from prerl_lightning.terminal import printable, printable_lines
 from prerl_lightning.types import Prompt, Response, Rollout
 
 log = logging.getLogger(__name__)
@@ -145,9 +146,11 @@ def terminal_line(row: dict[str, Any], max_characters: int) -> Text:
     """One sample for a terminal: thoughts bold, what is new in the answer underlined; ``.plain`` for a file."""
     kind = {"held_out": "held out", "best": "best of batch", "worst": "worst of batch"}[row["kind"]]
     cut = " (cut off)" if row["truncated"] else ""
-    line = Text(f"  sample, {kind}: reward {row['reward']:.2f}{cut}, truth {row['ground_truth']}: ")
+    truth = printable(str(row["ground_truth"]))
+    line = Text(f"  sample, {kind}: reward {row['reward']:.2f}{cut}, truth {truth}: ")
     line.append(repr(row["prompt"][-max_characters:]) + " -> ")
-    answer = Text(row["response"][:max_characters])
+    # rich leaves escape sequences in; line ends are written out below
+    answer = Text(printable_lines(row["response"][:max_characters]))
     for start, end, _ in row["thoughts"]:
         answer.stylize("bold yellow", start, end)
     if previous := row["previous"]:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from prerl_lightning.data.problems import ProblemSet
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, in_one_line
 from prerl_lightning.types import Message, Problem, Prompt
 
 log = logging.getLogger(__name__)
@@ -51,9 +52,16 @@ class PromptFormat:
                 )
             if self.system is not None and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": self.system}, *messages]
-            text = tokenizer.apply_chat_template(  # type: ignore[assignment]
-                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
-            )
+            try:
+                text = tokenizer.apply_chat_template(  # type: ignore[assignment]
+                    [dict(m) for m in messages], tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+                )
+            except TemplateError as error:  # its own refusals, and what transformers' sandbox does not let it do
+                raise InputError(
+                    f"Row {problem.row}: the chat template of the model's tokenizer fails ({in_one_line(error)}). Look "
+                    "at data.format.system and chat_template_kwargs, or leave chat messages out with data.format.chat: "
+                    "false."
+                ) from error
         elif self.system is not None:
             raise InputError("data.format.system: needs chat: a plain-text prompt has no system message.")
         ids = tokenizer(text, add_special_tokens=not messages)["input_ids"]

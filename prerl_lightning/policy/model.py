@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -53,7 +54,20 @@ def load_config(model: str) -> PretrainedConfig:
 def _load(loader: Any, model: str, **options: Any) -> Any:
     """``loader.from_pretrained``; what is wrong with a folder or hub id becomes an InputError."""
     try:
-        return loader.from_pretrained(_existing(model), **options)
+        # said, or transformers asks at the terminal whether to run the model's own code
+        return loader.from_pretrained(_existing(model), trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise InputError(
+            f"model: {model!r} brings code of its own (auto_map in its config.json), which is not run here. Give a "
+            "model of an architecture that transformers has."
+        ) from error
+    except UnpicklingError as error:
+        raise InputError(
+            f"model: {model!r}: its pickled weights are damaged or hold more than tensors, which could run any code. "
+            "Take a model whose weights are in safetensors."
+        ) from error
     except OSError as error:
         raise InputError(f"model: {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 

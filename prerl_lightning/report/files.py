@@ -10,6 +10,8 @@ from typing import Any, TypeGuard
 
 import yaml  # type: ignore[import-untyped]
 
+from prerl_lightning.secrets import hide_in_command, hide_in_text
+
 Line = dict[str, Any]
 INFO: dict[str, Any] = {
     "name": str, "command": list, "started": str, "status": str, "error": str, "resumed_from": str, "lives": list,
@@ -45,6 +47,8 @@ def read_info(folder: Path) -> tuple[dict[str, Any], list[str]]:
     if "warnings" not in odd and not all(isinstance(said, str) for said in value.get("warnings") or []):
         odd.append("warnings")
     kept = {k: v for k, v in value.items() if k not in odd}
+    if kept.get("command"):  # as RunRecord writes it, but not everything was written by it
+        kept["command"] = hide_in_command([str(word) for word in kept["command"]])
     if kept.get("error"):
         kept["error"] = next(iter(kept["error"].strip().splitlines()), "")  # without the traceback that may follow
     return kept, [f"run.json: {', '.join(odd)} of an unknown form"] if odd else []
@@ -57,7 +61,7 @@ def _is_life(value: Any) -> bool:
 def read_config(folder: Path) -> tuple[dict[str, Any], str, list[str]]:
     """config.yaml as a mapping and as text, and notes; empty where there is none, or what is there is no mapping."""
     try:
-        text = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        text = hide_in_text((folder / "config.yaml").read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return {}, "", []
     try:

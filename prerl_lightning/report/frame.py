@@ -2,7 +2,6 @@
 
 import math
 import time
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from prerl_lightning.report import words
 from prerl_lightning.report.figures import TIMES, families
 from prerl_lightning.report.files import is_right, spans
 from prerl_lightning.report.runs import Run, chain, finite
+from prerl_lightning.terminal import printable
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 LIVES = ("magenta", "cyan", "green", "yellow")  # a life's colour, in turn
@@ -234,12 +234,6 @@ def _response(sample: Mapping[str, Any], names: Sequence[str]) -> Text:
         text.append(" ")
         text.append(f" {printable(name)} ", style=MARKS[names.index(name) % len(MARKS)])
     return text
-
-
-def printable(text: str) -> str:
-    """Characters that could steer the terminal, one for one, as a dot: offsets into the text stay right."""
-    steering = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-    return "".join("↵" if c == "\n" else "·" if unicodedata.category(c) in steering else c for c in text)
 
 
 def _printable(value: Any) -> Any:

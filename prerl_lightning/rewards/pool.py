@@ -1,40 +1,36 @@
 """Verification in worker processes: a verifier that hangs, crashes or eats memory costs its own answer and no more.
 
-Each worker is a plain ``python -m prerl_lightning.rewards.worker`` behind a pipe, served by one thread here. An answer
-that takes longer than the limit is a *timeout*: first an exception is raised in the verifier, then, where that does not
-help (a C extension), the worker is killed and replaced. A verifier that raises, returns no finite number or takes its
-worker with it twice is an *error*. Both count 0 as a reward and are told apart from wrong answers in the log; above a
-share of a batch they stop the run. What a lost worker still had to do goes to whichever is free.
+Each worker (process.py, worker.py) is a plain ``python -m`` behind a pipe, started and served by one thread here. An
+answer that takes longer than the limit is a *timeout*: first an exception is raised in the verifier, then, where that
+does not help (a C extension), the worker is killed and replaced. A verifier that raises, returns no number within
+`LARGEST` or takes its worker with it twice is an *error*. Both count 0 as a reward and are told apart from wrong
+answers in the log; above a share of a batch they stop the run, as soon as that share is certain. What a lost worker
+still had to do goes to whichever is free.
 """
 
 import logging
 import pickle
 import queue
 import signal
-import socket
-import struct
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from prerl_lightning.errors import InputError, check_ranges
+from prerl_lightning.rewards.process import WorkerProcess, counter, not_loadable
 from prerl_lightning.rewards.score import Reward
-from prerl_lightning.rewards.worker import HARD_LIMIT, Failure, judge
+from prerl_lightning.rewards.worker import Failure, judge
+from prerl_lightning.terminal import printable
 
 log = logging.getLogger(__name__)
 
 CHUNK = 16  # answers a message
-START_SECONDS = 120.0
-SLOW_START = 10.0  # seconds from which on the start of a worker is worth a line
-MARGIN = 5.0  # seconds beyond an answer's limits, for a machine that is busy
 SHOWN = 3  # failures of a run that are shown with their text, and a worker's losses
+WAIT = 10.0  # seconds of waiting for verdicts until a word on it; twice as many to the next
 
 
 @dataclass(frozen=True)
@@ -104,22 +100,23 @@ class RewardPool:
     def __init__(self, reward: Reward, options: Verification) -> None:
         self.reward, self.options = reward, options
         self._shown = 0
-        self._queue: queue.SimpleQueue[tuple[Item, Future[Verdict]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._threads: list[_Worker] = []
         if options.workers:
             try:
                 pickled = pickle.dumps(reward)
             except Exception as error:
-                raise _not_loadable(reward, str(error)) from error
-            self._threads = [_Worker(self._queue, reward, pickled, options) for _ in range(options.workers)]
-            for thread in self._threads:
-                thread.launch()
-            for thread in self._threads:
-                try:
-                    thread.await_ready()
-                except (EOFError, ConnectionError):
-                    raise _not_loadable(reward, thread._ending()) from None
-                thread.start()
+                raise not_loadable(reward, str(error)) from error
+            written = counter()
+            self._threads = [_Worker(self._queue, reward, pickled, options, written) for _ in range(options.workers)]
+            try:
+                for thread in self._threads:
+                    thread.start()
+                for thread in self._threads:
+                    thread.started.result()
+            except BaseException:
+                self.close()
+                raise
 
     def submit(self, items: Sequence[Item]) -> "list[Future[Verdict]]":
         """Returns at once; the futures are in the items' order."""
@@ -132,26 +129,47 @@ class RewardPool:
         return futures
 
     def collect(self, items: Sequence[Item], futures: "Sequence[Future[Verdict]]") -> list[Verdict]:
-        """Waits for the verdicts of one batch, and shows the first failures of the run.
+        """Waits for the verdicts of one batch, says how far it is where that takes long, and shows the first failures
+        of the run.
 
         Raises:
-            InputError: more than ``max_failed`` of them failed.
+            InputError: more than ``max_failed`` of them failed; without waiting for those that cannot change it.
         """
-        verdicts = [future.result() for future in futures]
-        failed = [(i, v) for i, v in zip(items, verdicts, strict=True) if v.failure]
-        described = [
-            f"{v.failure} at row {i.row}: {v.message}; truth {i.ground_truth[:100]!r}, response {i.response[-300:]!r}"
-            for i, v in failed
-        ]
-        for text in described[: max(0, SHOWN - self._shown)]:
-            self._shown += 1
-            log.warning("reward: %s", text)
-        if len(failed) > self.options.max_failed * len(items):
-            raise InputError(
-                f"data.reward: {len(failed)} of {len(items)} answers could not be verified, which is more than "
-                f"data.verification.max_failed ({self.options.max_failed:.0%}). The first: {described[0]}"
-            )
-        return verdicts
+        most = self.options.max_failed * len(items)
+        done: queue.SimpleQueue[int] = queue.SimpleQueue()
+        number = {future: i for i, future in enumerate(futures)}
+        for future in futures:
+            future.add_done_callback(lambda ended: done.put(number[ended]))
+        failed: list[str] = []
+        begun, word = time.monotonic(), WAIT
+        for n in range(1, len(items) + 1):
+            i: int | None = None
+            while i is None:
+                with suppress(queue.Empty):
+                    i = done.get(timeout=max(0.0, begun + word - time.monotonic()))
+                if (waited := time.monotonic() - begun) >= word:
+                    word *= 2
+                    log.info(
+                        "reward: %d of %d answers are verified after %.0f s of waiting, %d of them failed; above %d "
+                        "the run stops.",
+                        *(n - 1, len(items), waited, len(failed), int(most)),
+                    )
+            verdict = futures[i].result()
+            if not verdict.failure:
+                continue
+            failed.append(_described(items[i], verdict))
+            if self._shown < SHOWN:
+                self._shown += 1
+                log.warning("reward: %s", failed[-1])
+            if len(failed) > most:
+                for future in futures:
+                    future.cancel()
+                left = f"; {len(items) - n} more were not waited for" if n < len(items) else ""
+                raise InputError(
+                    f"data.reward: {len(failed)} of {len(items)} answers could not be verified{left}, which is more "
+                    f"than data.verification.max_failed ({self.options.max_failed:.0%}). The first: {failed[0]}"
+                )
+        return [future.result() for future in futures]
 
     def verify(self, items: Sequence[Item]) -> list[Verdict]:
         return self.collect(items, self.submit(items))
@@ -163,68 +181,60 @@ class RewardPool:
 
     @property
     def pids(self) -> list[int]:
-        return [t.process.pid for t in self._threads if t.process is not None]
+        return [process.process.pid for t in self._threads if (process := t.process) is not None]
 
     def close(self) -> None:
+        """At once: what is not verified by now is not waited for."""
+        for thread in self._threads:
+            thread.closing = True
+        with suppress(queue.Empty):
+            while True:
+                if (entry := self._queue.get_nowait()) is not None:
+                    entry[1].cancel()
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
-            thread.join()
+            while thread.is_alive():  # one that was starting a process has another by now
+                if (process := thread.process) is not None:
+                    process.kill()
+                thread.join(0.1)
         self._threads = []
 
 
-class _Worker(threading.Thread):
-    """Serves one worker process, and replaces it."""
+Entry = tuple[Item, "Future[Verdict]"]
 
-    def __init__(self, work: queue.SimpleQueue, reward: Reward, pickled: bytes, options: Verification) -> None:
+
+class _Worker(threading.Thread):
+    """Starts one worker process, serves it, and replaces it."""
+
+    def __init__(
+        self,
+        work: "queue.SimpleQueue[Entry | None]",
+        reward: Reward,
+        pickled: bytes,
+        options: Verification,
+        written: Iterator[int],
+    ) -> None:
         super().__init__(daemon=True, name="prerl-reward")
-        self.work, self.reward, self.pickled, self.options = work, reward, pickled, options
-        self.process: subprocess.Popen | None = None
-        self.pipe: Connection
-        self.ready = False
+        self.work, self.options = work, options
+        self._made_of = (reward, pickled, options.timeout, options.memory_mib, written)
+        self.process: WorkerProcess | None = None
+        self.started: Future[None] = Future()
+        self.closing = False
         self.lost = 0
 
-    def launch(self) -> None:
-        self.pipe, theirs = Pipe()
-        self._limit_sending(START_SECONDS)
-        command = [sys.executable, "-m", "prerl_lightning.rewards.worker", str(theirs.fileno())]
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-        theirs.close()
-        # not with the first answers: a path that differs here must not decide what the worker imports first
-        self.pipe.send((sys.path, self.options.timeout, self.options.memory_mib))
-        self.pipe.send_bytes(self.pickled)
+    def _begin(self) -> WorkerProcess:
+        """A process that is ready. Raises InputError where it cannot load the reward, EOFError or OSError where it
+        died."""
+        if self.process is None:
+            self.process = WorkerProcess(*self._made_of)
+        if not self.process.ready:
+            self.process.load()
+        return self.process
 
-    def await_ready(self) -> None:
-        """Raises InputError where the worker cannot load the reward, EOFError or ConnectionError where it died."""
-        there = self._sign_of_life()
-        problem = self.pipe.recv() if there else f"no sign of life in {START_SECONDS:.0f} s"
-        if problem:
-            self.stop()
-            raise _not_loadable(self.reward, problem)
-        self.ready = True
-        self._limit_sending(self._patience)
-
-    def _sign_of_life(self) -> bool:
-        """Waits for the first one of a worker."""
-        begun, there = time.monotonic(), self.pipe.poll(START_SECONDS)
-        if (seconds := time.monotonic() - begun) > SLOW_START:
-            log.warning("reward: waited %.0f s for a worker to start.", seconds)
-        return there
-
-    @property
-    def _patience(self) -> float:
-        """Seconds for an answer, after which a worker counts as hung."""
-        return HARD_LIMIT * self.options.timeout + MARGIN
-
-    def _limit_sending(self, seconds: float) -> None:
-        """A message larger than the pipe's buffer would wait without end for a worker that does not read."""
-        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-        with socket.fromfd(self.pipe.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as ours:
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-
-    def _lose(self, ending: str, chunk: "list[tuple[Item, Future[Verdict]]]") -> None:
+    def _lose(self, ending: str, chunk: list[Entry]) -> None:
         """All but the present answer is left to the others."""
-        self.stop()
+        self._drop()
         self.lost += 1
         if self.lost <= SHOWN:
             log.warning("reward: at row %d %s; another is started.", chunk[0][0].row, ending)
@@ -232,38 +242,37 @@ class _Worker(threading.Thread):
             self.work.put(entry)
         del chunk[1:]
 
-    def stop(self) -> None:
+    def _drop(self) -> None:
         if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.pipe.close()
-            self.process, self.ready = None, False
-
-    def _ending(self) -> str:
-        assert self.process is not None
-        try:
-            status = self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            return "its worker closed the pipe"
-        return f"its worker died ({signal.Signals(-status).name if status < 0 else f'exit status {status}'})"
+            self.process.stop()
+            self.process = None
 
     def run(self) -> None:
-        while (chunk := self._take()) is not None:
-            try:
-                self._serve(chunk)
-            except BaseException as error:  # whoever waits for a verdict learns of it
-                for _, future in chunk:
-                    if not future.done():
-                        future.set_exception(error)
-        self.stop()
+        try:
+            self._begin()
+        except (EOFError, ConnectionError):
+            assert self.process is not None
+            self.started.set_exception(not_loadable(self._made_of[0], self.process.ending()))
+        except BaseException as error:
+            self.started.set_exception(error)
+        else:
+            self.started.set_result(None)
+            while (chunk := self._take()) is not None:
+                try:
+                    self._serve(chunk)
+                except BaseException as error:  # whoever waits for a verdict learns of it
+                    for _, future in chunk:
+                        with suppress(InvalidStateError):
+                            future.set_exception(error)
+        self._drop()
 
-    def _take(self) -> "list[tuple[Item, Future[Verdict]]] | None":
+    def _take(self) -> list[Entry] | None:
         """Some of the work, so that it ends at about the same time for all; None at the end."""
-        if not self.ready:  # first the next worker: the others have the work meanwhile
-            with suppress(EOFError, OSError):  # said when it is to serve
-                if self.process is None:
-                    self.launch()
-                self._sign_of_life()
+        if self.process is None and not self.closing:  # first the next worker: the others have the work meanwhile
+            try:
+                self._begin()
+            except (EOFError, OSError, InputError):  # said when it is to serve
+                self._drop()
         first = self.work.get()
         if first is None:
             return None
@@ -278,29 +287,33 @@ class _Worker(threading.Thread):
                 self.work.put(None)
                 break
             chunk.append(more)
-        return chunk
+        return [entry for entry in chunk if not entry[1].cancelled()]
 
-    def _serve(self, chunk: list[tuple[Item, "Future[Verdict]"]]) -> None:
+    def _serve(self, chunk: list[Entry]) -> None:
         deaths = 0  # of workers, at the answer that is next
         sent = False
         while chunk:
+            if self.closing:
+                for _, future in chunk:
+                    future.cancel()
+                return
             verdict: Verdict | None = None
             try:
-                if self.process is None:
-                    self.launch()
-                if not self.ready:
-                    self.await_ready()
+                process = self._begin()
                 if not sent:
-                    self.pipe.send([_arguments(item) for item, _ in chunk])
+                    process.ask([_arguments(item) for item, _ in chunk])
                     sent = True
-                if self.pipe.poll(self._patience):
-                    verdict = Verdict(*self.pipe.recv())
+                if found := process.next_verdict():
+                    verdict = Verdict(*found)
                 else:
                     verdict, sent = HUNG, False
                     self._lose("its worker did not answer", chunk)
             except (EOFError, ConnectionError, BlockingIOError) as error:  # the last: it does not read
-                hung = isinstance(error, BlockingIOError)
-                ending = "its worker does not read" if hung else self._ending()
+                if self.closing:
+                    continue
+                ending = "its worker does not read"
+                if self.process is not None and not isinstance(error, BlockingIOError):
+                    ending = self.process.ending()
                 self._lose(ending, chunk)
                 sent = False
                 deaths += 1
@@ -309,7 +322,8 @@ class _Worker(threading.Thread):
                 elif deaths == 2:  # at the first time the answer need not be what killed it
                     verdict = Verdict(0.0, None, "error", ending)
             if verdict is not None:
-                chunk.pop(0)[1].set_result(verdict)
+                with suppress(InvalidStateError):  # cancelled: the run stops
+                    chunk.pop(0)[1].set_result(verdict)
                 deaths = 0
 
 
@@ -317,9 +331,6 @@ def _arguments(item: Item) -> tuple[str, str, str, Mapping[str, Any]]:
     return item.prompt, item.response, item.ground_truth, item.extra
 
 
-def _not_loadable(reward: Reward, problem: str) -> InputError:
-    name = getattr(reward, "__qualname__", type(reward).__qualname__)
-    return InputError(
-        f"data.reward: {name} cannot be used in a worker process: {problem}. Put it into a module on PYTHONPATH, or "
-        "set data.verification.workers: 0, which verifies in the training process and has no time limit."
-    )
+def _described(item: Item, verdict: Verdict) -> str:
+    truth, response = item.ground_truth[:100], item.response[-300:]
+    return f"{verdict.failure} at row {item.row}: {printable(verdict.message)}; truth {truth!r}, response {response!r}"

@@ -1,10 +1,12 @@
-"""A worker process of rewards/pool.py: ``python -m prerl_lightning.rewards.worker FD``.
+"""A worker process of rewards/pool.py: ``python -m prerl_lightning.rewards.worker FD PARENT``.
 
-Two timers an answer, both the kernel's, so that they hold where Python does not come to its turn and where the training
-process is gone: one by the clock raises an exception in the verifier; one of CPU time, later, ends the process.
+Whatever the user's code does, the kernel sees to three things, also where Python does not come to its turn: a timer by
+the clock raises an exception in the verifier; one of CPU time, later, ends the process; and it ends with the thread of
+the training process that started it, however that went.
 """
 
-import math
+import ctypes
+import os
 import pickle
 import resource
 import signal
@@ -16,6 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 HARD_LIMIT = 1.5  # times the timeout
+# of a reward's size: sums of squares over a batch stay finite in fp32, in which metrics are logged and advantages used
+LARGEST = 1e9
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class OutOfTime(BaseException):
@@ -35,8 +40,8 @@ def judge(reward: Any, arguments: tuple[str, str, str, Mapping[str, Any]]) -> Ju
         raise
     except Exception as error:
         return 0.0, None, "error", repr(error)[:500]
-    if not math.isfinite(score):
-        return 0.0, None, "error", f"the reward is {score}"
+    if not abs(score) <= LARGEST:  # so is nan
+        return 0.0, None, "error", f"the reward is {score}; it must lie between {-LARGEST:g} and {LARGEST:g}"
     answer = getattr(value, "answer", None)
     return score, None if answer is None else str(answer)[:1000], None, ""
 
@@ -62,6 +67,16 @@ def _raise(*_: Any) -> None:
     raise OutOfTime
 
 
+def _end_with(parent: int) -> None:
+    """No thread of Python's could: an import of C code may hold the interpreter for good."""
+    if sys.platform != "linux":  # a worker between two answers sees the pipe's end
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it has ended before the call
+        sys.exit(1)
+
+
 def main(pipe: Connection) -> None:
     path, timeout, memory_mib = pipe.recv()
     sys.path[:] = path
@@ -83,7 +98,11 @@ def main(pipe: Connection) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to answer
+    _end_with(int(sys.argv[2]))
+    # what is sent to the whole job is the training process's to answer; not ignored, which children would inherit
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda *_: None)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]  # a pipe, too
     with suppress(EOFError, ConnectionError):  # the training process has ended
         main(Connection(int(sys.argv[1])))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prerl_lightning.errors import InputError
+from prerl_lightning.secrets import hide
 from prerl_lightning.study.design import Study, digest
 
 
@@ -44,7 +45,12 @@ class Record:
             before = registered.get(name)
             if before and before["sha256"] == digest(canonical):
                 continue
-            entry = {"sha256": digest(canonical), "said": json.loads(canonical), "time": now, "runs_finished": done}
+            entry = {
+                "sha256": digest(canonical),
+                "said": hide(json.loads(canonical)),
+                "time": now,
+                "runs_finished": done,
+            }
             if before:
                 kept = {"what": f"{name} changed", "time": now, "runs_finished": done, "before": before}
                 self.data["history"].append(kept)
