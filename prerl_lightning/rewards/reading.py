@@ -1,0 +1,155 @@
+r"""How an answer is read from a response by every verifier but `boxed_reward`, whose rule is the paper's to the letter.
+
+- Of a response with ``</think>``, what stands behind the last one counts, if anything does.
+- The box is the last ``\boxed{}`` (or ``\fbox{}``, ``\boxed5``) that holds something: one that is only mentioned, with
+  nothing or dots in it, is none. Boxes with nothing but commas, "and" or "or" between them are one answer of several
+  parts: three boxes are right where the truth has three values, and no hedge for a truth of one.
+- Numbers have a sign (``-``, U+2212, an en dash), thousands in threes, a decimal point, and an exponent
+  (``1.6e-19``, ``1.6 \times 10^{-19}``) or a denominator (``3/4``, ``\frac34``, ``2\frac{1}{2}``, ``2 1/2``).
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+
+LONGEST = 1000  # characters of an answer; what is longer is none
+
+_OPEN = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+_TOKEN = re.compile(r"[-+]?\d[\d.,/]*|\\[dt]?frac[^$\n]*|\\sqrt[^$\n]*")  # \boxed5, and what models make of it
+_NOTHING = re.compile(r"(?:[\s.…{}]|\\(?:[lc]?dots|text\b|[,;:! ])|\b(?:your|the|final|answer|here)\b)*", re.IGNORECASE)
+_BETWEEN = re.compile(
+    r"(?:[\s$,;.&]|\\(?:[,;:!()\[\] \\]|q?quad\b)|(?:\\text\s*\{\s*)?\b(?:and|or)\b(?:\s*\})?"
+    r"|[A-Za-z](?:_\{?\w{1,3}\}?)?\s*=)*"
+)
+_PERCENT = re.compile(r"\s*(?:\$|\\[)\]])?\s*(?:\\?%|percent\b|pct\b)", re.IGNORECASE)
+
+
+def final_part(response: str) -> str:
+    """What stands behind the last ``</think>``; all of it where nothing does."""
+    tail = response.rpartition("</think>")[2]
+    return tail if tail.strip() else response
+
+
+def boxed_answer(text: str) -> str | None:
+    """Content of the last box, of several joined ones with commas between; ``""`` where boxes are spoken of but none
+    holds an answer, or the last does not close; None without any."""
+    opened = list(_OPEN.finditer(text))
+    if not opened:
+        return None
+    closing, stack = {}, []
+    for brace in _BRACES.finditer(text):
+        if brace.group() == "{":
+            stack.append(brace.start())
+        elif brace.group() == "}" and stack:
+            closing[stack.pop()] = brace.start()
+    parts: list[str] = []
+    begin, percent = 0, ""
+    for box in reversed(opened):
+        at = box.end()
+        if text[at : at + 1] == "{":
+            if at not in closing:
+                break
+            content, end = text[at + 1 : closing[at]].strip(), closing[at] + 1
+        elif token := _TOKEN.match(text, at):
+            content, end = token.group().rstrip(".,/"), token.end()
+        else:
+            continue
+        if _NOTHING.fullmatch(content):
+            continue
+        if not parts:
+            percent = r"\%" if "%" not in content and _PERCENT.match(text, end) else ""
+        elif end > begin:  # the box around the last one
+            continue
+        elif begin - end > 100 or not _BETWEEN.fullmatch(text, end, begin):
+            break
+        if content not in parts:
+            parts.append(content)
+        begin = box.start()
+    return ", ".join(reversed(parts)) + percent
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number as written.
+
+    Args:
+        value: exactly what stands there.
+        exact: written without a decimal point and without an exponent.
+    """
+
+    value: Fraction
+    exact: bool
+
+    def __str__(self) -> str:
+        """Alike for equal values: ``18``, ``0.75``; to 28 digits where it is no integer."""
+        if self.value.denominator == 1:
+            return str(self.value.numerator)
+        return str((Decimal(self.value.numerator) / Decimal(self.value.denominator)).normalize())
+
+
+SIGNS = {ord(c): "-" for c in "\u2212\u2010\u2011\u2013\ufe63\uff0d"}  # an em dash is punctuation
+_PLAIN = {**SIGNS, **{ord(c): "*" for c in "×·⋅∗"}}
+_FRAC = re.compile(r"(?:(\d)\s*)?\\[dtc]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
+_INTEGER = r"(?:[1-9]\d{0,2}(?:,\d{3}){1,9}(?![\d,])|\d+)"
+_NUMBER = re.compile(
+    rf"""(?P<sign>[-+]?)(?:
+        (?P<whole>\d+)\s+(?P<n>\d+)\s?/\s?(?P<d>\d+)
+      | 10\s?\^\s?(?P<p>[-+]?\d{{1,3}}|\{{\s*[-+]?\d{{1,3}}\s*\}}|\([-+]?\d{{1,3}}\))
+      | (?P<a>{_INTEGER}(?:\.\d+)?|\.\d+)
+        (?: \s?/\s?(?P<b>{_INTEGER})(?!\.\d)
+          | [eE](?P<e>[-+]?\d{{1,3}})(?!\w|\.\d)
+          | \s?[*x]\s?10\s?\^\s?(?P<t>[-+]?\d{{1,3}}|\{{\s*[-+]?\d{{1,3}}\s*\}}|\([-+]?\d{{1,3}}\)) )? )""",
+    re.VERBOSE,
+)
+_SEPARATED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\\!\s?|\{,\}|\\[,!; ]|[ ~\u00a0\u2009\u202f])\d{3}){1,9}(?!\d)")
+
+
+def joined_thousands(text: str) -> str:
+    r"""``10\,000``, ``10{,}000``, ``10,\!000`` and ``10 000`` as ``10000``."""
+    return _SEPARATED.sub(lambda m: re.sub(r"\D", "", m.group()), text)
+
+
+def plain(text: str) -> str:
+    r"""LaTeX's fractions, products and signs as `numbers` reads them: ``2\frac{1}{2}`` as ``2 1/2``."""
+    text = re.sub(r"\\(?:times|cdot|ast)(?![A-Za-z])", "*", text.translate(_PLAIN))
+    return _FRAC.sub(lambda m: (f"{m[1]} " if m[1] else "") + f"{m[2] or m[3]}/{m[4] or m[5]}", text)
+
+
+def number(text: str) -> Number | None:
+    """Of a text that is one number and nothing else."""
+    if len(text) > LONGEST:
+        return None
+    text = joined_thousands(plain(text).strip())
+    sign = re.match(r"-\s+", text)
+    found = _NUMBER.fullmatch(text, sign.end() if sign else 0)
+    if found is None or (sign and found["sign"]):
+        return None
+    return _valued(found, negative=bool(sign))
+
+
+def numbers(text: str) -> Iterator[tuple[int, int, Number]]:
+    r"""Start, end and number for each one in a `plain` text, from left to right; ``3/4`` is one, ``-$5`` is -5."""
+    for found in _NUMBER.finditer(text):
+        start = found.start()
+        before = text[max(0, start - 8) : start].rstrip(" $\\")
+        # a minus with a space, or a currency, behind it: a sign where nothing stands before it that it could be taken from
+        apart = not found["sign"] and before.endswith("-") and not re.search(r"[\w)]\s*-$", before)
+        value = _valued(found, negative=apart) if found.end() - start <= LONGEST else None
+        if value is not None:
+            yield start, found.end(), value
+
+
+def _valued(found: re.Match[str], negative: bool) -> Number | None:
+    if found["whole"]:
+        parts, exponent = (found["whole"], found["n"], found["d"]), ""
+    else:
+        parts, exponent = ("0", found["a"] or "1", found["b"] or "1"), found["p"] or found["e"] or found["t"] or ""
+    whole, above, below = (Fraction(part.replace(",", "")) for part in parts)
+    if not below:
+        return None
+    value = (whole + above / below) * Fraction(10) ** int(exponent.strip("{() }") or 0)
+    exact = "." not in parts[1] and not found["e"]
+    return Number(-value if negative or found["sign"] == "-" else value, exact)
