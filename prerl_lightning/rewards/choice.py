@@ -31,7 +31,9 @@ def choice_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[
     return Score(answer == _letter(truth), answer)
 
 
-_MARKUP = re.compile(r"\\(?:text|math|bf|rm)(?:bf|rm|sf|it|tt|normal)?(?![A-Za-z])|\\[()]|[{}$*`\"'“”‘’«»]|__|</answer>")
+_MARKUP = re.compile(
+    r"\\(?:text|math|bf|rm)(?:bf|rm|sf|it|tt|normal)?(?![A-Za-z])|\\[()]|[{}$*`\"'“”‘’«»]|__|</answer>"
+)
 _BRACKETS = str.maketrans("[]（）：＝【】", "()():=()")
 
 
@@ -59,10 +61,10 @@ _STATEMENTS = [
         rf"|(?i:\b(?:so|therefore|thus|hence|answer)\b),?\s{_FILLER}{_CAPITAL}(?=[\s.]*$)",
     )
 ]
-# behind a statement: another letter at the end of its clause, or two and more options in its sentence
+# behind a statement: another letter at the end of its clause, or two and more options without a word on why
 _HEDGED = re.compile(
     rf"\)?\s*(?:[,/&]\s?|\b(?:and|or|nor)\s)+(?:(?:maybe|possibly|perhaps|either|option|choice)\s)*"
-    rf"(?:\([A-Za-z]\)|[A-Z](?!\w)){_CLAUSE_ENDS}|(?:[^.\n]*?(?<!\w)\([A-Z]\)){{2}}"
+    rf"(?:\([A-Za-z]\)|[A-Z](?!\w)){_CLAUSE_ENDS}|(?:(?:(?!\b(?:because|since|as|not|but|while)\b)[^.,;\n])*?(?<!\w)\([A-Z]\)){{2}}"
 )
 _BOXED = re.compile(r"\(?([A-Za-z])(?:\)|(?=[.:,/\s]|$))(?!\s*[=+*^_<>-])")
 _LONE = re.compile(r"\W{0,3}([A-Za-z])\W{0,9}")

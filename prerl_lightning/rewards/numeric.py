@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from prerl_lightning.rewards.reading import LONGEST, Number, boxed_answer, final_part, number, numbers, plain
+from prerl_lightning.rewards.reading import (
+    LONGEST,
+    Number,
+    boxed_answer,
+    final_part,
+    first_number,
+    last_number,
+    number,
+    plain,
+)
 from prerl_lightning.rewards.score import Score
 
 
@@ -34,12 +43,9 @@ def _stated(text: str) -> Number | None:
     if marker:
         line = next((line for line in tail.splitlines() if line.strip()), "")
         for part in (line.rpartition("=")[2], line):
-            for _, _, found in numbers(plain(part[:LONGEST])):
-                return found
-    last = None
-    for _, _, last in numbers(plain(boxed_answer(text) or text)):
-        pass
-    return last
+            if found := first_number(plain(part[:LONGEST])):
+                return found[2]
+    return last_number(boxed_answer(text) or text)
 
 
 def exact_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> Score:
@@ -90,12 +96,7 @@ class NumericReward:
             return Score(0.0)
         response = final_part(response)
         boxed = boxed_answer(response)
-        answer = None
-        if boxed is not None:
-            answer = _quantity(boxed)
-        else:
-            for _, _, answer in numbers(plain(response)):
-                pass
+        answer = last_number(response) if boxed is None else _quantity(boxed)
         if answer is None:
             return Score(0.0, boxed)
         far = abs(answer.value - truth.value)
@@ -120,7 +121,7 @@ def _quantity(text: str) -> Number | None:
     rest = re.sub(r"^(?:[\s$€£({*]|\\(?:[$(,;! ]|left\b))+", "", rest)
     if (alone := number(rest)) is not None:
         return alone
-    first = next(numbers(rest), None)
+    first = first_number(rest)
     if first is None or rest[: first[0]].strip("-+ $") or not _UNIT.fullmatch(rest, first[1]):
         return None
     return first[2]

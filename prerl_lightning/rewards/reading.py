@@ -9,12 +9,13 @@ r"""How an answer is read from a response by every verifier but `boxed_reward`, 
 """
 
 import re
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
 LONGEST = 1000  # characters of an answer; what is longer is none
+LOOKED_AT = 100_000  # characters of a response, its last ones
 
 _OPEN = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -29,6 +30,7 @@ _PERCENT = re.compile(r"\s*(?:\$|\\[)\]])?\s*(?:\\?%|percent\b|pct\b)", re.IGNOR
 
 def final_part(response: str) -> str:
     """What stands behind the last ``</think>``; all of it where nothing does."""
+    response = response[-LOOKED_AT:]
     tail = response.rpartition("</think>")[2]
     return tail if tail.strip() else response
 
@@ -36,7 +38,7 @@ def final_part(response: str) -> str:
 def boxed_answer(text: str) -> str | None:
     """Content of the last box, of several joined ones with commas between; ``""`` where boxes are spoken of but none
     holds an answer, or the last does not close; None without any."""
-    opened = list(_OPEN.finditer(text))
+    opened = deque(_OPEN.finditer(text), maxlen=20)  # an answer has no more parts
     if not opened:
         return None
     closing, stack = {}, []
@@ -52,6 +54,8 @@ def boxed_answer(text: str) -> str | None:
         if text[at : at + 1] == "{":
             if at not in closing:
                 break
+            if parts and closing[at] > begin:  # the box around the last one
+                continue
             content, end = text[at + 1 : closing[at]].strip(), closing[at] + 1
         elif token := _TOKEN.match(text, at):
             content, end = token.group().rstrip(".,/"), token.end()
@@ -61,8 +65,6 @@ def boxed_answer(text: str) -> str | None:
             continue
         if not parts:
             percent = r"\%" if "%" not in content and _PERCENT.match(text, end) else ""
-        elif end > begin:  # the box around the last one
-            continue
         elif begin - end > 100 or not _BETWEEN.fullmatch(text, end, begin):
             break
         if content not in parts:
@@ -95,14 +97,17 @@ _PLAIN = {**SIGNS, **{ord(c): "*" for c in "×·⋅∗"}}
 _FRAC = re.compile(r"(?:(\d)\s*)?\\[dtc]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
 _INTEGER = r"(?:[1-9]\d{0,2}(?:,\d{3}){1,9}(?![\d,])|\d+)"
 _NUMBER = re.compile(
-    rf"""(?P<sign>[-+]?)(?:
-        (?P<whole>\d+)\s+(?P<n>\d+)\s?/\s?(?P<d>\d+)
+    rf"""(?=[-+.\d])(?P<sign>[-+]?)(?:
+        (?P<whole>\d+)\s+(?P<n>\d+)\s*/\s*(?P<d>\d+)
       | 10\s?\^\s?(?P<p>[-+]?\d{{1,3}}|\{{\s*[-+]?\d{{1,3}}\s*\}}|\([-+]?\d{{1,3}}\))
       | (?P<a>{_INTEGER}(?:\.\d+)?|\.\d+)
-        (?: \s?/\s?(?P<b>{_INTEGER})(?!\.\d)
+        (?: \s*/\s*(?P<b>{_INTEGER})(?!\.\d)
           | [eE](?P<e>[-+]?\d{{1,3}})(?!\w|\.\d)
-          | \s?[*x]\s?10\s?\^\s?(?P<t>[-+]?\d{{1,3}}|\{{\s*[-+]?\d{{1,3}}\s*\}}|\([-+]?\d{{1,3}}\)) )? )""",
+          | \s*[*x]\s*10\s?\^\s?(?P<t>[-+]?\d{{1,3}}|\{{\s*[-+]?\d{{1,3}}\s*\}}|\([-+]?\d{{1,3}}\)) )? )""",
     re.VERBOSE,
+)
+EXPONENT = re.compile(
+    r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)(?:[eE]|\\(?:mathrm|text)\{[eE]\})\{?([-+]?\d{1,3})\}?(?!\w|\.\d)"
 )
 _SEPARATED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\\!\s?|\{,\}|\\[,!; ]|[ ~\u00a0\u2009\u202f])\d{3}){1,9}(?!\d)")
 
@@ -113,8 +118,8 @@ def joined_thousands(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    r"""LaTeX's fractions, products and signs as `numbers` reads them: ``2\frac{1}{2}`` as ``2 1/2``."""
-    text = re.sub(r"\\(?:times|cdot|ast)(?![A-Za-z])", "*", text.translate(_PLAIN))
+    r"""LaTeX's fractions, products and signs as numbers are read here: ``2\frac{1}{2}`` as ``2 1/2``."""
+    text = re.sub(r"\\(?:times|cdot|ast)(?![A-Za-z])", "*", EXPONENT.sub(r"\1e\2", text.translate(_PLAIN)))
     return _FRAC.sub(lambda m: (f"{m[1]} " if m[1] else "") + f"{m[2] or m[3]}/{m[4] or m[5]}", text)
 
 
@@ -130,16 +135,28 @@ def number(text: str) -> Number | None:
     return _valued(found, negative=bool(sign))
 
 
-def numbers(text: str) -> Iterator[tuple[int, int, Number]]:
-    r"""Start, end and number for each one in a `plain` text, from left to right; ``3/4`` is one, ``-$5`` is -5."""
-    for found in _NUMBER.finditer(text):
-        start = found.start()
-        before = text[max(0, start - 8) : start].rstrip(" $\\")
-        # a minus with a space, or a currency, behind it: a sign where nothing stands before it that it could be taken from
-        apart = not found["sign"] and before.endswith("-") and not re.search(r"[\w)]\s*-$", before)
-        value = _valued(found, negative=apart) if found.end() - start <= LONGEST else None
-        if value is not None:
-            yield start, found.end(), value
+def first_number(text: str) -> tuple[int, int, Number] | None:
+    r"""Start, end and number of the first one in a `plain` text: ``3/4`` is one, ``-$5`` is -5."""
+    found = _NUMBER.search(text)
+    value = found and _signed(found, text)
+    return (found.start(), found.end(), value) if found and value else None
+
+
+def last_number(text: str) -> Number | None:
+    """The last one in a text."""
+    for size in (300, len(text)):
+        end = plain(text[-size:])
+        last = deque(_NUMBER.finditer(end), maxlen=1)
+        if last and (size >= len(text) or last[0].start() > 100):  # none that the cut went through
+            return _signed(last[0], end)
+    return None
+
+
+def _signed(found: re.Match[str], text: str) -> Number | None:
+    before = text[max(0, found.start() - 8) : found.start()].rstrip(" $\\")
+    # a minus with a space or a currency behind it: a sign where nothing stands before it that it could be taken from
+    apart = not found["sign"] and before.endswith("-") and not re.search(r"[\w)]\s*-$", before)
+    return _valued(found, negative=apart) if len(found.group()) <= LONGEST else None
 
 
 def _valued(found: re.Match[str], negative: bool) -> Number | None:

@@ -10,6 +10,7 @@ here, and rewards/pool.py holds the time.
 import logging
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +20,16 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtra
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
-from prerl_lightning.rewards.reading import LONGEST, SIGNS, Number, boxed_answer, final_part, joined_thousands, number
+from prerl_lightning.rewards.reading import (
+    EXPONENT,
+    LONGEST,
+    SIGNS,
+    Number,
+    boxed_answer,
+    final_part,
+    joined_thousands,
+    number,
+)
 from prerl_lightning.rewards.score import Score
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the time limits being off
@@ -78,14 +88,14 @@ def _judged(text: str, boxed: str | None, ground_truth: str) -> Score:
         given, wanted = _spelled(boxed), _spelled(truth)
         right = _same_text(given, wanted)
         if right is not None:
-            return Score(right, ground_truth if right else str(number(given) or given))
+            return Score(right, ground_truth if right else _name(number(given) or given))
     gold = _parsed_truth(truth)
     if not gold:
         raise ValueError(f"math-verify cannot read the ground truth {ground_truth[:100]!r}")
     answer = _parse(_powers(text.translate(SIGNS)) if boxed is None else f"\\boxed{{{given}}}")
     if not answer:
         return Score(0.0, boxed)
-    if verify(gold, answer, timeout_seconds=None) and not _doubtful(gold[0], answer[0]):
+    if not _apart(gold[0], answer[0]) and verify(gold, answer, timeout_seconds=None):
         return Score(1.0, ground_truth)
     return Score(0.0, _name(answer[0]))
 
@@ -107,19 +117,23 @@ def _parse(text: str) -> list:
 
 _UNICODE = {
     **SIGNS,
-    **{ord(c): tex for c, tex in {"×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "\\div ", "π": "\\pi "}.items()},
+    **{
+        ord(c): tex for c, tex in {"×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "\\div ", "π": "\\pi "}.items()
+    },
     **{ord(c): tex for c, tex in {"°": "^\\circ ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne "}.items()},
-    **{ord(c): tex for c, tex in {"²": "^2", "³": "^3", "½": "\\frac{1}{2}", "∪": "\\cup ", "，": ",", "：": ":"}.items()},
+    **{
+        ord(c): tex
+        for c, tex in {"²": "^2", "³": "^3", "½": "\\frac{1}{2}", "∪": "\\cup ", "，": ",", "：": ":"}.items()
+    },
     **{ord(c): " " for c in "~\u00a0\u2009\u202f"},
 }
-_ENDING = re.compile(r"(?:\s|[.,;]|(?<!\\)\$|\\[,;:! ])+$")
-_EXPONENT = re.compile(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)(?:[eE]|\\(?:mathrm|text)\{[eE]\})\{?([-+]?\d{1,3})\}?(?!\w|\.\d)")
+_ENDING = re.compile(r"(?:\s|[.,;]|(?<!\\)\$|\\[,;:! ]|\\$)+$")
 _BASED = re.compile(r"\(?([0-9][0-9A-Za-z]*)\)?_\{?(?:\\text\{)?(\w+)\}{0,2}")
 
 
 def _powers(text: str) -> str:
-    """``1.6e-19`` as a power of ten, in a form that is read in LaTeX and out of it."""
-    return _EXPONENT.sub(r"\1*10^(\2)", text)
+    """``1.6e-19`` as its digits, which the library reads in LaTeX and out of it."""
+    return EXPONENT.sub(lambda m: format(Decimal(f"{m[1]}e{m[2]}"), "f"), text)
 
 
 def _spelled(answer: str) -> str:
@@ -160,9 +174,9 @@ def _decimal(text: str, other: str) -> Number | None:
     return found
 
 
-def _doubtful(gold: Any, answer: Any) -> bool:
-    """Two verdicts of the library that do not hold: that an equation is its right side, whatever is on the left, and
-    that small numbers are equal because their difference is small."""
+def _apart(gold: Any, answer: Any) -> bool:
+    """What the library would hold equal and is not: an equation and its right side, whatever is on the left, and small
+    numbers whose difference is small. Of numbers this is decided in a hundredth of its time."""
     if isinstance(answer, Relational):
         return not isinstance(gold, Relational | sympy.Set) and not _names(answer.lhs)
     if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr) and gold.is_number and answer.is_number):
@@ -183,6 +197,8 @@ def _names(left: Any) -> bool:
 
 def _name(answer: Any) -> str:
     """Of a wrong answer: alike for what is equal, as far as that is cheap to tell."""
+    if isinstance(answer, Number):
+        return _shown(answer.value.numerator / Decimal(answer.value.denominator))
     if isinstance(answer, Relational) and _names(answer.lhs):
         answer = answer.rhs
     if isinstance(answer, sympy.FiniteSet | sympy.Tuple):
@@ -191,7 +207,12 @@ def _name(answer: Any) -> str:
     if isinstance(answer, sympy.Expr) and answer.is_number and not answer.has(sympy.Integral, sympy.Sum):
         value = sympy.N(answer, 20)
         if value.is_real and value.is_finite:
-            # integers to the digit; else to six decimals, or six digits below 0.1
-            shown = f"{float(value):.6f}" if 0.1 <= abs(value) < 1e15 else f"{float(value):.5e}"
-            return shown.removesuffix(".000000")
+            return _shown(Decimal(str(value)))
     return str(answer)
+
+
+def _shown(value: Decimal) -> str:
+    """Integers to the digit, up to the 20 that are known; else six decimals, or six digits of what is below 0.1."""
+    if value == value.to_integral_value():
+        return f"{value:.0f}"
+    return f"{value:.6f}" if abs(value) >= Decimal("0.1") else f"{value:.5e}"
