@@ -80,7 +80,7 @@ def test_truths_with_an_exponent_can_be_earned(truth):
         truth,
         f"{mantissa} \\times 10^{{{e}}}",
         f"{mantissa}\\cdot10^{{{e}}}",
-        f"{mantissa} × 10^{e}",
+        f"{mantissa} \u00d7 10^{e}",
         f"x = {mantissa} \\times 10^{{{e}}}",
         f"{mantissa} \\times 10^{{{e}}} \\text{{ J}}",
         f"{mantissa}\\mathrm{{e}}{{{e}}}",
@@ -307,7 +307,7 @@ CHOICES = [
             *(
                 "Answer: C",
                 "ANSWER: (C)",
-                "Answer：C",
+                "Answer\uff1aC",
                 "answer - C",
                 "Answer = C",
                 "**Answer:** C",
@@ -487,7 +487,10 @@ def test_numbers():
     assert wrong(gsm8k_reward, GSM8K) == []
     assert wrong(NumericReward(), NUMERIC) == []
     assert wrong(NumericReward(absolute=0.1), [("0", "0.05", 1), ("0", "0.2", 0)]) == []
-    assert wrong(NumericReward(), [("4", "so x = 3/4", 0), ("0.75", "so x = 3/4", 1), ("1500", "1.5 × 10^3", 1)]) == []
+    assert (
+        wrong(NumericReward(), [("4", "so x = 3/4", 0), ("0.75", "so x = 3/4", 1), ("1500", "1.5 \u00d7 10^3", 1)])
+        == []
+    )
 
 
 def test_an_empty_truth_is_an_error_where_an_empty_answer_would_earn_it():

@@ -32,9 +32,9 @@ def choice_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[
 
 
 _MARKUP = re.compile(
-    r"\\(?:text|math|bf|rm)(?:bf|rm|sf|it|tt|normal)?(?![A-Za-z])|\\[()]|[{}$*`\"'“”‘’«»]|__|</answer>"
+    r"\\(?:text|math|bf|rm)(?:bf|rm|sf|it|tt|normal)?(?![A-Za-z])|\\[()]|[{}$*`\"'\u201c\u201d\u2018\u2019«»]|__|</answer>"
 )
-_BRACKETS = str.maketrans("[]（）：＝【】", "()():=()")
+_BRACKETS = str.maketrans("[]\uff08\uff09\uff1a\uff1d\u3010\u3011", "()():=()")
 
 
 def _unmarked(text: str) -> str:
@@ -44,13 +44,13 @@ def _unmarked(text: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()
 
 
-_CLAUSE_ENDS = r"(?=\s*(?:[.,;:!?)&/]|$|[-–]\s|(?:because|since|as|and|or)\b)|\s*\n|\s\d)"
+_CLAUSE_ENDS = r"(?=\s*(?:[.,;:!?)&/]|$|[-\u2013]\s|(?:because|since|as|and|or)\b)|\s*\n|\s\d)"
 # in brackets; a capital that nothing goes on from; the rest, among them "a" and "I", where the clause ends
 _LETTER = rf"(?:\(\s?([A-Za-z])\s?\)|([B-HJ-Z])(?!\w|\s*[=^_])|([AIa-z])(?!\w){_CLAUSE_ENDS})"
 _CAPITAL = r"(?<![\w(])\(?([A-Z])\)?(?!\w)"
 _FILLER = r"(?:(?i:either|both|probably|likely|clearly|therefore|thus|the|option|choice|letter|answer)\s){0,3}"
 _WORDS = r"(?:\s(?!(?:is|are|not|isnt|never|cannot|cant|options|choices)\b)[\w-]+){0,6}?"
-_IS = r"\s*(?:(?:is|must be|should be|has to be|will be|would be|seems to be)\b\s*:?|[:=]|[-–](?=\s)|是|为)\s*"
+_IS = r"\s*(?:(?:is|must be|should be|has to be|will be|would be|seems to be)\b\s*:?|[:=]|[-\u2013](?=\s)|是|为)\s*"
 
 _STATEMENTS = [
     re.compile(pattern)

@@ -49,7 +49,8 @@ def _stated(text: str) -> Number | None:
 
 
 def exact_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> Score:
-    r"""1.0 if the last box, or without one the whole response, is the ground truth up to outer spaces; 0.0 if truncated.
+    r"""1.0 if the last box, or without one the whole response, is the ground truth up to outer spaces; 0.0 if
+    truncated.
 
     To the character: a period, another case or a second answer beside the first is wrong. Of several boxes the last
     counts, joined ones (``\boxed{a}, \boxed{b}``) as ``a, b``.
@@ -70,7 +71,8 @@ def exact_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[s
 
 @dataclass(frozen=True)
 class NumericReward:
-    r"""1.0 if the last box, or without one the last number, is within a tolerance of the ground truth; 0.0 if truncated.
+    r"""1.0 if the last box, or without one the last number, is within a tolerance of the ground truth; 0.0 if
+    truncated.
 
     Reads ``1,000``, ``3/4``, ``\frac{3}{4}``, ``2\frac{1}{2}``, ``1.5e-3``, ``1.5 \times 10^{-3}``; in a box also with
     a name (``x = 50``, ``6 \cdot 7 = 42``) and a unit (``50\text{ m}``), which is not compared, nor is a percent sign.

@@ -93,7 +93,7 @@ class Number:
 
 
 SIGNS = {ord(c): "-" for c in "\u2212\u2010\u2011\u2013\ufe63\uff0d"}  # an em dash is punctuation
-_PLAIN = {**SIGNS, **{ord(c): "*" for c in "×·⋅∗"}}
+_PLAIN = {**SIGNS, **{ord(c): "*" for c in "\u00d7·\u22c5\u2217"}}
 _FRAC = re.compile(r"(?:(\d)\s*)?\\[dtc]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
 _INTEGER = r"(?:[1-9]\d{0,2}(?:,\d{3}){1,9}(?![\d,])|\d+)"
 _NUMBER = re.compile(

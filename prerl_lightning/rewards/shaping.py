@@ -38,8 +38,8 @@ def boxed_format(prompt: str, response: str, ground_truth: str, extra: Mapping[s
 
 
 def think_format(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> float:
-    """1.0 for a thought that one ``</think>`` closes and an answer behind it. Its ``<think>`` is in front of the response,
-    or was the chat template's. An empty thought counts."""
+    """1.0 for a thought that one ``</think>`` closes and an answer behind it. Its ``<think>`` is in front of the
+    response, or was the chat template's. An empty thought counts."""
     thought, closed, answer = response.partition("</think>")
     return float(bool(closed) and "think>" not in thought.removeprefix("<think>") + answer and bool(answer.strip()))
 

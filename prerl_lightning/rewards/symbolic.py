@@ -117,15 +117,10 @@ def _parse(text: str) -> list:
 
 _UNICODE = {
     **SIGNS,
-    **{
-        ord(c): tex for c, tex in {"×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "\\div ", "π": "\\pi "}.items()
-    },
-    **{ord(c): tex for c, tex in {"°": "^\\circ ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne "}.items()},
-    **{
-        ord(c): tex
-        for c, tex in {"²": "^2", "³": "^3", "½": "\\frac{1}{2}", "∪": "\\cup ", "，": ",", "：": ":"}.items()
-    },
-    **{ord(c): " " for c in "~\u00a0\u2009\u202f"},
+    **str.maketrans(dict.fromkeys("~\xa0\u2009\u202f", " ")),
+    **str.maketrans({"\u00d7": "\\times ", "·": "\\cdot ", "\u22c5": "\\cdot ", "÷": "\\div ", "π": "\\pi "}),
+    **str.maketrans({"°": "^\\circ ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "\u222a": "\\cup "}),
+    **str.maketrans({"²": "^2", "³": "^3", "½": "\\frac{1}{2}", "\uff0c": ",", "\uff1a": ":"}),
 }
 _ENDING = re.compile(r"(?:\s|[.,;]|(?<!\\)\$|\\[,;:! ]|\\$)+$")
 _BASED = re.compile(r"\(?([0-9][0-9A-Za-z]*)\)?_\{?(?:\\text\{)?(\w+)\}{0,2}")
