@@ -181,6 +181,11 @@ MATH_VALUES = boxed(
     ("3\\text{ or }7", "3", 0),
     ("3\\text{ or }7", "7, 3", 1),
     ("5\\text{ and }8", "5", 0),
+    ("5", "5\\text{ (or 6)}", 0),
+    ("42", "42\\text{ apples and 3 pears}", 0),
+    ("42", "42\\text{ apples}", 1),
+    ("2004!", "2004!+1", 0),
+    ("\\frac{100!}{98!}", "9900", 1),
     ("x=6", "2x=6", 0),
     ("6", "2x=6", 0),
     ("6", "x=6", 1),
@@ -218,6 +223,7 @@ MATH_UNBOXED = [
     ("1000.99", "The answer is 1000,99", 1),
     ("A", "I have no idea, A friend told me", 0),
     ("A", "The answer is A.", 1),
+    ("1.6e-19", "The answer is 1.6e-19 C.", 1),
     ("35", "The answer is 34. " + "x" * 3000, 0),
 ]
 

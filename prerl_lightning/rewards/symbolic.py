@@ -92,7 +92,8 @@ def _judged(text: str, boxed: str | None, ground_truth: str) -> Score:
     gold = _parsed_truth(truth)
     if not gold:
         raise ValueError(f"math-verify cannot read the ground truth {ground_truth[:100]!r}")
-    answer = _parse(_powers(text.translate(SIGNS)) if boxed is None else f"\\boxed{{{given}}}")
+    letter = bool(_LETTER.fullmatch(truth))
+    answer = _parse(_powers(text.translate(SIGNS)), letter) if boxed is None else _parse_box(given, letter)
     if not answer:
         return Score(0.0, boxed)
     if not _apart(gold[0], answer[0]) and verify(gold, answer, timeout_seconds=None):
@@ -103,18 +104,25 @@ def _judged(text: str, boxed: str | None, ground_truth: str) -> Score:
 @lru_cache(4096)
 def _parsed_truth(truth: str) -> list:
     sentence = re.search(r"(?<!\\)\$.+(?<!\\)\$|\\\(.+\\\)", truth) and _parse(_powers(truth))
-    return sentence or _parse(f"\\boxed{{{_spelled(truth)}}}") or _parse(truth)
+    letter = bool(_LETTER.fullmatch(truth))
+    return sentence or _parse_box(_spelled(truth), letter) or _parse(truth, letter)
 
 
-def _parse(text: str) -> list:
-    kinds = [
-        LatexExtractionConfig(boxed_match_priority=0),
-        ExprExtractionConfig(),
-        StringExtractionConfig(try_extract_without_anchor=False),
-    ]
+def _parse_box(spelled: str, letter: bool) -> list:
+    known = number(spelled)
+    if known is not None and known.exact:
+        return [sympy.Rational(known.value.numerator, known.value.denominator)]
+    return _parse(f"\\boxed{{{spelled}}}", letter)
+
+
+def _parse(text: str, letter: bool = False) -> list:
+    kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    if letter:  # else the C of "1.6e-19 C" is taken for one
+        kinds.append(StringExtractionConfig(try_extract_without_anchor=False))
     return parse(text, kinds, parsing_timeout=None, raise_on_error=False)
 
 
+_LETTER = re.compile(r"\s*(?:\\text\s*\{)?\s*\(?[A-Z]\)?\s*\}?\s*")
 _UNICODE = {
     **SIGNS,
     **str.maketrans(dict.fromkeys("~\xa0\u2009\u202f", " ")),
@@ -123,6 +131,7 @@ _UNICODE = {
     **str.maketrans({"²": "^2", "³": "^3", "½": "\\frac{1}{2}", "\uff0c": ",", "\uff1a": ":"}),
 }
 _ENDING = re.compile(r"(?:\s|[.,;]|(?<!\\)\$|\\[,;:! ]|\\$)+$")
+_SECOND = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^{}]*\b(?:or|and)\b[^{}]*\d[^{}]*\}")  # no unit, another answer
 _BASED = re.compile(r"\(?([0-9][0-9A-Za-z]*)\)?_\{?(?:\\text\{)?(\w+)\}{0,2}")
 
 
@@ -147,6 +156,8 @@ def _same_text(given: str, wanted: str) -> bool | None:
     """Whether they are equal, where that needs no algebra; None where it does."""
     if given == wanted:
         return True
+    if _SECOND.search(given):
+        return False
     if based := _BASED.fullmatch(wanted):
         other = _BASED.fullmatch(given)
         return other is not None and other.groups() == based.groups()
