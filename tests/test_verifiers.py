@@ -509,6 +509,8 @@ def test_an_empty_truth_is_an_error_where_an_empty_answer_would_earn_it():
 def test_the_box():
     assert boxed_answer("none") is None
     assert boxed_answer("in \\boxed {}") == ""
+    assert boxed_answer("\\boxed{\\left\\{ x \\right.}") == "\\left\\{ x \\right."
+    assert boxed_answer("\\boxed{2\\frac{\\}{p}}") == "2\\frac{\\}{p}"
     assert boxed_answer("\\boxed{\\{1, 2\\}}") == "\\{1, 2\\}"
     assert boxed_answer("\\boxed{" * 50_000 + "1" + "}" * 50_000) == "1"
     assert boxed_answer("\\boxed{1}\n" * 50_000) == "1"

@@ -19,6 +19,7 @@ LOOKED_AT = 100_000  # characters of a response, its last ones
 
 _OPEN = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+_ALL_BRACES = re.compile(r"[{}]")
 _TOKEN = re.compile(r"[-+]?\d[\d.,/]*|\\[dt]?frac[^$\n]*|\\sqrt[^$\n]*")  # \boxed5, and what models make of it
 _NOTHING = re.compile(r"(?:[\s.…{}]|\\(?:[lc]?dots|text\b|[,;:! ])|\b(?:your|the|final|answer|here)\b)*", re.IGNORECASE)
 _BETWEEN = re.compile(
@@ -41,12 +42,9 @@ def boxed_answer(text: str) -> str | None:
     opened = deque(_OPEN.finditer(text), maxlen=20)  # an answer has no more parts
     if not opened:
         return None
-    closing, stack = {}, []
-    for brace in _BRACES.finditer(text):
-        if brace.group() == "{":
-            stack.append(brace.start())
-        elif brace.group() == "}" and stack:
-            closing[stack.pop()] = brace.start()
+    closing = _closing(text, _BRACES)
+    if opened[-1].end() not in closing:  # as the paper's rule has it: 2007+\frac{\}{p}i2 is a truth of MATH
+        closing = _closing(text, _ALL_BRACES) | closing
     parts: list[str] = []
     begin, percent = 0, ""
     for box in reversed(opened):
@@ -71,6 +69,18 @@ def boxed_answer(text: str) -> str | None:
             parts.append(content)
         begin = box.start()
     return ", ".join(reversed(parts)) + percent
+
+
+def _closing(text: str, braces: re.Pattern[str]) -> dict[int, int]:
+    """Where each opened brace that closes does so."""
+    closing: dict[int, int] = {}
+    stack: list[int] = []
+    for brace in braces.finditer(text):
+        if brace.group() == "{":
+            stack.append(brace.start())
+        elif brace.group() == "}" and stack:
+            closing[stack.pop()] = brace.start()
+    return closing
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ def _powers(text: str) -> str:
     return EXPONENT.sub(lambda m: format(Decimal(f"{m[1]}e{m[2]}"), "f"), text)
 
 
+@lru_cache(4096)
 def _spelled(answer: str) -> str:
     """Without what the library stumbles on."""
     text = joined_thousands(answer.translate(_UNICODE)).strip()
