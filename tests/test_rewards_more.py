@@ -39,22 +39,23 @@ from prerl_lightning.rewards.symbolic import math_verify_reward
         (exact_reward, r"I say \boxed{yes}", "yes", 1, "yes"),
         (exact_reward, "Yes", "yes", 0, "Yes"),
         (NumericReward(), r"\boxed{0.75}", "3/4", 1, "0.75"),
+        (NumericReward(), r"\boxed{0.5}", "3/4", 0, "0.5"),
         (NumericReward(), r"\boxed{\frac{3}{4}}", "0.75", 1, "0.75"),
         (NumericReward(), r"\boxed{-\frac34}", "-0.75", 1, "-0.75"),
         (NumericReward(), r"\boxed{1.5 \times 10^{-3}}", "1.5e-3", 1, "0.0015"),
-        (NumericReward(), "about 1,000.05 in all", "1000", 1, "1000.05"),
+        (NumericReward(), "about 1,000.05 in all", "1000", 1, "1000"),
         (NumericReward(relative=1e-6), "1000.05", "1000", 0, "1000.05"),
         (NumericReward(), r"\boxed{x}", "1", 0, "x"),
         (NumericReward(), r"\boxed{1/0}", "1", 0, "1/0"),
-        (NumericReward(absolute=0.1), "0.05", "0", 1, "0.05"),
+        (NumericReward(absolute=0.1), "0.05", "0", 1, "0"),
         (choice_reward, r"\boxed{C}", "(C)", 1, "C"),
         (choice_reward, r"\boxed{\text{(c)}}", "C", 1, "C"),
         (choice_reward, "The answer is (B). No: the answer is **C**.", "C", 1, "C"),
         (choice_reward, "Answer: c", "C", 1, "C"),
-        (choice_reward, "I weigh (A) and (B)", "B", 1, "B"),
+        (choice_reward, "I weigh (A) and (B)", "B", 0, None),
         (choice_reward, "c.", "C", 1, "C"),
         (choice_reward, "Cats", "C", 0, None),
-        (choice_reward, "The answer is a matter of taste, so (D)", "D", 0, "A"),
+        (choice_reward, "The answer is a matter of taste, so (D)", "D", 1, "D"),
         (choice_reward, "", "C", 0, None),
         (math_verify_reward, r"so $\boxed{0.5}$", r"\frac{1}{2}", 1, None),
         (math_verify_reward, r"\boxed{-\frac{33}{2}}", r"\frac{-33}{2}", 1, None),
@@ -87,7 +88,7 @@ def test_rewards_of_form():
     assert boxed_format("", r"\boxed{1", "", {}) == 0
     assert think_format("", "<think>hm</think> 4", "", {}) == 1
     assert think_format("...<think>\n", "hm</think> 4", "", {}) == 1
-    for text in ("4", "<think>hm", "<think>hm</think>", "hm</think> 4", "<think>a</think> b </think>"):
+    for text in ("4", "<think>hm", "<think>hm</think>", "hm <think> hm</think> 4", "<think>a</think> b </think>"):
         assert think_format("", text, "", {}) == 0
     assert [LengthPenalty(100)("", "", "", {"tokens": n}) for n in (0, 50, 500)] == [0, -0.5, -1]
     soft = SoftOverlongPenalty(buffer=20)

@@ -13,8 +13,13 @@ from prerl_lightning.rewards.score import Score
 
 
 def boxed_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> Score:
-    """1.0 if the last box of ``response`` equals ``ground_truth`` after normalisation, else 0.0; 0.0 without a box,
-    and for a truncated response (``extra["truncated"]``)."""
+    r"""1.0 if the last box of ``response`` equals ``ground_truth`` after normalisation, else 0.0; 0.0 without a box,
+    and for a truncated response (``extra["truncated"]``).
+
+    The paper's rule to the letter, also where it errs: of several boxes the last alone counts, and ``\boxed `` with a
+    space before any of them; a hedge in a box is a string like others; ``3\text{ or }7`` is cut to ``3``; AIME's
+    ``033`` is not ``33``; an empty box earns an empty ground truth. What stands behind the box is not looked at.
+    """
     answer = None if extra.get("truncated") else last_boxed(response)
     if answer is None:
         return Score(0.0)

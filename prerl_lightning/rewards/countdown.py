@@ -18,7 +18,8 @@ def value_of(expression: str) -> int:
 
 def countdown_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> Score:
     """1.0 if what follows the last ``#`` has the value ``ground_truth`` and uses each of ``extra["numbers"]`` once;
-    0.0 else, without a ``#``, and for a truncated response."""
+    0.0 else, without a ``#``, and for a truncated response. All that follows is the answer: a hedge, two answers, or a
+    word behind one, are wrong."""
     _, found, answer = response.rpartition("#")
     answer = answer.strip()
     if not found or extra.get("truncated"):

@@ -3,107 +3,127 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal, DecimalException
 from fractions import Fraction
 from typing import Any
 
-from prerl_lightning.rewards.boxed import last_boxed
+from prerl_lightning.rewards.reading import (
+    LONGEST,
+    Number,
+    boxed_answer,
+    final_part,
+    first_number,
+    last_number,
+    number,
+    plain,
+)
 from prerl_lightning.rewards.score import Score
-
-NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-LONGEST = 100  # characters of a number; longer ones are compared as text
 
 
 def gsm8k_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> Score:
-    """1.0 if the number behind the last ``####``, or else the last number, is the ground truth's; else 0.0.
+    r"""1.0 if the number behind the last ``####``, else in the last box, else the last one of all, is the ground
+    truth's; 0.0 without one, and for a truncated response.
 
-    Compared as numbers: ``1,000`` is ``1000`` and ``18.00`` is ``18``. 0.0 for a truncated response. A ground truth may
-    be GSM8K's whole solution.
+    Compared by value: ``1,000`` is ``1000``, ``18.00`` is ``18``, ``1/2`` is ``0.5``. Behind ``####`` the first number
+    counts, of a sum (``9 * 2 = 18``) the one behind the last ``=``. Without ``####`` and box the last number counts,
+    whatever is said of it: GSM8K's convention, so "18 or 19" is read as 19 and an answer with numbers behind it is not
+    found. Commas that do not part thousands part numbers: ``1,2,3`` are three. Percent signs and units are not looked
+    at, nor are words (``1 million`` is 1). A ground truth may be GSM8K's whole solution.
     """
     if extra.get("truncated"):
         return Score(0.0)
-    answer, truth = _last_number(response), _last_number(ground_truth)
-    return Score(0.0) if answer is None else Score(answer == truth, answer)
+    answer, truth = _stated(response), _stated(ground_truth)
+    if answer is None:
+        return Score(0.0)
+    return Score(truth is not None and answer.value == truth.value, str(answer))
 
 
-def _last_number(text: str) -> str | None:
-    """As digits without commas and needless zeros; behind the last ``####`` if there is one with a number."""
-    head, marker, tail = text.rpartition("####")
-    first = NUMBER.search(tail) if marker else None
-    if first is None:
-        numbers = NUMBER.findall(head or tail)
-        return _plain(numbers[-1]) if numbers else None
-    return _plain(first.group())
-
-
-def _plain(number: str) -> str:
-    number = number.replace(",", "")
-    if len(number) > LONGEST:
-        return number
-    value = Decimal(number)
-    return format(value.normalize() if value else Decimal(0), "f")
+def _stated(text: str) -> Number | None:
+    text = final_part(text)
+    _, marker, tail = text.rpartition("####")
+    if marker:
+        line = next((line for line in tail.splitlines() if line.strip()), "")
+        for part in (line.rpartition("=")[2], line):
+            if found := first_number(plain(part[:LONGEST])):
+                return found[2]
+    return last_number(boxed_answer(text) or text)
 
 
 def exact_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> Score:
-    """1.0 if the last box, or else the whole response, is the ground truth up to outer spaces; 0.0 if truncated."""
+    r"""1.0 if the last box, or without one the whole response, is the ground truth up to outer spaces; 0.0 if
+    truncated.
+
+    To the character: a period, another case or a second answer beside the first is wrong. Of several boxes the last
+    counts, joined ones (``\boxed{a}, \boxed{b}``) as ``a, b``.
+
+    Raises:
+        ValueError: the ground truth is empty, and any empty answer would earn it.
+    """
+    truth = ground_truth.strip()
+    if not truth:
+        raise ValueError("the ground truth is empty")
     if extra.get("truncated"):
         return Score(0.0)
-    boxed = last_boxed(response)
+    response = final_part(response)
+    boxed = boxed_answer(response)
     answer = (response if boxed is None else boxed).strip()
-    return Score(answer == ground_truth.strip(), answer)
+    return Score(answer == truth, answer)
 
 
 @dataclass(frozen=True)
 class NumericReward:
-    r"""1.0 if the last box, or else the last number, is within a tolerance of the ground truth; 0.0 if truncated.
+    r"""1.0 if the last box, or without one the last number, is within a tolerance of the ground truth; 0.0 if
+    truncated.
 
-    Reads ``1,000``, ``3/4``, ``\frac{3}{4}``, ``1.5e-3``, ``1.5 \times 10^{-3}``. A ground truth that is no number is
-    an error, not a wrong answer.
+    Reads ``1,000``, ``3/4``, ``\frac{3}{4}``, ``2\frac{1}{2}``, ``1.5e-3``, ``1.5 \times 10^{-3}``; in a box also with
+    a name (``x = 50``, ``6 \cdot 7 = 42``) and a unit (``50\text{ m}``), which is not compared, nor is a percent sign.
+    A box with more than one number (``5 or 6``), or with an expression to work out, is a wrong answer; without a box
+    the last number counts, and what is said before it does not.
 
     Args:
         relative: tolerance as a share of the ground truth.
-        absolute: tolerance where the ground truth is 0 or small; the larger of the two holds.
+        absolute: the same, as a number; the larger of the two holds. For ground truths of 0, which have no share.
+
+    Raises:
+        ValueError: the ground truth is no number: an error, not a wrong answer.
     """
 
     relative: float = 1e-4
-    absolute: float = 1e-9
+    absolute: float = 0.0
 
     def __call__(self, prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> Score:
-        truth = _value(ground_truth)
+        truth = _quantity(ground_truth)
         if truth is None:
             raise ValueError(f"the ground truth {ground_truth[:100]!r} is no number")
         if extra.get("truncated"):
             return Score(0.0)
-        answer = last_boxed(response)
+        response = final_part(response)
+        boxed = boxed_answer(response)
+        answer = last_number(response) if boxed is None else _quantity(boxed)
         if answer is None:
-            numbers = re.findall(NUMBER.pattern + r"(?:[eE][-+]?\d{1,3})?", response)
-            answer = numbers[-1] if numbers else None
-        value = None if answer is None else _value(answer)
-        if value is None:
-            return Score(0.0, answer)
-        right = abs(value - truth) <= max(self.relative * abs(truth), self.absolute)
-        return Score(right, str(value))
+            return Score(0.0, boxed)
+        far = abs(answer.value - truth.value)
+        right = far <= max(Fraction(self.relative) * abs(truth.value), Fraction(self.absolute))
+        return Score(right, str(truth if right else answer))
 
 
-FORM = re.compile(
-    rf"(?P<a>{NUMBER.pattern})(?:[eE](?P<e>[-+]?\d{{1,3}})|\\times10\^\{{?(?P<t>[-+]?\d{{1,3}})\}}?|/(?P<b>\d+))?"
+_NAME = re.compile(r"[^\d+*/^-][^+*/^-]*")  # what may stand before an "=": f(2), a_1, \text{speed}; not 2x, x + y
+_UNIT = re.compile(
+    r"(?:[\s$.°'\")}*]|\\?%|\\(?:[,;:!) ]|right\b)|\^?\{?\\circ\}?|\\degree"
+    r"|\\(?:text|mathrm|mbox|textrm|rm|textbf)\s*\{[^{}\d]*\}(?:\^\{?-?\d\}?)?|(?<=\s)[A-Za-z/.]+(?:\^\{?-?\d\}?)?)*"
 )
-FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{?(\d+)\}?\{?(\d+)\}?")
 
 
-def _value(text: str) -> float | None:
-    """None: no number, or one too long to be an answer."""
-    text = re.sub(r"\s|\\[!,$%]|[$%]", "", text[: 10 * LONGEST]).rstrip(".")
+def _quantity(text: str) -> Number | None:
+    """The one number of a text that may have a name in front and a unit behind."""
     if len(text) > LONGEST:
         return None
-    text = FRACTION.sub(r"\1\2/\3", text).replace(r"\cdot", r"\times")
-    found = FORM.fullmatch(text)
-    if found is None:
+    name, equals, rest = plain(text).rpartition("=")
+    if equals and re.search(r"[A-Za-z]", name) and not _NAME.fullmatch(name.rpartition("=")[2].strip()):
         return None
-    try:
-        value = Fraction(Decimal(found["a"].replace(",", "")))
-        if found["b"]:
-            value /= int(found["b"])
-        return float(value) * 10.0 ** int(found["e"] or found["t"] or 0)
-    except (ZeroDivisionError, OverflowError, DecimalException):
+    rest = re.sub(r"^(?:[\s$€£({*]|\\(?:[$(,;! ]|left\b))+", "", rest)
+    if (alone := number(rest)) is not None:
+        return alone
+    first = first_number(rest)
+    if first is None or rest[: first[0]].strip("-+ $") or not _UNIT.fullmatch(rest, first[1]):
         return None
+    return first[2]

@@ -38,12 +38,10 @@ def boxed_format(prompt: str, response: str, ground_truth: str, extra: Mapping[s
 
 
 def think_format(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> float:
-    """1.0 for one ``<think>...</think>`` in front (a chat template may have opened it in the prompt) and an answer
-    behind it."""
-    text = response.removeprefix("<think>") if not prompt.rstrip().endswith("<think>") else response
-    opened = text is not response or prompt.rstrip().endswith("<think>")
-    _, closed, answer = text.partition("</think>")
-    return float(opened and bool(closed) and "think>" not in answer and bool(answer.strip()))
+    """1.0 for a thought that one ``</think>`` closes and an answer behind it. Its ``<think>`` is in front of the
+    response, or was the chat template's. An empty thought counts."""
+    thought, closed, answer = response.partition("</think>")
+    return float(bool(closed) and "think>" not in thought.removeprefix("<think>") + answer and bool(answer.strip()))
 
 
 @dataclass(frozen=True)

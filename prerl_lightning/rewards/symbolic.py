@@ -1,4 +1,7 @@
-"""Symbolic equality by the math-verify library: ``0.5`` is ``\\frac{1}{2}``, ``27.0`` is ``27``.
+r"""Symbolic equality by the math-verify library: ``0.5`` is ``\frac{1}{2}``, ``27.0`` is ``27``.
+
+Here stands what goes in and out of it: which part of a response is the answer (`reading`), how that is spelled for the
+library, plain numbers without it (its parser takes 5 ms), and what of its verdicts is not believed.
 
 Its own time limits are alarms of the main thread, which raise off it (verl issue 5635) and do not nest: they are off
 here, and rewards/pool.py holds the time.
@@ -7,60 +10,216 @@ here, and rewards/pool.py holds the time.
 import logging
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
+import sympy
+from latex2sympy2_extended.latex2sympy2 import is_expr_of_only_symbols
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig, parse, verify
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 
-from prerl_lightning.rewards.boxed import equivalent, last_boxed
+from prerl_lightning.rewards.reading import (
+    EXPONENT,
+    LONGEST,
+    SIGNS,
+    Number,
+    boxed_answer,
+    final_part,
+    joined_thousands,
+    number,
+)
 from prerl_lightning.rewards.score import Score
-
-LONGEST = 1000  # characters of an answer; what sympy makes of a longer one is not worth its time
-INTEGER = re.compile(r"-?\d{1,15}")
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the time limits being off
 
+CLOSE = 5e-6  # of the larger: six digits agree. The library compares to six decimals, to which small numbers are all 0
+
 
 def math_verify_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> Score:
-    """1.0 if the last box of ``response``, or without one the answer that math-verify finds in its last 1,000
-    characters, equals ``ground_truth``; else 0.0. 0.0 for a truncated response.
+    r"""1.0 if the answer has the ground truth's value, else 0.0; 0.0 for a truncated response.
 
-    The library takes 5 ms an answer. Two integers are compared without it, and so are strings that `boxed_reward`
-    holds equal. As an answer (maj@k), all that is right counts as one.
+    The answer is the last box, or Minerva's "The final answer is X. I hope ..." behind it. Boxes joined by commas,
+    "and" or "or" are one answer of several values: right for that list or set of values, whatever the order, wrong for
+    one of them, so hedges do not earn. Without a box the library looks in the 1,000 characters from the last "answer
+    is" on, else in the last 1,000, where it takes the last formula or number, hedged or not. A box without an
+    answer, or one that does not close, is no answer, whatever else is said.
+
+    An equation is read as its right side (``x = 5`` is ``5``, ``6 \cdot 7 = 42`` is ``42``) where its left side is a
+    name or a sum of numbers; not ``2x = 6``. ``1.6e-19`` is a power of ten, not Euler's number. Decimals are compared
+    to six decimals and six digits, all else exactly. A decimal comma is one where the other side has the same digits
+    with a point. Bases (``204_5``) are compared where the ground truth has one; units never; ``50\%`` is 50 and 0.5.
+
+    As an answer (maj@k), what is right counts as one, and what is wrong by its value.
 
     Raises:
         ValueError: math-verify cannot read the ground truth: an error, not a wrong answer.
     """
+    if not ground_truth.strip():
+        raise ValueError("the ground truth is empty")
     if extra.get("truncated"):
         return Score(0.0)
-    boxed = last_boxed(response)
-    if boxed is not None:
-        if len(boxed) > LONGEST:
-            return Score(0.0, boxed)
-        if INTEGER.fullmatch(boxed) and INTEGER.fullmatch(ground_truth):
-            return Score(int(boxed) == int(ground_truth), str(int(boxed)))
-        if boxed.strip() and equivalent(boxed, ground_truth):
-            return Score(1.0, ground_truth)
-    return _verified(f"\\boxed{{{boxed}}}" if boxed is not None else response[-LONGEST:], boxed, ground_truth)
+    response = final_part(response)
+    found = boxed_answer(response)
+    if said := _FINAL.search(response, max(response.rfind("\\boxed"), 0)):
+        found = said[1]
+    if found == "":
+        return Score(0.0)
+    if found is None:
+        return _judged(_stated(response), None, ground_truth)
+    return _judged("", found, ground_truth) if len(found) <= LONGEST else Score(0.0, found)
+
+
+_FINAL = re.compile(r"[Ff]inal answer is:?\s*([^\n]{1,300}?)\.?\s*I hope")
+_STATEMENT = re.compile(r"\banswer\b[^.\n]{0,60}?(?:\bis\b|[:=])", re.IGNORECASE)
+
+
+def _stated(response: str) -> str:
+    starts = [m.start() for m in _STATEMENT.finditer(response)]
+    return response[starts[-1] :][:LONGEST] if starts else response[-LONGEST:]
 
 
 @lru_cache(4096)  # the responses of a group often agree
-def _verified(text: str, boxed: str | None, ground_truth: str) -> Score:
-    truth = _parsed_truth(ground_truth)
-    if not truth:
+def _judged(text: str, boxed: str | None, ground_truth: str) -> Score:
+    """Of the content of a box, or without one of a text."""
+    truth = boxed_answer(ground_truth) or ground_truth
+    if boxed is not None:
+        given, wanted = _spelled(boxed), _spelled(truth)
+        right = _same_text(given, wanted)
+        if right is not None:
+            return Score(right, ground_truth if right else _name(number(given) or given))
+    gold = _parsed_truth(truth)
+    if not gold:
         raise ValueError(f"math-verify cannot read the ground truth {ground_truth[:100]!r}")
-    answer = _parse(text)
+    letter = bool(_LETTER.fullmatch(truth))
+    answer = _parse(_powers(text.translate(SIGNS)), letter) if boxed is None else _parse_box(given, letter)
     if not answer:
         return Score(0.0, boxed)
-    right = verify(truth, answer, timeout_seconds=None)
-    return Score(right, ground_truth if right else str(answer[0]))
+    if not _apart(gold[0], answer[0]) and verify(gold, answer, timeout_seconds=None):
+        return Score(1.0, ground_truth)
+    return Score(0.0, _name(answer[0]))
 
 
 @lru_cache(4096)
-def _parsed_truth(ground_truth: str) -> list:
-    return _parse(f"\\boxed{{{ground_truth}}}") or _parse(ground_truth)
+def _parsed_truth(truth: str) -> list:
+    sentence = re.search(r"(?<!\\)\$.+(?<!\\)\$|\\\(.+\\\)", truth) and _parse(_powers(truth))
+    letter = bool(_LETTER.fullmatch(truth))
+    return sentence or _parse_box(_spelled(truth), letter) or _parse(truth, letter)
 
 
-def _parse(text: str) -> list:
-    kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig(), StringExtractionConfig()]
+def _parse_box(spelled: str, letter: bool) -> list:
+    known = number(spelled)
+    if known is not None and known.exact:
+        return [sympy.Rational(known.value.numerator, known.value.denominator)]
+    return _parse(f"\\boxed{{{spelled}}}", letter)
+
+
+def _parse(text: str, letter: bool = False) -> list:
+    kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    if letter:  # else the C of "1.6e-19 C" is taken for one
+        kinds.append(StringExtractionConfig(try_extract_without_anchor=False))
     return parse(text, kinds, parsing_timeout=None, raise_on_error=False)
+
+
+_LETTER = re.compile(r"\s*(?:\\text\s*\{)?\s*\(?[A-Z]\)?\s*\}?\s*")
+_UNICODE = {
+    **SIGNS,
+    **str.maketrans(dict.fromkeys("~\xa0\u2009\u202f", " ")),
+    **str.maketrans({"\u00d7": "\\times ", "·": "\\cdot ", "\u22c5": "\\cdot ", "÷": "\\div ", "π": "\\pi "}),
+    **str.maketrans({"°": "^\\circ ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "\u222a": "\\cup "}),
+    **str.maketrans({"²": "^2", "³": "^3", "½": "\\frac{1}{2}", "\uff0c": ",", "\uff1a": ":"}),
+}
+_ENDING = re.compile(r"(?:\s|[.,;]|(?<!\\)\$|\\[,;:! ]|\\$)+$")
+_SECOND = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^{}]*\b(?:or|and)\b[^{}]*\d[^{}]*\}")  # no unit, another answer
+_BASED = re.compile(r"\(?([0-9][0-9A-Za-z]*)\)?_\{?(?:\\text\{)?(\w+)\}{0,2}")
+
+
+def _powers(text: str) -> str:
+    """``1.6e-19`` as its digits, which the library reads in LaTeX and out of it."""
+    return EXPONENT.sub(lambda m: format(Decimal(f"{m[1]}e{m[2]}"), "f"), text)
+
+
+@lru_cache(4096)
+def _spelled(answer: str) -> str:
+    """Without what the library stumbles on."""
+    text = joined_thousands(answer.translate(_UNICODE)).strip()
+    for mark in ("**", "`", "*", "$"):
+        if len(text) > 2 * len(mark) and text.startswith(mark) and text.endswith(mark):
+            text = text[len(mark) : -len(mark)].strip()
+    if not re.search(r"\.\.\.$|\\l?dots\W*$", text):  # an ellipsis says that there is more
+        text = _ENDING.sub("", text)
+    text = re.sub(r"(\d)\s+(\d+)\s?/\s?(\d+)", r"\1\\frac{\2}{\3}", text)
+    return re.sub(r"(?<=\d)\s+(?=\d)", ", ", _powers(text))  # it adds 1 2 to 3
+
+
+def _same_text(given: str, wanted: str) -> bool | None:
+    """Whether they are equal, where that needs no algebra; None where it does."""
+    if given == wanted:
+        return True
+    if _SECOND.search(given):
+        return False
+    if based := _BASED.fullmatch(wanted):
+        other = _BASED.fullmatch(given)
+        return other is not None and other.groups() == based.groups()
+    a, b = _decimal(given, wanted), _decimal(wanted, given)
+    if a is None or b is None:
+        return None
+    if a.value == b.value:
+        return True
+    if a.exact and b.exact:
+        return False
+    near = abs(a.value - b.value) <= CLOSE * max(abs(a.value), abs(b.value))
+    return near and round(a.value, 6) == round(b.value, 6)
+
+
+def _decimal(text: str, other: str) -> Number | None:
+    """`number`; ``2,5`` is 2.5 if the other side writes a decimal point."""
+    found = number(text)
+    if found is None and re.fullmatch(r"-?\d+\.\d+", other):
+        found = number(re.sub(r"^(-?\d+)(?:,|\{,\})(\d+)$", r"\1.\2", text))
+    return found
+
+
+def _apart(gold: Any, answer: Any) -> bool:
+    """What the library would hold equal and is not: an equation and its right side, whatever is on the left, and small
+    numbers whose difference is small. Of numbers this is decided in a hundredth of its time."""
+    if isinstance(answer, Relational):
+        return not isinstance(gold, Relational | sympy.Set) and not _names(answer.lhs)
+    if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr) and gold.is_number and answer.is_number):
+        return False
+    if gold.has(sympy.UnevaluatedExpr) or answer.has(sympy.UnevaluatedExpr):  # percent: 50 and 0.5 are both 50 %
+        return False
+    x, y = sympy.N(gold, 20), sympy.N(answer, 20)
+    if not (x.is_finite and y.is_finite):
+        return False
+    return bool(abs(x - y) > CLOSE * sympy.Max(abs(x), abs(y)))
+
+
+def _names(left: Any) -> bool:
+    if not left.free_symbols or isinstance(left, AppliedUndef):
+        return True
+    return bool(is_expr_of_only_symbols(left)) and not left.has(sympy.Add)
+
+
+def _name(answer: Any) -> str:
+    """Of a wrong answer: alike for what is equal, as far as that is cheap to tell."""
+    if isinstance(answer, Number):
+        return _shown(answer.value.numerator / Decimal(answer.value.denominator))
+    if isinstance(answer, Relational) and _names(answer.lhs):
+        answer = answer.rhs
+    if isinstance(answer, sympy.FiniteSet | sympy.Tuple):
+        parts = [_name(part) for part in answer.args]
+        return f"{{{', '.join(sorted(parts) if isinstance(answer, sympy.FiniteSet) else parts)}}}"
+    if isinstance(answer, sympy.Expr) and answer.is_number and not answer.has(sympy.Integral, sympy.Sum):
+        value = sympy.N(answer, 20)
+        if value.is_real and value.is_finite:
+            return _shown(Decimal(str(value)))
+    return str(answer)
+
+
+def _shown(value: Decimal) -> str:
+    """Integers to the digit, up to the 20 that are known; else six decimals, or six digits of what is below 0.1."""
+    if value == value.to_integral_value():
+        return f"{value:.0f}"
+    return f"{value:.6f}" if abs(value) >= Decimal("0.1") else f"{value:.5e}"

@@ -1,0 +1,632 @@
+r"""What the verifiers make of answers from the wild, by kinds: (truth, response, reward).
+
+`tests/test_rewards*.py` have the rest: the paper's rule, rewards of form, hostile text.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from prerl_lightning.rewards import NumericReward, boxed_reward, choice_reward, exact_reward, gsm8k_reward, think_format
+from prerl_lightning.rewards.reading import boxed_answer, number
+from prerl_lightning.rewards.symbolic import _parse, math_verify_reward, verify
+
+SHARED = Path(__file__).parents[2] / "shared"
+VERIFIERS = {
+    **{
+        f.__name__: f
+        for f in (boxed_reward, choice_reward, exact_reward, gsm8k_reward, math_verify_reward, think_format)
+    },
+    "NumericReward": NumericReward(),
+}
+
+
+def wrong(reward, cases):
+    """The cases that are judged otherwise."""
+    found = []
+    for truth, response, expected in cases:
+        score = reward("", response, truth, {"truncated": False})
+        if float(score) != expected:
+            found.append((truth, response, f"{float(score)} for {score.answer!r}, not {expected}"))
+    return found
+
+
+def boxed(*cases):
+    return [(truth, f"So it is $\\boxed{{{answer}}}$.", expected) for truth, answer, expected in cases]
+
+
+def test_cases_from_public_suites_and_bug_reports():
+    path = SHARED / "cases" / "verifiers.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    found = []
+    for row in map(json.loads, path.read_text().splitlines()):
+        if row["disputed"] or row["by_design"]:
+            continue
+        try:
+            extra = {"truncated": False, **row["extra"]}
+            got = float(VERIFIERS[row["verifier"]]("", row["response"], row["ground_truth"], extra))
+        except ValueError:
+            got = "error"
+        if got != row["right"]:
+            found.append((row["verifier"], row["ground_truth"], row["response"], got))
+    assert found == []
+
+
+def test_what_the_papers_rule_says_otherwise_stays():
+    """`by_design` in the file above: right by value, wrong by the rule's letter."""
+    path = SHARED / "cases" / "verifiers.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["by_design"]]
+    assert {row["verifier"] for row in rows} == {"boxed_reward"}
+    extra = {"truncated": False}
+    assert [r for r in rows if float(boxed_reward("", r["response"], r["ground_truth"], extra)) == r["right"]] == []
+
+
+# minerva's kind of truths, and what people write for them
+SCIENTIFIC = (
+    "1.6e-19 3e6 6.6e-34 2e-2 4.5e33 7.353e14 1e11 9e11 1.4903e4 1E-8 2.75e+11 -3.2e-5 5e0 1e-34 6.5e-2 3.83e35"
+)
+
+
+@pytest.mark.parametrize("truth", SCIENTIFIC.split())
+def test_truths_with_an_exponent_can_be_earned(truth):
+    mantissa, _, exponent = truth.lower().partition("e")
+    e = int(exponent)
+    right = [
+        truth,
+        f"{mantissa} \\times 10^{{{e}}}",
+        f"{mantissa}\\cdot10^{{{e}}}",
+        f"{mantissa} \u00d7 10^{e}",
+        f"x = {mantissa} \\times 10^{{{e}}}",
+        f"{mantissa} \\times 10^{{{e}}} \\text{{ J}}",
+        f"{mantissa}\\mathrm{{e}}{{{e}}}",
+        truth.replace("-", "\u2212"),
+        f"{number(truth).value.numerator}/{number(truth).value.denominator}",
+    ]
+    other = "7" + mantissa.lstrip("-")
+    other_values = [
+        f"{other} \\times 10^{{{e}}}",
+        f"{mantissa} \\times 10^{{{e - 1}}}",
+        f"e{e}",
+        f"{mantissa}e",
+        "0.000001",
+    ]
+    cases = boxed(*((truth, a, 1) for a in right), *((truth, a, 0) for a in other_values))
+    cases += [(truth, f"The answer is {truth}.", 1), (truth, f"The answer is {mantissa}.", int(e == 0))]
+    assert wrong(math_verify_reward, cases) == []
+    assert wrong(NumericReward(), boxed(*((truth, a, 1) for a in right))) == []
+    assert wrong(NumericReward(), boxed(*((truth, a, 0) for a in (*other_values, "0")))) == []
+
+
+def test_eulers_number_is_still_one():
+    assert (
+        wrong(math_verify_reward, boxed(("e^2", "e^{2}", 1), ("2e", "2e", 1), ("e - 5", "-5+e", 1), ("2e", "200", 0)))
+        == []
+    )
+
+
+MATH_BOXES = [
+    ("42", "I must put it in \\boxed {} at the end. $6\\cdot 7=\\boxed{42}$", 1),
+    ("42", "It goes into \\boxed{...}: $\\boxed{42}$", 1),
+    ("42", "As asked, \\boxed{answer} comes last.\n$$\\boxed{42}$$", 1),
+    ("42", "\\boxed{42} (in the \\boxed{} form)", 1),
+    ("42", "\\boxed{42}. I used \\boxed for the answer.", 1),
+    ("42", "\\boxed\n {42}", 1),
+    ("42", "\\fbox{42}", 1),
+    ("42", "$\\boxed 42$", 1),
+    ("42", "\\boxed{\\boxed{42}}", 1),
+    ("42", "\\boxed{n = \\boxed{42}}", 1),
+    ("42", "It is 42: \\boxed{}", 0),
+    ("42", "It is 42: \\boxed{42", 0),
+    ("41", "First \\boxed{41}, but no: \\boxed{42", 0),
+    ("41", "First \\boxed{41}. Wait, it is \\boxed{42}.", 0),
+    ("42", "First \\boxed{41}. Wait, it is \\boxed{42}.", 1),
+    ("42", "$\\boxed{42}$, and again: $\\boxed{42}$", 1),
+    ("42", "<think>maybe \\boxed{41}</think>The answer is $42$.", 1),
+    ("42", "<think>maybe \\boxed{42}</think>The answer is $41$.", 0),
+    ("42", "<think>so \\boxed{42}</think>", 1),
+    ("3, 5, 7", "$\\boxed{3}, \\boxed{5}, \\boxed{7}$", 1),
+    ("3, 5, 7", "\\[\\boxed{7} \\quad \\text{and} \\quad \\boxed{3},\\ \\boxed{5}\\]", 1),
+    ("3, 5, 7", "\\boxed{3}, \\boxed{5}", 0),
+    ("7", "$\\boxed{3}, \\boxed{5}, \\boxed{7}$", 0),
+    ("7", "$\\boxed{3}$ or $\\boxed{7}$", 0),
+    ("7", "x = \\boxed{3} or x = \\boxed{7}", 0),
+    ("3,7", "x = \\boxed{3} or x = \\boxed{7}", 1),
+    ("3\\text{ or }7", "\\boxed{3} or \\boxed{7}", 1),
+    ("28\\%", "$\\boxed{28}$ percent", 1),
+    ("0.28", "$\\boxed{28}\\%$", 1),
+    ("10455", "\\boxed{200} and then \\boxed{255}. The final answer is $10,455$. I hope it is correct.", 1),
+]
+
+MATH_SPELLING = boxed(
+    *(
+        ("42", a, 1)
+        for a in ("42.", "42,", "42 .", "42 \\,", "$42$", "$42.$", "**42**", "`42`", "~42", "\\(42\\)", "42\\ ")
+    ),
+    *((t, t + ".", 1) for t in ("\\frac{3}{4}", "x^2+1", "(1,2)", "\\sqrt{2}", "\\text{east}", "[0,1)", "5!", "\\pi")),
+    *(
+        (t, a, 1)
+        for t, a in (("-3", "\u22123"), ("-3", "\u20133"), ("-\\sqrt{2}", "\u2212\\sqrt{2}"), ("x-1", "x \u2212 1"))
+    ),
+    ("90", "90°", 1),
+    ("2\\pi", "2π", 1),
+    ("6x", "2·3·x", 1),
+    ("1,2,3", "1, 2, 3, ...", 0),
+    *(("10000", a, 1) for a in ("10,000", "10{,}000", "10\\,000", "10 000", "10,\\!000", "10~000", "10000.0")),
+    *((t, "1 2", 0) for t in ("12", "3", "2", "1")),
+    *((t, "1\\,2", 0) for t in ("12", "2", "1")),
+    ("123456", "123 45 6", 0),
+    ("5/2", "2 1/2", 1),
+    ("3/2", "2 1/2", 0),
+    ("\\frac{5}{2}", "2\\frac{1}{2}", 1),
+    ("2.75", "2,75", 1),
+    ("1,22", "1.22", 1),
+    ("2.75", "2{,}75", 1),
+    ("1.234", "1,234", 0),
+    ("1234", "1.234", 0),
+    ("2,5", "5,2", 1),
+    ("204_5", "204_5", 1),
+    ("204_5", "204_{5}", 1),
+    ("204_5", "(204)_{5}", 1),
+    ("204_5", "204_6", 0),
+    ("204_{12}", "204_{11}", 0),
+    ("BAD_{16}", "BAD_{12}", 0),
+)
+
+MATH_VALUES = boxed(
+    ("3\\text{ or }7", "3", 0),
+    ("3\\text{ or }7", "7, 3", 1),
+    ("5\\text{ and }8", "5", 0),
+    ("5", "5\\text{ (or 6)}", 0),
+    ("42", "42\\text{ apples and 3 pears}", 0),
+    ("42", "42\\text{ apples}", 1),
+    ("2004!", "2004!+1", 0),
+    ("\\frac{100!}{98!}", "9900", 1),
+    ("x=6", "2x=6", 0),
+    ("6", "2x=6", 0),
+    ("6", "x=6", 1),
+    ("x=6", "6", 1),
+    ("y=6", "x=6", 0),
+    ("y=x+1", "2y=x+1", 0),
+    ("y=x+1", "2y=2x+2", 1),
+    ("42", "x+y=42", 0),
+    ("4", "x^2=4", 0),
+    ("42", "f(2)=42", 1),
+    ("42", "a_1 = 42", 1),
+    ("42", "AB=42", 1),
+    ("42", "6\\cdot7=42", 1),
+    ("42", "x \\ge 42", 0),
+    ("\\frac{1}{2004!}", "\\frac{1}{2006!}", 0),
+    ("\\frac{1}{2004!}", "\\frac{1}{2004!}", 1),
+    ("\\frac{1}{100!}", "\\frac{1}{99! \\cdot 100}", 1),
+    ("\\frac{1}{2^{99}}", "\\frac{1}{2^{98}}", 0),
+    ("10^{-20}", "0", 0),
+    ("20!", "2432902008176640000", 1),
+    ("20!", "2432902008176640001", 0),
+    ("2^{64}", "18446744073709551616", 1),
+    ("2^{64}", "18446744073709551615", 0),
+    ("0.001234", "0.0012344", 0),
+    ("\\frac{1}{1200}", "0.000833", 0),
+    ("\\frac{1}{3}", "0.333333", 1),
+    ("\\frac{1}{3}", "0.33333", 0),
+    ("\\frac{1}{3}", "33.3\\%", 0),
+)
+
+MATH_UNBOXED = [
+    ("34", "**Answer:** 34", 1),
+    ("34", "The answer is $34$. " + "And so on without a number. " * 200, 1),
+    ("34", "Final Answer: The largest $n$ is 34." + " Thanks for reading." * 100, 1),
+    ("1000.99", "The answer is 1000,99", 1),
+    ("A", "I have no idea, A friend told me", 0),
+    ("A", "The answer is A.", 1),
+    ("1.6e-19", "The answer is 1.6e-19 C.", 1),
+    ("35", "The answer is 34. " + "x" * 3000, 0),
+]
+
+MATH_TRUTHS = [
+    (truth, "\\boxed{42}", 1)
+    for truth in (
+        "$42$",
+        "\\(42\\)",
+        "$42$ miles",
+        "\\boxed{42}",
+        "The answer is $42$.",
+        "So $6\\cdot7=\\boxed{42}$.",
+        "42.",
+        " 42 ",
+    )
+]
+
+
+@pytest.mark.parametrize("kind", ["BOXES", "SPELLING", "VALUES", "UNBOXED", "TRUTHS"])
+def test_math_verify(kind):
+    assert wrong(math_verify_reward, globals()[f"MATH_{kind}"]) == []
+
+
+def test_wrong_answers_are_pooled_by_value():
+    def name(answer, truth="\\frac{1}{3}"):
+        return math_verify_reward("", f"\\boxed{{{answer}}}", truth, {}).answer
+
+    for alike in (
+        (
+            "0.25",
+            "1/4",
+            "\\frac{1}{4}",
+            "\\frac14",
+            "\\frac{2}{8}",
+            ".25",
+            "0.250",
+            "x = \\frac14",
+            "\\sqrt{\\frac{1}{16}}",
+        ),
+        ("12", "12.0", "12.", "3\\cdot4", "n = 12", "\\sqrt{144}"),
+        ("1,2", "2,1", "\\{1, 2\\}"),
+        ("x+1", "1+x"),
+        ("1e-7", "10^{-7}"),
+    ):
+        assert len({name(a) for a in alike}) == 1, alike
+    for different in (
+        ("0.25", "0.26"),
+        ("x+1", "x+2"),
+        ("1e-7", "2e-7"),
+        ("1,2", "12"),
+        ("(1,2)", "(2,1)"),
+        ("10^{15}", "10^{15}+1"),
+    ):
+        assert len({name(a) for a in different}) == 2, different
+    assert {name(a) for a in ("\\frac13", "0.333333", "\\frac{2}{6}")} == {"\\frac{1}{3}"}
+    numeric = NumericReward()
+    assert {numeric("", f"\\boxed{{{a}}}", "1", {}).answer for a in ("0.25", "1/4", "\\frac14", "2.5e-1")} == {"0.25"}
+    assert {numeric("", f"\\boxed{{{a}}}", "3", {}).answer for a in ("3", "3.0001", "6/2")} == {"3"}
+
+
+CHOICES = [
+    *(
+        ("C", form, 1)
+        for form in (
+            *(
+                "C",
+                "c",
+                "(C)",
+                "C.",
+                "**C**",
+                "C)",
+                "(C) 12",
+                "C) 12",
+                '"C"',
+                "\\(C\\)",
+                "$C$",
+                "\\boxed{C}",
+                "\\boxed{\\textbf{(C)}}",
+            ),
+            *(
+                "\\boxed{\\text{C}}",
+                "\\boxed{\\mathrm{(C)}\\ 12}",
+                "$\\boxed{\\textbf{(C) }12}$",
+                "\\boxed{C. 12}",
+                "\\boxed{C: apples}",
+            ),
+            *(
+                "Answer: C",
+                "ANSWER: (C)",
+                "Answer\uff1aC",
+                "answer - C",
+                "Answer = C",
+                "**Answer:** C",
+                "**Answer: C**",
+                "Final answer\n\nC",
+            ),
+            *(
+                "The answer is C",
+                "the answer is c",
+                "The answer is **C**.",
+                "The answer is [C].",
+                'The answer is "C".',
+                "The answer is 'C'",
+            ),
+            *(
+                "The answer is \\(C\\).",
+                "The answer is $\\textbf{(C)}$",
+                "The answer is <C>",
+                "<answer>C</answer>",
+                "The answer is `C`",
+            ),
+            *(
+                "The answer is option C.",
+                "The answer must be (C).",
+                "The correct answer to this question is C",
+                "The correct option is C.",
+            ),
+            *(
+                "I choose C.",
+                "I'll go with option C",
+                "Option C is correct.",
+                "C is the right answer.",
+                "So C.",
+                "Therefore, the answer is (C) 7.",
+            ),
+            "So $x=\\boxed{12}$. The answer is (C).",
+            "\\boxed{x+1} is the sum, hence the answer is C.",
+            "The answer is C. Option B is wrong since it ignores friction.",
+            "The answer is C, since (A) and (B) are too small.",
+            "Answer: C\n\nExplanation: Option A fails because x < 0, and option D would need n even.",
+            "The answer is (A). No: the answer is **C**.",
+            "It is not A, and not B; the answer is C.",
+            "The answer is C. I think B is a trap.",
+            "The answer is a matter of taste, so (C)",
+            "<think>\\boxed{A}? The answer is B.</think>The answer is (C).",
+            "Options: (A) 1 (B) 2 (C) 3 (D) 4. The answer is C.",
+        )
+    ),
+    *(
+        (letter, form, 0)
+        for letter in "ABCDI"
+        for form in (
+            *(
+                "A or B",
+                "The answer is A or B.",
+                "The answer is either (C) or (D)",
+                "\\boxed{A, B}",
+                "\\boxed{A \\text{ or } B}",
+            ),
+            *(
+                "\\boxed{A}, \\boxed{B}",
+                "The answer is A, B",
+                "The answer is C/D",
+                "The answer is both A and B.",
+                "Answer: (A), (B)",
+            ),
+            *(
+                "(A)(B)(C)(D)",
+                "Options: (A) 1 (B) 2 (C) 3 (D) 4",
+                "Answer choices: (A) 1 (B) 2 (C) 3",
+                "Answer: (A) 1 (B) 2 (C) 3 (D) 4",
+            ),
+            *(
+                "The answer is a number.",
+                "The answer is a tie between two",
+                "Answer: I do not know",
+                "I think not.",
+                "A lot of work.",
+            ),
+            *(
+                "Answer: I don't know",
+                "Answer: Don't know",
+                "The answer is unclear.",
+                "The answer is None of the above",
+                "Answer: Let's see.",
+            ),
+            *(
+                "Option B is wrong",
+                "The answer is not B",
+                "Choice C fails.",
+                "",
+                "\\boxed{}",
+                "\\boxed{12}",
+                "\\boxed{A + B}",
+            ),
+        )
+    ),
+    ("A", "The answer is a", 1),
+    ("A", "The answer is A, because (B) is too small.", 1),
+    ("A", "The answer is A because B is false.", 1),
+    ("I", "The answer is I.", 1),
+    ("I", "The answer is (I), I think.", 1),
+    ("J", "The answer is J", 1),
+    ("B", "The answer is B, not A", 1),
+]
+
+
+def test_choices():
+    assert wrong(choice_reward, CHOICES) == []
+
+
+GSM8K = [
+    ("18", "#### 18", 1),
+    ("18", "#### 9 * 2 = 18", 1),
+    ("18", "#### The answer is 18.", 1),
+    ("-5", "#### \u22125", 1),
+    ("-5", "#### -5", 1),
+    ("-5", "#### - 5", 1),
+    ("-5", "#### -$5", 1),
+    ("5", "#### \u22125", 0),
+    ("-5", "so it is \u20135", 1),
+    ("2.5", "#### 2\\frac{1}{2}", 1),
+    ("2.5", "#### 2 1/2", 1),
+    ("10.5", "#### 2\\frac{1}{2}", 0),
+    ("0.75", "so x = 3/4", 1),
+    ("0.75", "so x = \\frac{3}{4}", 1),
+    ("4", "so x = 3/4", 0),
+    ("3", "so x = 3/4", 0),
+    ("1200", "#### 1.2e3", 1),
+    ("1200", "#### 1.2 \\times 10^3", 1),
+    ("123", "They are 1,2,3", 0),
+    ("1234", "They are 12,34", 0),
+    ("1234", "#### 1,234", 1),
+    ("1234567", "$1,234,567.00", 1),
+    ("18", "It is \\boxed{18}, found in 3 steps.", 1),
+    ("3", "It is \\boxed{18}, found in 3 steps.", 0),
+    ("18", "<think>#### 17</think>#### 18", 1),
+    ("5", "10 - 5 = 5", 1),
+    ("-5", "10 - 5", 0),
+    ("20", "The answer is 15-20.", 0),
+]
+NUMERIC = boxed(
+    *(
+        ("50", a, 1)
+        for a in (
+            "x=50",
+            "x = 50",
+            "50\\text{ m}",
+            "50 m",
+            "50\\,\\mathrm{m/s}",
+            "$50",
+            "50\\%",
+            "v_0 = 50 m/s",
+            "50.",
+            "50^\\circ",
+        )
+    ),
+    *(
+        ("50", a, 0)
+        for a in ("2x=50", "x+y=50", "50 or 60", "40, 50", "50x", "50\\pi", "\u221250", "50 60", "5\\cdot 10", "50/2")
+    ),
+    ("-3", "\u22123", 1),
+    ("2.5", "2\\frac{1}{2}", 1),
+    ("10.5", "2\\frac{1}{2}", 0),
+    ("10.5", "2 1/2", 0),
+    ("1e6", "10^6", 1),
+    ("1e6", "10^{6}", 1),
+    ("6.6e-34", "0", 0),
+    ("6.6e-34", "6.6001e-34", 1),
+    ("2e-10", "5e-10", 0),
+    ("0", "1e-12", 0),
+    ("0", "0.0", 1),
+)
+
+
+def test_numbers():
+    assert wrong(gsm8k_reward, GSM8K) == []
+    assert wrong(NumericReward(), NUMERIC) == []
+    assert wrong(NumericReward(absolute=0.1), [("0", "0.05", 1), ("0", "0.2", 0)]) == []
+    assert (
+        wrong(NumericReward(), [("4", "so x = 3/4", 0), ("0.75", "so x = 3/4", 1), ("1500", "1.5 \u00d7 10^3", 1)])
+        == []
+    )
+
+
+def test_an_empty_truth_is_an_error_where_an_empty_answer_would_earn_it():
+    for reward in (exact_reward, math_verify_reward, NumericReward(), choice_reward):
+        with pytest.raises(ValueError, match="the ground truth"):
+            reward("", "\\boxed{}", " ", {})
+    assert float(gsm8k_reward("", "", "", {})) == 0
+
+
+def test_the_box():
+    assert boxed_answer("none") is None
+    assert boxed_answer("in \\boxed {}") == ""
+    assert boxed_answer("\\boxed{\\left\\{ x \\right.}") == "\\left\\{ x \\right."
+    assert boxed_answer("\\boxed{2\\frac{\\}{p}}") == "2\\frac{\\}{p}"
+    assert boxed_answer("\\boxed{\\{1, 2\\}}") == "\\{1, 2\\}"
+    assert boxed_answer("\\boxed{" * 50_000 + "1" + "}" * 50_000) == "1"
+    assert boxed_answer("\\boxed{1}\n" * 50_000) == "1"
+
+
+# true and false equalities, spelled so that strings mislead
+PAIRS = [
+    *(
+        "12|1 2",
+        "12|1\\ 2",
+        "3|1 2",
+        "x=6|2x=6",
+        "6|3=6",
+        "5|\\text{ }5",
+        "10|1\\text{ }0",
+        "5\\text{ a}|5\\text{ b}",
+        "5\\text{ a}|5",
+    ),
+    *(
+        "50\\%|50",
+        "50|0.50",
+        "0.5|\\frac{1}{2}",
+        "\\frac{1}{2}|\\frac12",
+        "\\frac{11}{2}|\\frac112",
+        "\\sqrt{3}4|\\sqrt34",
+        "2^{10}|2^10",
+    ),
+    *(
+        "(1,2)|[1,2]",
+        "(1,2)|(2,1)",
+        "(1,2)|1,2",
+        "1,2|12",
+        "1,2|1.2",
+        "x|X",
+        "ab|ba",
+        "-x|x",
+        "--3|3",
+        "0.1|.1",
+        "1.0|1",
+        "01|1",
+        "1|l",
+    ),
+    *(
+        "\\pi|3.14159",
+        "\\pi|3.141593",
+        "e|2.718282",
+        "\\frac{1}{3}|0.333333",
+        "\\frac{1}{3}|0.3333333",
+        "100!|100",
+        "\\infty|-\\infty",
+    ),
+    *(
+        "x^2|2x",
+        "x^{2}|x^2",
+        "a_1|a1",
+        "\\text{(A)}|A",
+        "12:30|0.4",
+        "3:4|\\frac{3}{4}",
+        "\\pm 3|3",
+        "3,-3|\\pm3",
+        "1e5|100000",
+        "5^\\circ|5",
+    ),
+]
+
+
+def bare(truth, answer):
+    return verify(_parse(f"\\boxed{{{truth}}}"), _parse(f"\\boxed{{{answer}}}"), timeout_seconds=None)
+
+
+def test_what_is_right_without_the_library_is_right_with_it():
+    pairs = [pair.split("|") for pair in PAIRS]
+    pairs += [(b, a) for a, b in pairs]
+    false = [(t, a) for t, a in pairs if math_verify_reward("", f"\\boxed{{{a}}}", t, {}) == 1 and not bare(t, a)]
+    # an exponent that is one; a decimal comma
+    assert set(false) == {("1e5", "100000"), ("100000", "1e5"), ("1,2", "1.2"), ("1.2", "1,2")}
+
+
+def truths_of_math():
+    path = SHARED / "data" / "math_train.parquet"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(path, columns=["reward_model"])["reward_model"].to_pylist()
+    return sorted({row["ground_truth"] for row in rows if row["ground_truth"].strip()})
+
+
+def false_positives(truths, pairs, seed=0):
+    """Of pairs of different truths, half of them near in length and letters."""
+    rng = random.Random(seed)
+    truths = rng.sample(truths, len(truths))
+    near = sorted(truths, key=lambda t: (sorted(t), t))
+    chosen = [
+        rng.choice(((rng.choice(truths), rng.choice(truths)), near[(i := rng.randrange(len(near) - 1)) : i + 2]))
+        for _ in range(pairs)
+    ]
+    return [
+        (t, a) for t, a in chosen if t != a and math_verify_reward("", f"\\boxed{{{a}}}", t, {}) == 1 and not bare(t, a)
+    ]
+
+
+def test_no_pair_of_maths_truths_is_equal_by_our_doing():
+    assert false_positives(truths_of_math(), 150) == []
+
+
+@pytest.mark.slow
+def test_no_pair_of_maths_truths_is_equal_by_our_doing_at_length():
+    assert false_positives(truths_of_math(), 12_500) == []
+
+
+def test_maths_truths_earn_themselves_with_a_period():
+    truths = random.Random(0).sample(truths_of_math(), 300)
+    assert (
+        wrong(
+            math_verify_reward, boxed(*((t, t + end, 1) for t, end in zip(truths, (".", ",", " .") * 100, strict=True)))
+        )
+        == []
+    )
