@@ -47,6 +47,7 @@ Reinforcement learning with verifiable rewards in pre-train and post-train space
   PRERL_DEBUG=1               full tracebacks and the start-up messages of vLLM and transformers
 """
 
+FITS = ("fit", "validate", "test")
 # what is no subcommand of LightningCLI: the module with a function of the command's name
 COMMANDS = {
     "evaluate": "prerl_lightning.evaluate",
@@ -68,6 +69,11 @@ def main(argv: list[str] | None = None) -> None:
     if args[0] == "--version":
         print(f"prerl {__version__}")
         return
+    from prerl_lightning.errors import InputError, RunError, nearest, said_by_us
+
+    if args[0] not in (names := (*FITS, *COMMANDS)):
+        _refuse(InputError(f"{args[0]}: no such command.{nearest(args[0], names)} There are {', '.join(names)}."))
+        sys.exit(2)
     debug = bool(os.environ.get("PRERL_DEBUG"))
     # idle OpenMP threads spin; beside any other busy process that made a run on 2 cores 25 times slower. With a short
     # spin it is 2 to 3 times slower there, and up to a fifth slower on a quiet machine.
@@ -75,8 +81,6 @@ def main(argv: list[str] | None = None) -> None:
     if not debug:
         _quiet()
     _log_to_stdout()
-    from prerl_lightning.errors import InputError, RunError
-
     if args[0] in COMMANDS:
         run: Callable[[list[str]], Any] = getattr(import_module(COMMANDS[args[0]]), args[0])
         args = args[1:]
@@ -90,12 +94,17 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(args)
     except Exception as error:
-        # jsonargparse wraps what an objective or a callback raises about its arguments
-        said = error if isinstance(error, (InputError, RunError)) else error.__cause__
-        if debug or not isinstance(said, (InputError, RunError)):
+        said = said_by_us(error)
+        if debug or said is None:
             raise
-        print(f"prerl: error: {said}", file=sys.stderr)
+        _refuse(said)
         sys.exit(3 if isinstance(said, RunError) else 2)
+
+
+def _refuse(error: Exception) -> None:
+    """What to look at first, the message last."""
+    *details, last = str(error).splitlines() or [""]
+    print(*details, f"prerl: error: {last}", sep="\n", file=sys.stderr)
 
 
 class _Stdout(logging.StreamHandler):

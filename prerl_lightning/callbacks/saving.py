@@ -6,6 +6,7 @@ import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import lightning as L
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from prerl_lightning.callbacks.monitors import check_monitor
 from prerl_lightning.compat import validation_follows
-from prerl_lightning.errors import RunError
+from prerl_lightning.errors import InputError, RunError, check_bounds
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.policy.model import Policy, load_tokenizer
 
@@ -84,6 +85,13 @@ class RunCheckpoint(ModelCheckpoint):
         save_weights_only: bool = False,
         train_time_interval: timedelta | None = None,
     ) -> None:
+        given = SimpleNamespace(every_n_train_steps=every_n_train_steps, save_top_k=save_top_k)
+        check_bounds(given, "checkpoint", {"every_n_train_steps": 0, "save_top_k": -1})
+        if save_top_k > 1 and monitor is None:
+            raise InputError(
+                f"checkpoint.save_top_k: {save_top_k}: by what are they compared? Give checkpoint.monitor, e.g. "
+                "val/avg@8, or -1 to keep all."
+            )
         super().__init__(
             dirpath=dirpath,
             filename="step={step}",
