@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -95,6 +96,10 @@ def main(argv: list[str] | None = None) -> None:
         run(args)
     except Exception as error:
         said = said_by_us(error)
+        if said is None and isinstance(error, ArgumentError):  # of jsonargparse
+            from prerl_lightning.refusals import of_parser
+
+            said = of_parser(error.message, [])
         if debug or said is None:
             raise
         _refuse(said)

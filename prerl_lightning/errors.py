@@ -55,8 +55,9 @@ def check_bounds(
 
 def nearest(word: str, names: Iterable[str]) -> str:
     """`` Did you mean NAME?`` where one of the names is near, else nothing: for the end of a sentence."""
-    found = get_close_matches(word, list(names), n=1)
-    return f" Did you mean {found[0]}?" if found else ""
+    folded, word = {name.lower(): name for name in names}, word.lower()
+    found = get_close_matches(word, folded, n=1) or [name for name in folded if word and name.startswith(word)]
+    return f" Did you mean {folded[found[0]]}?" if found else ""
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -77,7 +77,10 @@ def of_parser(message: str, dests: Iterable[str]) -> InputError:
     for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
         if found := re.match(r'Parser key "([^"]*)":\s*', line):
             keys.append(found[1])
-            line = line[found.end() :]
+            owner, line = "", line[found.end() :]
+        if found := re.match(r"Type .* expects a function or a callable class: ", line):
+            line, _, value = line[found.end() :].partition(". Got value: ")
+            owner = kind[1] if (kind := re.match(r"Namespace\(class_path='([^']+)'", value)) else owner
         if found := re.match(r"Problem with given class_path '([^']*)':\s*", line):
             owner = found[1]
             line = line[found.end() :]
@@ -108,7 +111,7 @@ def _said(key: str, owner: str, reason: str, reasons: list[str], given: str, des
         names = [name.strip().strip("'") for name in found[1].split(",")]
         return f"{key}: {given} must be one of {', '.join(names)}.{nearest(given, names)}"
     if re.search(r"import path|No module named|has no attribute|import object|Import path", reason):
-        why = "" if "import path string" in reason else f": {reason.rpartition('class: ')[2]}"
+        why = "" if "import path string" in reason else f": {reason}"
         path = owner or given
         return f"{key}: {path} is not what can be imported here{why}.{_near_name(path)}"
     expected = [found[1] for r in reasons if (found := re.match(r"Expected an? (?:<class ')?([\w.]+)", r))]

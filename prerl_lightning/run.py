@@ -67,8 +67,6 @@ class PrerlCLI(LightningCLI):
         for file in files:
             refusals.check_file(file)
         cls.name = _run_name(files)
-        # of each subcommand's parser, which takes the place of a key's beginning for the key
-        strict = {name: {"allow_abbrev": False} for name in cls.subcommands()}
         return cls(
             PolicyModule,
             RolloutDataModule,
@@ -79,7 +77,7 @@ class PrerlCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "prerl", "exit_on_error": False, **strict},
+            parser_kwargs={"prog": "prerl", "exit_on_error": False, "allow_abbrev": False},
             args=args if args != sys.argv[1:] else None,
         )
 
@@ -116,6 +114,9 @@ class PrerlCLI(LightningCLI):
         if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 1 << 32:
             raise InputError(f"seed_everything: {seed} must be a whole number from 0 to {(1 << 32) - 1}.")
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning reads a checkpoint for hyperparameters, of which this library's hold none."""
+
     def before_instantiate_classes(self) -> None:
         subconfig = self.config[self.subcommand]
         # said once: in config.yaml it would hold for all resumes to come
@@ -135,7 +136,7 @@ class PrerlCLI(LightningCLI):
             super().instantiate_classes()
         except Exception as error:
             if said := refusals.from_lightning(error):  # a callback or a logger
-                raise refusals.of_lightning(said, self._get(self.config, "trainer")) from error
+                raise refusals.of_lightning(said, vars(self._get(self.config, "trainer"))) from error
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -155,7 +156,7 @@ class PrerlCLI(LightningCLI):
         try:
             return self._instantiate_trainer({**config, **kwargs}, extra)
         except Exception as error:  # Lightning raises many kinds
-            raise refusals.of_lightning(error, self._get(self.config, "trainer")) from error
+            raise refusals.of_lightning(error, vars(self._get(self.config, "trainer"))) from error
 
     def after_instantiate_classes(self) -> None:
         if self.trainer is None:  # `prerl evaluate` and `prerl doctor` take a run's parts, and do not resume it

@@ -3,6 +3,7 @@
 import inspect
 
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
@@ -43,3 +44,8 @@ def test_lightning_still_validates_where_a_run_is_told_to_stop():
 def test_lightning_still_keeps_a_timer_s_time_in_checkpoints():
     """Where it no longer does, Validations need not leave it out."""
     assert "time_elapsed" in Timer(duration="00:00:00:01").state_dict()
+
+
+def test_lightning_still_reads_a_checkpoint_s_hyperparameters_where_they_are_not_wanted():
+    """PrerlCLI does nothing instead; tests/test_bad_input.py sees the result (garbage is refused in one line)."""
+    assert "self._parse_ckpt_path()" in inspect.getsource(LightningCLI.__init__)

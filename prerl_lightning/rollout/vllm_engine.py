@@ -106,8 +106,8 @@ class VLLMEngine(Engine):
         stretched = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
         if limit and asked and asked > limit and not stretched:
             raise InputError(
-                f"data.engine.init_args.max_model_len: {asked} is more than the {limit} positions of {model!r}. Give "
-                f"{limit} or fewer."
+                f"data.engine.init_args.max_model_len: {asked} is more than the {limit} positions of this model. "
+                f"Give {limit} or fewer."
             )
         if (mib := self.options["kv_cache_mib"]) is not None:
             dtype = "float32" if not torch.cuda.is_available() else "auto"
