@@ -10,7 +10,9 @@ import shlex
 import pytest
 from safetensors.torch import load_file, save_file
 
-from prerl_lightning.policy.model import ASSETS
+from prerl_lightning import hub
+from prerl_lightning.errors import InputError
+from prerl_lightning.policy.model import ASSETS, load_config
 
 BASE = """
 model: {class_path: GRPO, init_args: {model: embedded, lr: 1.0e-3}}
@@ -458,3 +460,19 @@ def test_bad_input_is_refused(prerl, folder, capsys, given, pattern):
     assert "usage:" not in said
     assert "Traceback" not in said
     assert not list(folder.rglob("version_*"))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """Its own library would ask six times for each file, with pauses: 25 seconds."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    asked, session = [], hub.get_session
+    monkeypatch.setattr(hub, "get_session", lambda: asked.append(1) or session())
+    hub.look.cache_clear()
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"'nobody/nothing' cannot be loaded: .* The hub cannot be reached"):
+            load_config("nobody/nothing")
+    hub.look.cache_clear()
+    assert len(asked) == 1
+    assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -125,7 +125,7 @@ class RolloutDataModule(L.LightningDataModule):
 
     def _check_shares(self, trainer: L.Trainer, stage: str) -> None:
         """Of no whole batch: Lightning refuses them when the engine has started, or trains on nothing."""
-        sizes = {"train": len(self._prompts["train"]) // self.prompts_per_step}
+        sizes = {"train": len(self._prompts["train"]) // self.prompts_per_step} if stage == "fit" else {}
         if "val" in self._prompts:
             sizes["test" if stage == "test" else "val"] = -(-len(self._prompts["val"]) // self.val_batch)
         for key, batches in sizes.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 from prerl_lightning import hub
 from prerl_lightning.data.problems import ProblemSet
-from prerl_lightning.errors import InputError, check_bounds
+from prerl_lightning.errors import InputError, check_bounds, in_one_line
 from prerl_lightning.types import Problem
 
 log = logging.getLogger(__name__)
@@ -147,8 +147,8 @@ def hub_rows(
         table = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the library raises many kinds: unknown id, no network, unknown split
         raise InputError(
-            f"{name} ({config or 'default'}, {split}): could not be loaded from the Hugging Face hub: {error}. Without "
-            f"network, bring its {split} split as a file (parquet or JSON lines with the columns "
+            f"{name} ({config or 'default'}, {split}): could not be loaded from the Hugging Face hub: "
+            f"{in_one_line(error)}. Without network, bring its {split} split as a file (parquet or JSON lines with the columns "
             f"{', '.join(columns)}) and give its path."
         ) from error
     check_columns(name, table.column_names, *columns)
