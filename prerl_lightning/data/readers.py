@@ -148,8 +148,8 @@ def hub_rows(
     except Exception as error:  # the library raises many kinds: unknown id, no network, unknown split
         raise InputError(
             f"{name} ({config or 'default'}, {split}): could not be loaded from the Hugging Face hub: "
-            f"{in_one_line(error)}. Without network, bring its {split} split as a file (parquet or JSON lines with the columns "
-            f"{', '.join(columns)}) and give its path."
+            f"{in_one_line(error)}. Without network, bring its {split} split as a file (parquet or JSON lines with the "
+            f"columns {', '.join(columns)}) and give its path."
         ) from error
     check_columns(name, table.column_names, *columns)
     return table.to_list()
