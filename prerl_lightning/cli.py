@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -50,6 +51,7 @@ Reinforcement learning with verifiable rewards in pre-train and post-train space
   PRERL_DEBUG=1               full tracebacks and the start-up messages of vLLM and transformers
 """
 
+FITS = ("fit", "validate", "test")
 # what is no subcommand of LightningCLI: the module with a function of the command's name
 COMMANDS = {
     "evaluate": "prerl_lightning.evaluate",
@@ -72,6 +74,11 @@ def main(argv: list[str] | None = None) -> None:
     if args[0] == "--version":
         print(f"prerl {__version__}")
         return
+    from prerl_lightning.errors import InputError, RunError, nearest
+
+    if args[0] not in (names := (*FITS, *COMMANDS)):
+        _refuse(InputError(f"{args[0]}: no such command.{nearest(args[0], names)} There are {', '.join(names)}."))
+        sys.exit(2)
     debug = bool(os.environ.get("PRERL_DEBUG"))
     # idle OpenMP threads spin; beside any other busy process that made a run on 2 cores 25 times slower. With a short
     # spin it is 2 to 3 times slower there, and up to a fifth slower on a quiet machine.
@@ -79,8 +86,6 @@ def main(argv: list[str] | None = None) -> None:
     if not debug:
         _quiet()
     _log_to_stdout()
-    from prerl_lightning.errors import InputError, RunError
-
     if args[0] not in ("study", "watch"):  # which have their own way with them
         signals.listen()
     patience = 5.0  # seconds for the other ranks to end by themselves
@@ -95,15 +100,13 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        # jsonargparse wraps what an objective or a callback raises about its arguments
-        said = error if isinstance(error, (InputError, RunError)) else error.__cause__
-        ours = not debug and isinstance(said, (InputError, RunError))
-        lost = None if ours or debug else watchdog.lost()
-        if not ours and not lost:
+        said = None if debug else _said(error)
+        lost = None if said or debug else watchdog.lost()
+        if not said and not lost:
             raise
-        if ours or watchdog.speaks:
-            print(f"prerl: error: {printable_lines(str(said if ours else lost))}", file=sys.stderr)
-        sys.exit(3 if isinstance(said, RunError) else 2 if ours else 1)
+        if said or watchdog.speaks:
+            _refuse(said or lost)
+        sys.exit(3 if isinstance(said, RunError) else 2 if said else 1)
     finally:
         watchdog.finish(patience)
         signals.restore()
@@ -128,6 +131,21 @@ class _Printable(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable_lines(super().format(record))
+
+
+def _said(error: Exception) -> Exception | None:
+    """An error of ours, which jsonargparse may have wrapped, or one of jsonargparse's in our words."""
+    if (said := said_by_us(error)) is None and isinstance(error, ArgumentError):
+        from prerl_lightning.refusals import of_parser
+
+        return of_parser(error.message, [])
+    return said
+
+
+def _refuse(error: Exception | str) -> None:
+    """What to look at first, the message last."""
+    *details, last = printable_lines(str(error)).splitlines() or [""]
+    print(*details, f"prerl: error: {last}", sep="\n", file=sys.stderr)
 
 
 class _Stdout(logging.StreamHandler):

@@ -1,7 +1,10 @@
 """The errors whose message is all there is to say: the command line shows it alone, without a traceback."""
 
+import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -10,6 +13,14 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """The run cannot go on, for a reason that only training it could show. The message has the figures and the mend."""
+
+
+def said_by_us(error: BaseException | None) -> InputError | RunError | None:
+    """The error of ours that ``error`` is, or was raised from: jsonargparse wraps what a class raises about its
+    arguments."""
+    while error is not None and not isinstance(error, (InputError, RunError)):
+        error = error.__cause__
+    return error
 
 
 def check_ranges(options: object, key: str, checks: Mapping[str, bool]) -> None:
@@ -22,17 +33,41 @@ def check_ranges(options: object, key: str, checks: Mapping[str, bool]) -> None:
 
 
 def check_bounds(
-    options: object, key: str, least: Mapping[str, float] | None = None, above: Mapping[str, float] | None = None
+    options: object,
+    key: str,
+    least: Mapping[str, float] | None = None,
+    above: Mapping[str, float] | None = None,
+    most: Mapping[str, float] | None = None,
 ) -> None:
     """Raises InputError for the first field of ``options``, found under ``key``, that is no finite number, below its
-    ``least`` or not ``above``. None passes."""
-    for bounds, words in ((least or {}, "of at least"), (above or {}, "above")):
+    ``least``, not ``above``, or beyond its ``most``. None passes."""
+    for bounds, words in ((least or {}, "of at least"), (above or {}, "above"), (most or {}, "of at most")):
         for name, bound in bounds.items():
             value = getattr(options, name)
             # written so that nan, of which no comparison is true, is refused
-            fine = value is None or (bound <= value < math.inf and (words != "above" or value > bound))
+            low, high = (-math.inf, bound) if words == "of at most" else (bound, math.inf)
+            fine = value is None or (
+                low <= value <= high and abs(value) < math.inf and (words, value) != ("above", low)
+            )
             if not fine:
                 raise InputError(f"{key}.{name}: {value} must be a finite number {words} {bound:g}.")
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """`` Did you mean NAME?`` where one of the names is near, else nothing: for the end of a sentence."""
+    folded, word = {name.lower(): name for name in names}, word.lower()
+    found = get_close_matches(word, folded, n=1) or [name for name in folded if word and name.startswith(word)]
+    return f" Did you mean {folded[found[0]]}?" if found else ""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Of the commands that LightningCLI does not parse: what is wrong becomes an InputError; no abbreviations."""
+
+    def __init__(self, prog: str, description: str = "", epilog: str | None = None) -> None:
+        super().__init__(prog, allow_abbrev=False, description=description, epilog=epilog)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}. {self.prog} --help has all of them.")
 
 
 def in_one_line(error: BaseException, most: int = 300) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 from prerl_lightning.data.module import RolloutDataModule, first_reward
 from prerl_lightning.data.named import SETS, NamedProblems
 from prerl_lightning.data.problems import ProblemSet
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import ArgumentParser, InputError
 from prerl_lightning.metrics.evaluation import answer_number, bootstrap, per_problem, percentiles, summary
 from prerl_lightning.policy.model import as_on_disk, empty_model, model_path
 from prerl_lightning.resume import load
@@ -51,10 +51,9 @@ class _Configured(PrerlCLI):
         pass
 
 
-def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _arguments() -> ArgumentParser:
+    parser = ArgumentParser(
         "prerl evaluate",
-        allow_abbrev=False,
         description="avg@k, pass@k, maj@k and greedy accuracy with 95 %% intervals, from k samples a problem.",
         epilog="Further options are those of prerl fit, e.g. --config FILE, --data.sampling.max_new_tokens 2048, "
         "--data.engine.init_args.max_model_len 4096, --data.format.chat_template_kwargs '{enable_thinking: false}'.",
@@ -311,7 +310,7 @@ def _table(found: Mapping[str, Mapping[str, float]]) -> str:
 def compare(args: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
     """b - a for each measure of each set that both folders have, over the problems that both have: the difference, its
     95 % interval by a paired bootstrap over problems, and twice the share of resamples on the other side of 0."""
-    parser = argparse.ArgumentParser("prerl compare", description="Differences of two evaluations, b - a.")
+    parser = ArgumentParser("prerl compare", description="Differences of two evaluations, b - a.")
     parser.add_argument("a", type=Path, help="folder of prerl evaluate")
     parser.add_argument("b", type=Path)
     own = parser.parse_args(args)

@@ -171,8 +171,8 @@ def compare(path: str, present: Mapping[str, Any], allow_changes: bool, weights_
                     f"--ckpt_path: {path} was written by a run in which a step or the order of the data was another:",
                     *bound,
                     *also,
-                    "Resume with the configuration it was made with (config.yaml beside its checkpoints' folder), or "
-                    "write --allow_changes true to go on from its weights and optimizer with this one.",
+                    "--ckpt_path: resume with the configuration it was made with (config.yaml beside its checkpoints' "
+                    "folder), or write --allow_changes true to go on from its weights and optimizer with this one.",
                 ]
             )
         )

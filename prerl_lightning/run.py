@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+from argparse import ArgumentError
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml  # type: ignore[import-untyped]
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 import prerl_lightning.data.named
@@ -19,7 +21,7 @@ import prerl_lightning.data.readers
 import prerl_lightning.data.tasks.countdown
 import prerl_lightning.data.tasks.sums
 import prerl_lightning.strategies  # noqa: F401  (registers fsdp2)
-from prerl_lightning import resume
+from prerl_lightning import refusals, resume
 from prerl_lightning.callbacks.alignment import GradientAlignment
 from prerl_lightning.callbacks.health import RunHealth
 from prerl_lightning.callbacks.held_out import HeldOut
@@ -35,9 +37,9 @@ from prerl_lightning.callbacks.watcher import callbacks_of
 from prerl_lightning.callbacks.weights import WeightChange
 from prerl_lightning.compat import observe_ranks
 from prerl_lightning.data.module import RolloutDataModule
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, said_by_us
 from prerl_lightning.objectives import PolicyModule
-from prerl_lightning.objectives.checks import check_precision
+from prerl_lightning.objectives.checks import check_trainer
 from prerl_lightning.policy.model import load_config
 from prerl_lightning.resume import KeepConfig
 from prerl_lightning.secrets import hidden_keys
@@ -67,8 +69,11 @@ class PrerlCLI(LightningCLI):
 
     @classmethod
     def run(cls, args: list[str]) -> "PrerlCLI":
-        cls.name = _run_name(args)
         observe_ranks(watchdog.observe)
+        files = _config_files(args)
+        for file in files:
+            refusals.check_file(file)
+        cls.name = _run_name(files)
         return cls(
             PolicyModule,
             RolloutDataModule,
@@ -79,7 +84,7 @@ class PrerlCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "prerl"},
+            parser_kwargs={"prog": "prerl", "exit_on_error": False, "allow_abbrev": False},
             args=args if args != sys.argv[1:] else None,
         )
 
@@ -104,6 +109,19 @@ class PrerlCLI(LightningCLI):
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(ExportModel, "export")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        given = args if isinstance(args, list) else sys.argv[1:]
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            if said := said_by_us(error):
+                raise said from error
+            own = self._subcommand_parsers.get(given[0], parser)
+            raise refusals.of_parser(error.message, [action.dest for action in own._actions]) from error
+        seed = self.config[given[0]].seed_everything
+        if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 1 << 32:
+            raise InputError(f"seed_everything: {seed} must be a whole number from 0 to {(1 << 32) - 1}.")
+
     def _parse_ckpt_path(self) -> None:
         """Lightning reads a checkpoint for hyperparameters, of which this library's hold none."""
 
@@ -124,16 +142,17 @@ class PrerlCLI(LightningCLI):
             package = LOGGER_PACKAGES.get(name)
             if package and not find_spec(package):
                 raise InputError(f"trainer.logger: {name} needs the package {package}: pip install {package}")
-        strategy = trainer.strategy
-        if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != "fsdp2":
-            raise InputError(
-                f"trainer.strategy: {strategy} is Lightning's FSDP1, which this library does not use. Write fsdp2."
-            )
-
-        # here too, since on a CPU Lightning makes bf16-mixed of 16-mixed
-        check_precision(str(trainer.precision))
+        check_trainer(trainer, trains=self.subcommand == "fit")
         if trainer.precision is None:
             trainer.precision = default_precision(trainer.accelerator, self._get(self.config, "model"))
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            if said := refusals.from_lightning(error):  # a callback or a logger
+                raise refusals.of_lightning(said, vars(self._get(self.config, "trainer"))) from error
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -149,7 +168,10 @@ class PrerlCLI(LightningCLI):
             extra.append(StepBar() if sys.stdout.isatty() else StepLines())
             if not sys.stdout.isatty():
                 kwargs["enable_progress_bar"] = False
-        return self._instantiate_trainer({**config, **kwargs}, extra)
+        try:
+            return self._instantiate_trainer({**config, **kwargs}, extra)
+        except Exception as error:  # Lightning raises many kinds
+            raise refusals.of_lightning(error, vars(self._get(self.config, "trainer"))) from error
 
     def after_instantiate_classes(self) -> None:
         if self.trainer is None:  # `prerl evaluate` and `prerl doctor` take a run's parts, and do not resume it
@@ -159,6 +181,7 @@ class PrerlCLI(LightningCLI):
         if self.subcommand == "fit":
             lives = [c.successor for c in callbacks_of(self.trainer, PolicyReincarnation)]
             check_monitors(self.trainer, [self.model, *lives], self.datamodule)
+        self.datamodule.check(self.model, self.trainer, self.subcommand)  # before a logger makes its folder
         if subconfig.get("ckpt_path") == "last":
             # the ranks that this process starts take the same, without reading it through once more
             told = None if first_rank() else os.environ.get(RESUMED_FROM)
@@ -181,6 +204,18 @@ class PrerlCLI(LightningCLI):
             present = resume.plain(self._parser("fit"), self.config["fit"])
             resume.compare(path, present, self.allow_changes, self.weights_only)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            # a start that was refused: Lightning has made the folder by then
+            folder = getattr(self.trainer.logger, "log_dir", None)
+            if folder and self.trainer.is_global_zero:
+                with suppress(OSError):  # what was written into is kept
+                    os.rmdir(folder)
+                    os.rmdir(os.path.dirname(folder))
+            raise
+
     @property
     def _runs(self) -> Path:
         """The folder of all runs of this name."""
@@ -202,13 +237,17 @@ def default_precision(accelerator: str, model: Any) -> str:
     return "bf16-mixed" if fast and name and load_config(name).hidden_size >= 512 else "32-true"
 
 
-def _run_name(args: list[str]) -> str:
-    """Runs lie in runs/NAME/version_N: the name of the last configuration file that says which objective the model has,
-    so that neither a shared file in front nor an overlay behind names a run; if none does, of the first file."""
+def _config_files(args: list[str]) -> list[str]:
     given = []
     for arg, following in zip(args, [*args[1:], ""], strict=True):
         if arg.startswith("--config=") or (arg in ("--config", "-c") and following):
             given.append(arg.partition("=")[2] or following)
+    return given
+
+
+def _run_name(given: list[str]) -> str:
+    """Runs lie in runs/NAME/version_N: the name of the last configuration file that says which objective the model has,
+    so that neither a shared file in front nor an overlay behind names a run; if none does, of the first file."""
     return Path(next((file for file in reversed(given) if _says_objective(file)), [*given, "prerl"][0])).stem
 
 

@@ -88,3 +88,8 @@ def test_lightning_still_reads_a_checkpoint_as_it_is_told():
     for method in (L.Trainer.fit, L.Trainer.validate, L.Trainer.test):
         assert inspect.signature(method).parameters["weights_only"].default is None
     assert "torch.load" in inspect.getsource(LightningCLI._parse_ckpt_path)
+
+
+def test_lightning_still_reads_a_checkpoint_s_hyperparameters_where_they_are_not_wanted():
+    """PrerlCLI does nothing instead; tests/test_bad_input.py sees the result (garbage is refused in one line)."""
+    assert "self._parse_ckpt_path()" in inspect.getsource(LightningCLI.__init__)

@@ -255,8 +255,10 @@ def test_slurm_s_local_rank_reaches_the_engine(monkeypatch):
     monkeypatch.setattr(engine, "start", lambda model, seed, place: places.append(place))
     data = RolloutDataModule(ArithmeticProblems("train", 64), reward=arithmetic_reward, engine=engine)
     data.sampling = Sampling(max_new_tokens=16)
-    module = SimpleNamespace(model_name="embedded-sums", check_run=lambda *args: None, plan_memory=lambda *args: None)
-    data.trainer = SimpleNamespace(strategy=strategy, world_size=4, lightning_module=module, global_rank=3)
+    hooks = ("check_run", "check_prefixes", "plan_memory", "configure_model")
+    module = SimpleNamespace(model_name="embedded-sums", **dict.fromkeys(hooks, lambda *args: None))
+    ranks = {"world_size": 4, "global_rank": 3, "num_devices": 4, "num_nodes": 1, "limit_train_batches": 1.0}
+    data.trainer = SimpleNamespace(strategy=strategy, lightning_module=module, **ranks)
     try:
         data.setup("fit")
     finally:

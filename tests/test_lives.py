@@ -246,5 +246,5 @@ def test_wrong_successors_are_refused(runs, model_folder):
         with pytest.raises(InputError, match=words):
             fit(runs("auto") / "refused", "auto", NSRPreRL(model=folder), callbacks)
     callbacks = [PolicyReincarnation(at_step=1, successor=GRPO(model="other"))]
-    with pytest.raises(InputError, match="names the model 'other'"):
+    with pytest.raises(InputError, match=r"GRPO\.model: 'other', while the run trains"):
         fit(runs("auto") / "refused", "auto", NSRPreRL(model=folder), callbacks)

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from prerl_lightning import ranks
 from prerl_lightning.callbacks.watcher import Watcher, append_lines, run_folder
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.metrics.alignment import GROUPS, GradientComparison, Part, ResponseAlignment
 from prerl_lightning.metrics.evaluation import is_right
 from prerl_lightning.metrics.sketch import usable_size
@@ -62,10 +63,10 @@ class GradientAlignment(Watcher):
         sketch: int | None = None,
         bins: int = 0,
     ) -> None:
-        if responses < 1 or likelihoods < 0 or every_n_steps < 0 or bins < 0 or bins == 1:
-            raise InputError(
-                "alignment: responses must be 1 or more, likelihoods and every_n_steps 0 or more, bins 0 or 2 or more."
-            )
+        given = SimpleNamespace(every_n_steps=every_n_steps, responses=responses, likelihoods=likelihoods, bins=bins)
+        check_bounds(given, "alignment", {"every_n_steps": 0, "responses": 1, "likelihoods": 0, "bins": 0})
+        if bins == 1:
+            raise InputError("alignment.bins: 1 would be the whole response. Give 0, or 2 or more.")
         if sketch and sketch != (size := usable_size(sketch)):
             raise InputError(f"alignment.sketch: {sketch}: give 0, or a prime from 2 to 500,000, e.g. {size}.")
         self.every_n_steps, self.n_responses, self.likelihoods = every_n_steps, responses, likelihoods

@@ -104,7 +104,9 @@ class RunHealth(L.Callback):
     ) -> None:
         self.no_signal, self.accuracy, self.entropy, self.length = no_signal, accuracy, entropy, length
         self.skipped, self.stop_on, self.stop = skipped, stop_on or [], stop
-        check_bounds(self, "health", {"no_signal": 0, "accuracy": 0, "entropy": 0, "length": 0, "skipped": 1})
+        shares = ("accuracy", "entropy", "length")
+        least = {"no_signal": 0, "skipped": 1} | dict.fromkeys(shares, 0)
+        check_bounds(self, "health", least, most=dict.fromkeys(shares, 1))
         for cause in self.stop_on:
             if not getattr(self, cause):
                 raise InputError(f"health.stop_on: {cause} is not watched, as health.{cause} is 0. Give it a value.")

@@ -1,7 +1,6 @@
 """Names that a callback may monitor: of what a run hands to Lightning's ``log``, and nothing else."""
 
 from collections.abc import Collection
-from difflib import get_close_matches
 from typing import Any
 
 import lightning as L
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 
 from prerl_lightning.data.module import RolloutDataModule
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, nearest
 from prerl_lightning.metrics.evaluation import summary
 from prerl_lightning.metrics.rollout import rollout_statistics
 from prerl_lightning.metrics.sums import Sums
@@ -70,10 +69,9 @@ def check_monitor(callback: Any, names: Collection[str]) -> None:
     monitor = getattr(callback, "monitor", None)
     if monitor is None or monitor in names:
         return
-    near = get_close_matches(monitor, names, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
     of_interest = [n for n in names if not n.startswith("time/") and not n.endswith(("/low", "/high"))]
     of_interest.sort(key=lambda name: (not name.startswith("val/"), name))
     held_out = "" if any(n.startswith("val/") for n in names) else " Without data.val nothing is measured held out."
     key = "checkpoint.monitor" if type(callback).__name__ == "RunCheckpoint" else f"{type(callback).__name__}.monitor"
+    hint = nearest(monitor, names)
     raise InputError(f"{key}: this run has no metric {monitor}.{hint}{held_out} There are: {', '.join(of_interest)}.")

@@ -7,7 +7,6 @@ import logging
 from typing import Any, Literal
 
 import lightning as L
-import torch
 
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives.base import PolicyModule
@@ -45,22 +44,8 @@ class PolicyReincarnation(L.Callback):
                 f"PolicyReincarnation needs an objective of prerl_lightning, not {type(pl_module).__name__}."
             )
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
-        """Refuse now what the switch would stumble over later."""
-        probe = [torch.nn.Parameter(torch.zeros(1))]
-        before = (pl_module, *pl_module.successors)[self.successor.life - 2]
-        old, new = type(before.optimizer(probe)), type(self.successor.optimizer(probe))  # type: ignore[arg-type]
-        if old is not new and self.optimizer == "carry":
-            raise InputError(
-                f"PolicyReincarnation at step {self.at_step}: the state of {old.__name__} cannot be carried into "
-                f"{new.__name__}; write optimizer: reset, or use one optimizer class."
-            )
-        if old is not new and hasattr(trainer.strategy, "device_mesh"):
-            raise InputError(
-                "Under fsdp2 all lives must use one optimizer class, or a resume would load the wrong one."
-            )
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.successor.trainer = trainer
-        self.successor.lr_at(self.successor.warmup_steps)
 
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: PolicyModule, batch: Any, batch_idx: int

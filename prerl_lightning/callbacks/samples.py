@@ -16,6 +16,7 @@ from prerl_lightning import ranks
 from prerl_lightning.callbacks.progress import StepBar
 from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.callbacks.watcher import Watcher, append_lines, callbacks_of, run_folder
+from prerl_lightning.errors import check_bounds
 from prerl_lightning.metrics.thoughts import ThoughtFinder, load_families
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.rollout.sampler import Group
@@ -43,6 +44,7 @@ class Samples(Watcher):
     def __init__(self, every_n_steps: int = 20, number: int = 3, held_out: int = 2, max_characters: int = 300) -> None:
         self.every_n_steps, self.number, self.held_out = every_n_steps, number, held_out
         self.max_characters = max_characters
+        check_bounds(self, "samples", {"every_n_steps": 0, "number": 0, "held_out": 0, "max_characters": 1})
         self.folder: Path | None = None
         self.finder: ThoughtFinder | None = None
         self.earlier: dict[int, dict[str, Any]] = {}  # the last answer to a held-out problem, by its row

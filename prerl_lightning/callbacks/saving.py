@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import lightning as L
@@ -22,7 +23,7 @@ from prerl_lightning.budget import GIB, ModelShape
 from prerl_lightning.callbacks.monitors import check_monitor
 from prerl_lightning.callbacks.requeue import requeue
 from prerl_lightning.compat import requeue_signal, validation_follows
-from prerl_lightning.errors import InputError, RunError
+from prerl_lightning.errors import InputError, RunError, check_bounds
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.policy.model import Policy, load_config, load_tokenizer
 from prerl_lightning.signals import Interrupted
@@ -149,6 +150,13 @@ class RunCheckpoint(ModelCheckpoint):
         train_time_interval: timedelta | None = None,
         when_full: Literal["stop", "go_on"] = "stop",
     ) -> None:
+        given = SimpleNamespace(every_n_train_steps=every_n_train_steps, save_top_k=save_top_k)
+        check_bounds(given, "checkpoint", {"every_n_train_steps": 0, "save_top_k": -1})
+        if save_top_k > 1 and monitor is None:
+            raise InputError(
+                f"checkpoint.save_top_k: {save_top_k}: by what are they compared? Give checkpoint.monitor, e.g. "
+                "val/avg@8, or -1 to keep all."
+            )
         super().__init__(
             dirpath=dirpath,
             filename="step={step}",

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from prerl_lightning import ranks
 from prerl_lightning.callbacks.watcher import Watcher
+from prerl_lightning.errors import check_bounds
 from prerl_lightning.metrics.sketch import Sketch, local_piece
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.policy.model import Policy
@@ -27,6 +28,7 @@ class WeightChange(Watcher):
 
     def __init__(self, every_n_steps: int = 10) -> None:
         self.every_n_steps = every_n_steps
+        check_bounds(self, "weights", {"every_n_steps": 0})
         self.life = 0  # whose start is kept
         self.at_start: Tensor | None = None  # None: not known
 

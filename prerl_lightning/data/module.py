@@ -75,58 +75,90 @@ class RolloutDataModule(L.LightningDataModule):
         self.val_samples, self.val_greedy, self.val_batch = val_samples, val_greedy, val_batch
         self.max_prompt_tokens, self.on_bad_prompt = max_prompt_tokens, on_bad_prompt
         self.seed = seed
-        check_bounds(self, "data", {"prompts_per_step": 1, "val_samples": 1, "val_batch": 1, "max_prompt_tokens": 1})
+        least = {"prompts_per_step": 1, "val_samples": 1, "val_batch": 1, "max_prompt_tokens": 1, "seed": 0}
+        check_bounds(self, "data", least)
         self._prompts: dict[str, list[Prompt]] = {}
         self._pools: dict[str, RewardPool] = {}
         self._slow = SlowRollouts()
 
     # ------------------------------------------------------------------ set-up
 
-    def setup(self, stage: str) -> None:
-        """Open the data and check every prompt, start the reward's workers, then the engine: the cheap errors first."""
-        assert self.trainer is not None
+    def check(self, module: Any, trainer: L.Trainer, stage: str) -> None:
+        """Refuse what can be before anything is started or written: the run, then the files, then every prompt.
+
+        Args:
+            module: the `PolicyModule`, which need not be the Trainer's yet.
+
+        Raises:
+            InputError: with the key and the mend.
+        """
         if stage == "fit":
-            cast(Any, self.trainer.lightning_module).check_run(self)
+            module.check_run(self, trainer)
+        elif self.val is None:
+            raise InputError(
+                f"data.val: missing, and prerl {stage} measures on nothing else. Give the held-out problems."
+            )
         if not self._prompts:
-            self._load()
+            self._rewards()
+            self._load(module, trainer)
+        self._check_shares(trainer, stage)
+        module.check_prefixes()
+
+    def setup(self, stage: str) -> None:
+        """The cheap errors first: `check`, the reward's workers, the policy's weights, and then the engine."""
+        assert self.trainer is not None
+        module, strategy = cast(Any, self.trainer.lightning_module), cast(Any, self.trainer.strategy)
+        self.check(module, self.trainer, stage)
         if not self._pools:
             self._start_pools()
-        strategy: Any = self.trainer.strategy
         if stage == "fit":
             longest = max(len(p.token_ids) for p in self._prompts["train"]) + self.sampling.max_new_tokens
-            cast(Any, self.trainer.lightning_module).plan_memory(self.engine, strategy.root_device, longest)
+            module.plan_memory(self.engine, strategy.root_device, longest)
+        module.configure_model()  # Lightning would do so when the engine has started, and damaged weights show here
         place = Place(strategy.global_rank, self.trainer.world_size, strategy.local_rank, strategy.root_device)
-        self.engine.start(model_path(self._model), self.seed or 0, place)
+        self.engine.start(model_path(module.model_name), self.seed or 0, place)
 
     def teardown(self, stage: str) -> None:
         for pool in set(self._pools.values()):
             pool.close()
         self._pools = {}
 
-    @property
-    def _model(self) -> str:
-        assert self.trainer is not None
-        return str(self.trainer.lightning_module.model_name)
+    def _check_shares(self, trainer: L.Trainer, stage: str) -> None:
+        """Of no whole batch: Lightning refuses them when the engine has started, or trains on nothing."""
+        sizes = {"train": len(self._prompts["train"]) // self.prompts_per_step} if stage == "fit" else {}
+        if "val" in self._prompts:
+            sizes["test" if stage == "test" else "val"] = -(-len(self._prompts["val"]) // self.val_batch)
+        for key, batches in sizes.items():
+            share = getattr(trainer, f"limit_{key}_batches")
+            if isinstance(share, float) and share > 0 and int(batches * share) < 1:
+                raise InputError(
+                    f"trainer.limit_{key}_batches: {share:g} of {batches} batches is none. Give a whole number of them."
+                )
 
-    def _start_pools(self) -> None:
+    def _rewards(self) -> dict[str, Reward]:
         rewards = {"train": first_reward("data.train", self.reward, self.train.reward)}
         if self.val is not None:
             rewards["val"] = first_reward("data.val", self.val_reward, self.val.reward, rewards["train"])
+        return rewards
+
+    def _start_pools(self) -> None:
+        rewards = self._rewards()
         for key, reward in rewards.items():
             shared = next((self._pools[k] for k in self._pools if rewards[k] is reward), None)
             self._pools[key] = shared or RewardPool(reward, self.verification)
 
-    def _load(self) -> None:
-        assert self.trainer is not None
+    def _load(self, module: Any, trainer: L.Trainer) -> None:
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        world_size = self.trainer.world_size
+        world_size = (
+            trainer.num_devices * trainer.num_nodes
+        )  # world_size is not known yet where ranks are to be launched
         if self.prompts_per_step % world_size:
             raise InputError(
                 f"data.prompts_per_step: {self.prompts_per_step} prompts do not divide over {world_size} ranks."
             )
         sets = {"data.train": self.train} | ({"data.val": self.val} if self.val is not None else {})
-        encoded = self.encode(self._model, sets)
+        encoded = self.encode(module.model_name, sets)
         self._prompts = {key.removeprefix("data."): prompts for key, prompts in encoded.items()}
         if len(self._prompts["train"]) < self.prompts_per_step:
             raise InputError(
@@ -136,10 +168,16 @@ class RolloutDataModule(L.LightningDataModule):
 
     def encode(self, model: str, sets: Mapping[str, ProblemSet]) -> dict[str, list[Prompt]]:
         """Open the problem sets and make prompts for ``model`` that its engine has room for; see `encode_all`."""
+        config = load_config(model)
+        self.engine.check(model_path(model), config)
+        if wrong := [i for i in self.sampling.stop_token_ids if not 0 <= i < config.vocab_size]:
+            raise InputError(
+                f"data.sampling.stop_token_ids: {wrong[0]} is no token of this model, whose ids end at "
+                f"{config.vocab_size - 1}."
+            )
         for problems in sets.values():
             problems.load()
         tokenizer = load_tokenizer(model)
-        config = load_config(model)
         max_model_len = self.engine.max_model_len(config)
         longest = max_model_len - self.sampling.max_new_tokens
         if longest < 1:

@@ -9,7 +9,7 @@ The generators are listed at https://github.com/open-thought/reasoning-gym; the 
 from typing import Any
 
 from prerl_lightning.data.problems import ProblemSet
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.rewards.score import Reward
 from prerl_lightning.types import Problem
 
@@ -36,6 +36,7 @@ class ReasoningGym(ProblemSet):
         instruction: str = INSTRUCTION,
     ) -> None:
         self.task, self.size, self.seed, self.options, self.instruction = task, size, seed, options or {}, instruction
+        check_bounds(self, type(self).__name__, {"size": 1})
         self._data: Any = None
 
     @property

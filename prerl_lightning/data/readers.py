@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prerl_lightning import hub
 from prerl_lightning.data.problems import ProblemSet
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, check_bounds, in_one_line
 from prerl_lightning.types import Problem
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ class RowProblems(ProblemSet):
 
     def __init__(self, source: str, limit: int | None) -> None:
         self.source, self.limit = source, limit
+        check_bounds(self, type(self).__name__, {"limit": 1})
         self.problems: list[Problem] = []
 
     def __len__(self) -> int:
@@ -138,15 +140,16 @@ def hub_rows(
     name: str, config: str | None, split: str, columns: Sequence[str], revision: str | None = None
 ) -> list[dict[str, Any]]:
     """Through `datasets`, from the hub, its cache, or a local folder."""
+    hub.look()
     import datasets
 
     try:
         table = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the library raises many kinds: unknown id, no network, unknown split
         raise InputError(
-            f"{name} ({config or 'default'}, {split}): could not be loaded from the Hugging Face hub: {error}. Without "
-            f"network, bring its {split} split as a file (parquet or JSON lines with the columns "
-            f"{', '.join(columns)}) and give its path."
+            f"{name} ({config or 'default'}, {split}): could not be loaded from the Hugging Face hub: "
+            f"{in_one_line(error)}. Without network, bring its {split} split as a file (parquet or JSON lines with the "
+            f"columns {', '.join(columns)}) and give its path."
         ) from error
     check_columns(name, table.column_names, *columns)
     return table.to_list()
@@ -188,8 +191,8 @@ class JSONLines(RowProblems):
 
     def load(self) -> None:
         rows = file_rows(self.source)
-        for row in rows:
-            check_columns(self.source, list(row), self.prompt, self.answer)
+        for number, row in enumerate(rows):
+            check_columns(f"{self.source}, row {number}", list(row), self.prompt, self.answer)
         self._fill(rows, self.prompt, self.answer)
 
 

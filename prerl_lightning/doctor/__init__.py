@@ -36,7 +36,7 @@ from typing import Any, TextIO
 
 from prerl_lightning import __version__
 from prerl_lightning.doctor.subject import Result, Subject, first_line, skipped
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import ArgumentParser, InputError
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,9 @@ ADDRESS = re.compile(
 )
 
 
-def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _arguments() -> ArgumentParser:
+    parser = ArgumentParser(
         "prerl doctor",
-        allow_abbrev=False,
         description="A self-test of this machine in under two minutes: PASS, FAIL or SKIP, and what mends it.",
         epilog="Exit status: 0: nothing failed; 1: something did; 2: wrong arguments. PRERL_DEBUG=1 shows tracebacks "
         "and what the libraries print, on stderr.",

@@ -57,7 +57,7 @@ def load_families(given: str | Path | Families | None = None) -> dict[str, list[
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(f"{where} cannot be read: {error}") from error
     if not isinstance(found, Mapping) or not found:
-        raise InputError(f"{where} must map each family to a list of phrases.")
+        raise InputError(f"{where}: must map each family to a list of phrases.")
     seen: dict[str, str] = {}
     for family, phrases in found.items():
         if not re.fullmatch(r"\w+", str(family)) or not isinstance(phrases, list) or not phrases:

@@ -198,11 +198,6 @@ class PolicyModule(L.LightningModule):
 
     def hand_over(self, successor: "PolicyModule") -> None:
         """From now on ``successor`` trains this host's policy, which the two share by reference."""
-        if successor._model not in (None, self._model):
-            raise InputError(
-                f"The successor {type(successor).__name__} names the model {successor._model!r}, the run trains "
-                f"{self._model!r}: a successor takes over the policy, so leave its model out."
-            )
         successor._model = self._model
         successor.policy = self.policy
         successor.trainer = self.trainer
@@ -323,9 +318,15 @@ class PolicyModule(L.LightningModule):
         """Input tokens of one forward pass, padding included."""
         return self.max_tokens_per_microbatch or self.host._pack_tokens
 
-    def check_run(self, data: RolloutDataModule) -> None:
+    def check_run(self, data: RolloutDataModule, trainer: L.Trainer) -> None:
         """See `objectives.checks`; the data module calls it before anything is read or started."""
-        checks.check_run(self, data)
+        checks.check_run(self, data, trainer)
+
+    def check_prefixes(self) -> None:
+        """Raises InputError where a life in pre-train space has no token to start log p(y) from."""
+        for module in (self, *self.successors):
+            if module.prefix is not None or any(term.space == "pre-train" for term in module.terms):
+                prefix_token(load_tokenizer(self.model_name), module.prefix)
 
     def plan_memory(self, engine: Engine, device: torch.device, longest: int) -> None:
         """See `objectives.memory.plan`; called before anything large is loaded."""
@@ -394,7 +395,6 @@ class PolicyModule(L.LightningModule):
         self.data.engine.policy_version = None
         for module in (self, *self.successors):
             module.agreed = False
-        self.lr_at(self.warmup_steps)  # a decay without an end is refused here, not after the first rollout
         self.interruptions.on_fit_start(self.trainer)
         self._started = time.perf_counter()
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import constants
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -27,8 +28,8 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from prerl_lightning import ranks
-from prerl_lightning.errors import InputError
+from prerl_lightning import hub, ranks
+from prerl_lightning.errors import InputError, in_one_line, nearest
 from prerl_lightning.policy import attention, probe
 from prerl_lightning.policy.head import head_log_probs, log_probs_of
 from prerl_lightning.policy.packing import MicroBatch
@@ -53,23 +54,30 @@ def load_config(model: str) -> PretrainedConfig:
 
 def _load(loader: Any, model: str, **options: Any) -> Any:
     """``loader.from_pretrained``; what is wrong with a folder or hub id becomes an InputError."""
+    path = _existing(model)
     try:
         # said, or transformers asks at the terminal whether to run the model's own code
-        return loader.from_pretrained(_existing(model), trust_remote_code=False, **options)
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise InputError(
-            f"model: {model!r} brings code of its own (auto_map in its config.json), which is not run here. Give a "
-            "model of an architecture that transformers has."
-        ) from error
-    except UnpicklingError as error:
-        raise InputError(
-            f"model: {model!r}: its pickled weights are damaged or hold more than tensors, which could run any code. "
-            "Take a model whose weights are in safetensors."
-        ) from error
-    except OSError as error:
-        raise InputError(f"model: {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        return loader.from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as error:  # safetensors, json, transformers and the hub each raise their own
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"model: {model!r} brings code of its own (auto_map in its config.json), which is not run here. Give a "
+                "model of an architecture that transformers has."
+            ) from error
+        if isinstance(error, UnpicklingError):
+            raise InputError(
+                f"model: {model!r}: its pickled weights are damaged or hold more than tensors, which could run any "
+                "code. Take a model whose weights are in safetensors."
+            ) from error
+        if Path(path).is_dir():
+            mend = "The folder is damaged or not whole; fetch or export it again."
+        elif constants.is_offline_mode():
+            mend = "The hub cannot be reached, and it was not fetched before: give a folder that holds the model."
+        else:
+            mend = (
+                "Give a Hugging Face model folder, a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct, or 'embedded'."
+            )
+        raise InputError(f"model: {model!r} cannot be loaded: {in_one_line(error, 200)} {mend}") from error
 
 
 def _existing(model: str) -> str:
@@ -80,7 +88,12 @@ def _existing(model: str) -> str:
             f"model: {model!r} is no folder with a config.json. Give a Hugging Face model folder, a hub id "
             "such as HuggingFaceTB/SmolLM2-135M-Instruct, or 'embedded'."
         )
-    return str(Path(path).expanduser()) if looks_local else path
+    if looks_local or Path(path).exists():
+        return str(Path(path).expanduser())
+    if "/" not in path and (meant := nearest(path, EMBEDDED)):
+        raise InputError(f"model: there is no {model!r}.{meant}")
+    hub.look()
+    return path
 
 
 def load_model(model: str, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -90,10 +103,13 @@ def load_model(model: str, attn_implementation: str | None = None) -> PreTrained
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         lm, found = _load(AutoModelForCausalLM, model, **options, **kwargs)
-    except (ImportError, ValueError) as error:
-        if not attn_implementation:
+    except InputError as error:
+        if not attn_implementation or not isinstance(error.__cause__, (ImportError, ValueError)):
             raise
-        raise InputError(f"attn_implementation: {attn_implementation!r} does not work here: {error}") from error
+        said = in_one_line(error.__cause__)
+        raise InputError(
+            f"model.init_args.attn_implementation: {attn_implementation!r} does not work here: {said}"
+        ) from error
     shapes = [n if isinstance(n, str) else n[0] for n in found["mismatched_keys"]]
     wrong = {
         "are missing": found["missing_keys"],

@@ -8,7 +8,6 @@ Content-Security-Policy forbids every request and every script but the page's ow
 reaches it as escaped HTML or as JSON that the script puts into text nodes.
 """
 
-import argparse
 import base64
 import functools
 import hashlib
@@ -22,7 +21,7 @@ from importlib import resources
 from pathlib import Path
 
 from prerl_lightning import __version__
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import ArgumentParser, InputError
 from prerl_lightning.report import background, compare, headline, tables
 from prerl_lightning.report.compare import Group
 from prerl_lightning.report.figures import Figure, by_rule, families, figures, split_flat
@@ -42,10 +41,8 @@ NAMES = {
 }  # fmt: skip
 
 
-def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "prerl report", allow_abbrev=False, description="One self-contained HTML page on one run or many."
-    )
+def _arguments() -> ArgumentParser:
+    parser = ArgumentParser("prerl report", description="One self-contained HTML page on one run or many.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="runs/NAME/version_N, or runs/NAME for all its versions")
     parser.add_argument("-o", "--out", default="report.html", help="the file to write (default report.html)")
     return parser

@@ -8,7 +8,6 @@ Draws again when the files have changed, and ends by itself when run.json says t
 metrics.csv is read, and the end of samples.jsonl.
 """
 
-import argparse
 import io
 import os
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import ArgumentParser, InputError
 from prerl_lightning.report.files import is_sample, parsed, read_config, read_info, run_name
 from prerl_lightning.report.folders import find
 from prerl_lightning.report.frame import frame
@@ -32,8 +31,8 @@ TAIL = 65_536  # bytes of samples.jsonl that are read
 OVER = ("finished", "interrupted", "failed")
 
 
-def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("prerl watch", allow_abbrev=False, description="A run in the terminal, live.")
+def _arguments() -> ArgumentParser:
+    parser = ArgumentParser("prerl watch", description="A run in the terminal, live.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's folder, or runs/NAME for its newest version")
     parser.add_argument("--once", action="store_true", help="one picture; the default where the output is no terminal")
     parser.add_argument("--every", type=float, default=1.0, help="seconds between looks at the files (default 1)")

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from prerl_lightning.budget import ModelShape
-from prerl_lightning.errors import check_ranges
+from prerl_lightning.errors import check_bounds
 from prerl_lightning.types import Response
 
 OnGroup = Callable[[int, list[Response]], None]
@@ -38,14 +38,8 @@ class Sampling:
     stop_token_ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        checks = {
-            "group_size": self.group_size >= 1,
-            "temperature": self.temperature > 0,
-            "top_p": 0 < self.top_p <= 1,
-            "top_k": self.top_k >= 0,
-            "max_new_tokens": self.max_new_tokens >= 1,
-        }
-        check_ranges(self, "data.sampling", checks)
+        least, above = {"group_size": 1, "top_k": 0, "max_new_tokens": 1}, {"temperature": 0, "top_p": 0}
+        check_bounds(self, "data.sampling", least, above, most={"top_p": 1})
 
 
 @dataclass(frozen=True)
@@ -82,6 +76,10 @@ class Engine(ABC):
     @abstractmethod
     def max_model_len(self, config: PretrainedConfig) -> int:
         """Tokens of prompt and response together, for a model of this (text) configuration; before `start` too."""
+
+    def check(self, model: str, config: PretrainedConfig) -> None:  # noqa: B027  (optional)
+        """Before `start`: raises InputError for options that cannot work with ``model``, a folder or hub id of this
+        (text) configuration."""
 
     @abstractmethod
     def start(self, model: str, seed: int, place: Place) -> None:

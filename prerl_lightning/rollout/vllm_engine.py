@@ -14,6 +14,7 @@ import random
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from prerl_lightning.budget import ModelShape, kv_bytes_per_token
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.rollout.engine import Engine, OnGroup, Place, Sampling
 from prerl_lightning.types import Response
 from prerl_lightning.watchdog import watchdog
@@ -69,6 +70,15 @@ class VLLMEngine(Engine):
         extra: dict[str, Any] | None = None,
     ) -> None:
         self.options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        least = {"max_model_len": 2, "kv_cache_mib": 1, "max_num_seqs": 1}  # a prompt and a response of a token each
+        share = "gpu_memory_utilization"
+        check_bounds(SimpleNamespace(**self.options), "data.engine.init_args", least, {share: 0}, most={share: 1})
+        parallel = {k for k, v in (extra or {}).items() if k.endswith("parallel_size") and v != 1}
+        if parallel:
+            raise InputError(
+                f"data.engine: extra.{min(parallel)}: an engine over several GPUs would be given other prompts by each "
+                "of its ranks: not built yet. Leave it out: each rank has an engine of its own."
+            )
         self._llm: Any = None
         self._asleep = self._sleeping = self._updated = False
         self.policy_version = None
@@ -91,15 +101,22 @@ class VLLMEngine(Engine):
             awake = shape.parameters * (4 if options["dtype"] == "float32" else 2) + (options["kv_cache_mib"] << 20)
         return awake, 0 if options["sleep_between_rollouts"] else awake
 
+    def check(self, model: str, config: PretrainedConfig) -> None:
+        limit, asked = getattr(config, "max_position_embeddings", None), self.options["max_model_len"]
+        # a stretched range is vLLM's to know
+        stretched = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+        if limit and asked and asked > limit and not stretched:
+            raise InputError(
+                f"data.engine.init_args.max_model_len: {asked} is more than the {limit} positions of this model. "
+                f"Give {limit} or fewer."
+            )
+        if (mib := self.options["kv_cache_mib"]) is not None:
+            dtype = "float32" if not torch.cuda.is_available() else "auto"
+            self._kv_cache_bytes(model, dtype if self.options["dtype"] == "auto" else self.options["dtype"], mib)
+
     def start(self, model: str, seed: int, place: Place) -> None:
         if self._llm is not None:
             return
-        parallel = {k for k, v in (self.options["extra"] or {}).items() if k.endswith("parallel_size") and v != 1}
-        if parallel:
-            raise InputError(
-                f"data.engine: extra.{min(parallel)}: an engine over several GPUs would be given other prompts by each "
-                "of its ranks: not built yet. Leave it out: each rank has an engine of its own."
-            )
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         with _host_state_kept(), _ranks_in_environment(place):

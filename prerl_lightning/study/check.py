@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, said_by_us
 from prerl_lightning.study.design import Measure, Study
 
 
@@ -100,16 +100,11 @@ def answers(commands: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
     """`facts`, with what is refused as {"error": ...}, the last."""
     found: dict[str, dict[str, Any]] = {}
     for place, args in commands.items():
-        said = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
                 found[place] = _fact(args)
-        except SystemExit:  # the parser's, which has written what is wrong
-            lines = [line.strip() for line in said.getvalue().splitlines() if line.strip()]
-            start = next((i for i, line in enumerate(lines) if "error:" in line), 0)
-            found[place] = {"error": " ".join(lines[start:]).partition("error: ")[2][:600]}
         except Exception as error:
-            found[place] = {"error": str(error.__cause__ if isinstance(error.__cause__, InputError) else error)}
+            found[place] = {"error": str(said_by_us(error) or error)}
         if "error" in found[place]:
             break
     return found

@@ -7,13 +7,13 @@ The same command goes on where it was stopped or killed, makes failed runs again
 runs/study/NAME/ then has study.json, study.html and a folder a run.
 """
 
-import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from prerl_lightning.errors import ArgumentParser
 from prerl_lightning.report.words import figure
 from prerl_lightning.study.check import check_claims, facts
 from prerl_lightning.study.design import Study, arguments, read_study
@@ -26,10 +26,8 @@ from prerl_lightning.study.verdicts import Verdict, judge
 log = logging.getLogger(__name__)
 
 
-def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "prerl study", allow_abbrev=False, description="Runs arms over seeds and judges the claims of a YAML file."
-    )
+def _arguments() -> ArgumentParser:
+    parser = ArgumentParser("prerl study", description="Runs arms over seeds and judges the claims of a YAML file.")
     parser.add_argument("study", metavar="STUDY.yaml")
     parser.add_argument("--dry_run", action="store_true", help="list runs and claims; nothing is run or written")
     parser.add_argument("--no_runs", action="store_true", help="start no run: study.json and the page of what there is")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from prerl_lightning.data.problems import ProblemSet
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import check_bounds
 
 Split = Literal["train", "held_out"]
 
@@ -27,9 +27,8 @@ class DrawnProblems(ProblemSet):
     """
 
     def __init__(self, split: Split = "train", size: int = 4096, seed: int = 0) -> None:
-        if size < 1:
-            raise InputError(f"size: {size} problems are too few.")
         self.split, self.size, self.seed = split, size, seed
+        check_bounds(self, type(self).__name__, {"size": 1})
 
     def __len__(self) -> int:
         return self.size

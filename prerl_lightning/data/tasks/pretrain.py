@@ -173,7 +173,9 @@ def train(
 
 def pretrain(args: Sequence[str]) -> None:
     """The command: --out, --seed and --stages, best in a file by --config."""
-    parser = ArgumentParser("prerl pretrain", description="A tiny model from scratch on a corpus, in stages.")
+    parser = ArgumentParser(
+        "prerl pretrain", exit_on_error=False, description="A tiny model from scratch on a corpus, in stages."
+    )
     parser.add_argument("--config", action="config")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
     parser.add_argument("--seed", type=int, default=0)

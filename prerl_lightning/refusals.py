@@ -1,0 +1,182 @@
+"""What jsonargparse and Lightning refuse, said as this library says it: the key, what is wrong, the mend."""
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml  # type: ignore[import-untyped]
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from prerl_lightning import rewards
+from prerl_lightning.data.problems import ProblemSet
+from prerl_lightning.errors import InputError, in_one_line, nearest
+from prerl_lightning.objectives import PolicyModule
+from prerl_lightning.rollout.engine import Engine
+
+TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
+# of jsonargparse's messages: what stands around the reason
+_AROUND = re.compile(r"$|Does not validate|Subtypes:|Errors:|Expected a path but|Given value")
+
+
+# ---------------------------------------------------------------------- configuration files
+
+
+class _Once(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML takes the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            name, line = key.value, key.start_mark.line + 1
+            if isinstance(name, str) and name != "<<" and name in lines:
+                raise InputError(f"line {line}: the key {name} is there twice, before in line {lines[name]}. Keep one.")
+            if isinstance(name, str):
+                lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
+def check_file(file: str) -> None:
+    """Raises InputError for a configuration file that is none. Remote ones are the parser's to read."""
+    if "://" in file:
+        return
+    path = Path(file)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else f"no such file (looked for from {Path.cwd()})"
+        raise InputError(f"--config: {file}: {what}. Give a YAML file.")
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), _Once)
+    except InputError as error:
+        raise InputError(f"--config: {file}, {error}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--config: {file}: not text in UTF-8. Give a YAML file.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise InputError(f"--config: {file}{place}: not YAML: {getattr(error, 'problem', None) or error}.") from None
+    if not isinstance(found, Mapping):
+        what = "it is empty" if found is None else "it holds no keys"
+        raise InputError(f"--config: {file}: {what}. A configuration has keys such as model, data and trainer.")
+
+
+# ---------------------------------------------------------------------- jsonargparse
+
+
+def of_parser(message: str, dests: Iterable[str]) -> InputError:
+    """Of a message of several lines, whose reason is in the middle.
+
+    Args:
+        dests: the parser's keys.
+    """
+    keys: list[str] = []
+    owner, reasons = "", list[str]()
+    for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
+        if found := re.match(r'Parser key "([^"]*)":\s*', line):
+            keys.append(found[1])
+            owner, line = "", line[found.end() :]
+        if found := re.match(r"Type .* expects a function or a callable class: ", line):
+            line, _, value = line[found.end() :].partition(". Got value: ")
+            owner = kind[1] if (kind := re.match(r"Namespace\(class_path='([^']+)'", value)) else owner
+        if found := re.match(r"Problem with given class_path '([^']*)':\s*", line):
+            owner = found[1]
+            line = line[found.end() :]
+        if not _AROUND.match(line):
+            reasons.append(line)
+    reason = reasons[0] if reasons else message
+    given = re.search(r"(?:Given value|Got value|import path string): (.+)$", message, re.M)
+    return InputError(_said(".init_args.".join(keys), owner, reason, reasons, given[1] if given else "", [*dests]))
+
+
+def _said(key: str, owner: str, reason: str, reasons: list[str], given: str, dests: list[str]) -> str:
+    if found := re.match(
+        r"Option '(.+)' is not accepted|unrecognized arguments: (\S+)|.* not accept option '(.+)'", reason
+    ):
+        name = next(filter(None, found.groups()))
+        if owner:
+            return f"{key}.init_args.{name}: {_name(owner)} has no such argument.{nearest(name, _arguments(owner))}"
+        if not name.startswith("-") and found[2]:
+            return f"{name}: an argument without a key. Write --KEY VALUE, or --KEY=VALUE."
+        name = name.lstrip("-").partition("=")[0]
+        return f"{name}: there is no such key.{_near_key(name, dests)}"
+    if found := re.match(r"the following arguments are required: (.+)", reason):
+        missing = [re.sub(r"^(fit|validate|test)\.", "", name) for name in found[1].split(", ")]
+        return f"{f'{key}.init_args.' if key else ''}{', '.join(missing)}: missing."
+    if found := re.match(r"argument (?:--)?(\S+): (.+)", reason):
+        return f"{found[1]}: {found[2]}."
+    if found := re.match(r"Expected a typing\.Literal\[(.+)\]", reason):
+        names = [name.strip().strip("'") for name in found[1].split(",")]
+        return f"{key}: {given} must be one of {', '.join(names)}.{nearest(given, names)}"
+    if re.search(r"import path|No module named|has no attribute|import object|Import path", reason):
+        why = "" if "import path string" in reason else f": {reason}"
+        path = owner or given
+        return f"{key}: {path} is not what can be imported here{why}.{_near_name(path)}"
+    expected = [found[1] for r in reasons if (found := re.match(r"Expected an? (?:<class ')?([\w.]+)", r))]
+    if reason.startswith("Expected a"):
+        words = dict.fromkeys(TYPES.get(name, name) for name in expected if name != "NoneType")
+        return f"{key}: {given} must be {' or '.join(words)}."
+    return f"{key}: {reason[:300]}" if key else reason[:300]
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _arguments(path: str) -> list[str]:
+    """Of a class, with those that it hands on to its bases."""
+    kind = getattr(import_module(path.rpartition(".")[0]), _name(path))
+    return [name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters]
+
+
+def _near_key(key: str, dests: list[str]) -> str:
+    """By the first part of a dotted key that is none of those at its place."""
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        beside = {d.split(".")[i] for d in dests if d.split(".")[:i] == parts[:i] and d.count(".") >= i}
+        if part not in beside:
+            return nearest(".".join(parts[: i + 1]), [".".join([*parts[:i], name]) for name in beside])
+    return ""
+
+
+def _near_name(path: str) -> str:
+    """Among what a configuration may name without its package, and our rewards."""
+    found = {kind.__name__: kind.__name__ for base in (PolicyModule, ProblemSet, Engine) for kind in _below(base)}
+    found |= {kind.__name__: kind.__name__ for base in (L.Callback, Logger) for kind in _below(base)}
+    found |= {name: f"{rewards.__name__}.{name}" for name in rewards.__all__}
+    hint = nearest(_name(path), found)
+    name = hint.removeprefix(" Did you mean ").removesuffix("?")
+    return hint.replace(name, found[name]) if hint else ""
+
+
+def _below(kind: type) -> Iterator[type]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from _below(each)
+
+
+# ---------------------------------------------------------------------- Lightning
+
+
+def from_lightning(error: BaseException | None) -> MisconfigurationException | None:
+    """The refusal that ``error`` is, or was raised from."""
+    while error is not None and not isinstance(error, MisconfigurationException):
+        error = error.__cause__
+    return error
+
+
+def of_lightning(error: Exception, trainer: Mapping[str, Any]) -> InputError:
+    """What the Trainer or a part of it refuses, by the argument that it names, or whose value it does.
+
+    Args:
+        trainer: its configuration.
+    """
+    said = str(error)
+    named = [key for key in trainer if re.search(rf"\b{key}\b", said)]
+    words = {key: value for key, value in trainer.items() if isinstance(value, str) and value != "auto"}
+    valued = [key for key, value in words.items() if re.search(rf"\b{re.escape(value)}\b", said)]
+    for key in sorted(named, key=said.index) or valued:
+        return InputError(f"trainer.{key}: {trainer[key]}: {in_one_line(error)}")
+    return InputError(f"trainer: {in_one_line(error)}")
