@@ -31,8 +31,8 @@ Reinforcement learning with verifiable rewards in pre-train and post-train space
   fit        train, e.g.  prerl fit --config configs/dsrl.yaml
   validate   evaluate on the held-out set: avg@k, pass@k, greedy accuracy
   test       the same, logged as test/...
-  evaluate   k samples a problem of named sets: avg@k, pass@k, maj@k with intervals, resumable
-  compare    two evaluations, problem by problem
+  evaluate   k samples a problem of named sets: avg@k, pass@k, maj@k with intervals, resumable; also of a server's model
+  compare    two evaluations, problem by problem: differences, exact p, and what the set can show
   report     one HTML page on runs: curves, thoughts, alignment, samples; opens from disk, asks no network
   watch      a run's figures in the terminal, live, from another shell; default: the newest below runs/
   study      arms x seeds of a YAML file, and a verdict for each of its claims; goes on where it was stopped
@@ -50,7 +50,7 @@ Reinforcement learning with verifiable rewards in pre-train and post-train space
 # what is no subcommand of LightningCLI: the module with a function of the command's name
 COMMANDS = {
     "evaluate": "prerl_lightning.evaluate",
-    "compare": "prerl_lightning.evaluate",
+    "compare": "prerl_lightning.compare",
     "report": "prerl_lightning.report.page",
     "watch": "prerl_lightning.report.watch",
     "study": "prerl_lightning.study.command",
@@ -75,6 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     if not debug:
         _quiet()
     _log_to_stdout()
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # my_rewards.py beside the configuration; behind what is installed
     from prerl_lightning.errors import InputError, RunError
 
     if args[0] in COMMANDS:
@@ -124,6 +126,7 @@ def _quiet() -> None:
         "VLLM_CONFIGURE_LOGGING": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -214,7 +214,7 @@ def test_a_prompt_leaves_room_for_its_response(folder):
     def lengths(limit):
         problems = ArithmeticProblems("train", 64)
         data = RolloutDataModule(train=problems, engine=Engine(limit=limit), sampling=Sampling(max_new_tokens=8))
-        return [len(p.token_ids) for p in data.encode(folder, {"data.train": problems})["data.train"]]
+        return [len(p.token_ids) for p in data.encode(folder, {"train": problems})["train"]]
 
     longest = max(lengths(200))
     assert len(lengths(longest + 8)) == 64

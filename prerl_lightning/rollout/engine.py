@@ -1,8 +1,9 @@
 """What the rest of the library asks of an inference engine."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,14 +39,42 @@ class Sampling:
     stop_token_ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        checks = {
-            "group_size": self.group_size >= 1,
-            "temperature": self.temperature > 0,
-            "top_p": 0 < self.top_p <= 1,
-            "top_k": self.top_k >= 0,
-            "max_new_tokens": self.max_new_tokens >= 1,
-        }
-        check_ranges(self, "data.sampling", checks)
+        check_ranges(self, "data.sampling", _checks(self) | {"group_size": self.group_size >= 1})
+
+
+@dataclass(frozen=True)
+class HeldOutSampling:
+    """How responses to held-out problems are drawn, where that is another way than in training; None: the same.
+
+    Args:
+        temperature: > 0.
+        top_p: of the most probable tokens.
+        top_k: likewise; 0 is off.
+        max_new_tokens: a response is cut there.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "data.val_sampling", _checks(self))
+
+    def over(self, training: Sampling) -> Sampling:
+        return replace(training, **{key: value for key, value in asdict(self).items() if value is not None})
+
+
+def _checks(options: Sampling | HeldOutSampling) -> dict[str, bool]:
+    def fine(value: float | None, least: float, most: float = math.inf) -> bool:
+        return value is None or least <= value <= most
+
+    return {
+        "temperature": options.temperature is None or options.temperature > 0,
+        "top_p": fine(options.top_p, 0, 1) and options.top_p != 0,
+        "top_k": fine(options.top_k, 0),
+        "max_new_tokens": fine(options.max_new_tokens, 1),
+    }
 
 
 @dataclass(frozen=True)
