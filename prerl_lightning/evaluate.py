@@ -90,6 +90,8 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
     own, rest = _arguments().parse_known_args(args)
     if own.k < 1:
         raise InputError(f"--k: {own.k} is below 1.")
+    if own.endpoint and (not own.model or own.ckpt_path):
+        raise InputError("--endpoint: give --model as the server calls it, and no --ckpt_path.")
     configured = any(a == "--config" or a.startswith("--config=") for a in rest)
     if not configured:
         if not own.model or not own.data:
@@ -98,8 +100,6 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
         made = ["--model=GRPO", "--data.engine=VLLMEngine", "--data.train=NamedProblems"]
         rest = [*made, f"--data.train.init_args.name={name}", *rest]
     if own.endpoint:
-        if not own.model or own.ckpt_path:
-            raise InputError("--endpoint: give --model as the server calls it, and no --ckpt_path.")
         rest.append("--trainer.precision=32-true")  # its default is by the model's configuration, which is not here
     if own.reward:
         rest.append(f"--data.val_reward={own.reward}")
