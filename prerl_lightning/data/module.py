@@ -49,7 +49,7 @@ class RolloutDataModule(L.LightningDataModule):
         val_batch: held-out problems sampled at a time, over all ranks.
         max_prompt_tokens: longer prompts are bad; default: the engine's ``max_model_len`` less ``max_new_tokens``.
         on_bad_prompt: what to do with an empty or too long prompt: ``drop`` (counted and said once) or ``error``. Of
-            more than 20,000 training prompts ``drop`` looks at the others when they are drawn.
+            more than 10,000 training prompts ``drop`` looks at the others when they are drawn.
         seed: of the prompts' order and of sampling; default: ``seed_everything``'s.
     """
 

@@ -88,7 +88,7 @@ class PromptFormat:
         return messages
 
 
-CHECKED = 20_000  # training prompts that are tokenised before the run starts: some seconds
+CHECKED = 10_000  # training prompts that are tokenised before the run starts: some seconds
 BATCH = 1000
 
 
