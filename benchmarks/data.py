@@ -1,6 +1,6 @@
 """Seconds and memory until a large problem set is ready to be drawn from, and what a batch of its prompts takes then.
 
-    python benchmarks/data.py [--model MODEL]
+    python benchmarks/data.py [lines] [parquet] [dapo] [--model MODEL]
 
 A million rows of JSON lines and of parquet, of 250 characters a question, and DAPO-Math-17k's shape: 17,398 problems in
 uneven copies, 184,200 rows of verl's parquet. Each in a process of its own: opened, checked, folded, the first 10,000
@@ -68,6 +68,7 @@ def measure(path: str, prompt: str, model: str) -> None:
     from prerl_lightning.policy.model import load_tokenizer
 
     tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = tokenizer.chat_template or "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     import datasets  # noqa: F401  (seconds of its own, whatever the size)
 
     before, start, cpu = memory(), time.perf_counter(), time.process_time()
@@ -89,6 +90,7 @@ def measure(path: str, prompt: str, model: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="default: all; what was measured of the others before is kept")
     parser.add_argument("--model", default="embedded-sums")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -96,10 +98,13 @@ def main() -> None:
         return measure(*args.measure, args.model)
     from machine import describe
 
-    found: dict = {"machine": describe(), "model": args.model}
+    found: dict = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    found |= {"machine": describe(), "model": args.model}
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "HF_DATASETS_CACHE": f"{folder}/cache", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
         for case, name in (("lines", "rows.jsonl"), ("parquet", "rows.parquet"), ("dapo", "dapo.parquet")):
+            if args.cases and case not in args.cases:
+                continue
             path = Path(folder) / name
             make(case, path)
             prompt = "prompt" if case == "dapo" else "question"
