@@ -34,7 +34,7 @@ from machine import describe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prerl_lightning.data.prompts import PromptFormat
-from prerl_lightning.data.readers import VerlParquet
+from prerl_lightning.data.readers import Files
 from prerl_lightning.metrics.alignment import (
     EDGES,
     GROUPS,
@@ -42,7 +42,7 @@ from prerl_lightning.metrics.alignment import (
     GradientPair,
     probabilities,
 )
-from prerl_lightning.metrics.evaluation import interval
+from prerl_lightning.metrics.evaluation import bootstrap
 from prerl_lightning.policy.model import Policy, prefix_token
 from prerl_lightning.rewards import boxed_reward
 from prerl_lightning.types import Prompt
@@ -75,7 +75,7 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def sampled(model: str, data: str, n: int, longest: int, path: Path) -> list[dict[str, Any]]:
     """n answers, {row, question, prompt, ids, right, truncated} each; those that ``path`` lacks are drawn now."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    problems = VerlParquet(data)
+    problems = Files(data)
     problems.load()
     rows = random.Random(0).sample(range(len(problems)), len(problems))
     found, lm = lines(path), None
@@ -84,7 +84,7 @@ def sampled(model: str, data: str, n: int, longest: int, path: Path) -> list[dic
         drawn = [problems[i] for i in rows[len(found) : len(found) + BATCH]]
         if not drawn:
             raise SystemExit(f"--answers {n}: {data} has {len(problems)} problems.")
-        prompts = [PromptFormat().encode(p, tokenizer) for p in drawn]
+        prompts = [PromptFormat().encode([p], tokenizer)[0] for p in drawn]
         append(path, answers(lm, tokenizer, prompts, [p.prompt[-1]["content"] for p in drawn], longest, len(found)))
         found = lines(path)
     return found[:n]
@@ -199,7 +199,7 @@ def mean(values: Iterable[float | None]) -> dict[str, Any] | None:
     found = torch.tensor([v for v in values if v is not None and np.isfinite(v)], dtype=torch.float64)
     if not len(found):
         return None
-    low, high = interval(found)
+    low, high = torch.quantile(bootstrap(found), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     numbers = {"mean": float(found.mean()), "low": low, "high": high, "least": float(found.min())}
     return {k: round(v, 4) for k, v in numbers.items()} | {"answers": len(found)}
 

@@ -98,7 +98,7 @@ def our_side(model: str, n_prompts: int, steps: int, options: dict) -> None:
         config = {
             "model": {"class_path": "GRPO", "init_args": {"model": model, "lr": 1e-6}},
             "data": {
-                "train": {"class_path": "JSONLines", "init_args": {"path": f"{folder}/prompts.jsonl"}},
+                "train": {"class_path": "Files", "init_args": {"path": f"{folder}/prompts.jsonl"}},
                 "reward": "trl_step.parity_reward",
                 "prompts_per_step": n_prompts,
                 "format": {"chat": False},

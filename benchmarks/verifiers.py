@@ -16,7 +16,7 @@ from pathlib import Path
 
 from machine import describe
 
-from prerl_lightning.data.readers import VerlParquet
+from prerl_lightning.data.readers import Files
 from prerl_lightning.rewards import boxed_reward, gsm8k_reward
 from prerl_lightning.rewards.pool import Item, RewardPool, Verification
 from prerl_lightning.rewards.symbolic import math_verify_reward
@@ -32,7 +32,7 @@ def ordinary(math: str | None) -> list[Item]:
     if math is None:
         truths = [str(i * 7919 % 1000) for i in range(7500)]
     else:
-        problems = VerlParquet(math)
+        problems = Files(math)
         problems.load()
         truths = [p.ground_truth for p in problems if p.ground_truth.strip()]
     answers = [pair[i % 2] for i, pair in enumerate(zip(truths, truths[1:] + truths[:1], strict=True))]

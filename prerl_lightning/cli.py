@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import Any
 
 from prerl_lightning import __version__
+from prerl_lightning.errors import InputError, RunError, nearest, said_by_us
 from prerl_lightning.signals import Interrupted, first_rank, signals
 from prerl_lightning.terminal import printable_lines
 from prerl_lightning.watchdog import watchdog
@@ -35,8 +36,8 @@ Reinforcement learning with verifiable rewards in pre-train and post-train space
   fit        train, e.g.  prerl fit --config configs/dsrl.yaml
   validate   evaluate on the held-out set: avg@k, pass@k, greedy accuracy
   test       the same, logged as test/...
-  evaluate   k samples a problem of named sets: avg@k, pass@k, maj@k with intervals, resumable
-  compare    two evaluations, problem by problem
+  evaluate   k samples a problem of named sets: avg@k, pass@k, maj@k with intervals, resumable; also of a server's model
+  compare    two evaluations, problem by problem: differences, exact p, and what the set can show
   report     one HTML page on runs: curves, thoughts, alignment, samples; opens from disk, asks no network
   watch      a run's figures in the terminal, live, from another shell; default: the newest below runs/
   study      arms x seeds of a YAML file, and a verdict for each of its claims; goes on where it was stopped
@@ -55,7 +56,7 @@ FITS = ("fit", "validate", "test")
 # what is no subcommand of LightningCLI: the module with a function of the command's name
 COMMANDS = {
     "evaluate": "prerl_lightning.evaluate",
-    "compare": "prerl_lightning.evaluate",
+    "compare": "prerl_lightning.compare",
     "report": "prerl_lightning.report.page",
     "watch": "prerl_lightning.report.watch",
     "study": "prerl_lightning.study.command",
@@ -74,8 +75,6 @@ def main(argv: list[str] | None = None) -> None:
     if args[0] == "--version":
         print(f"prerl {__version__}")
         return
-    from prerl_lightning.errors import InputError, RunError, nearest
-
     if args[0] not in (names := (*FITS, *COMMANDS)):
         _refuse(InputError(f"{args[0]}: no such command.{nearest(args[0], names)} There are {', '.join(names)}."))
         sys.exit(2)
@@ -86,6 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     if not debug:
         _quiet()
     _log_to_stdout()
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # my_rewards.py beside the configuration; behind what is installed
     if args[0] not in ("study", "watch"):  # which have their own way with them
         signals.listen()
     patience = 5.0  # seconds for the other ranks to end by themselves
@@ -102,10 +103,12 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         said = None if debug else _said(error)
         lost = None if said or debug else watchdog.lost()
-        if not said and not lost:
+        if said is not None:
+            _refuse(said)
+        elif lost is None:
             raise
-        if said or watchdog.speaks:
-            _refuse(said or lost)
+        elif watchdog.speaks:
+            _refuse(lost)
         sys.exit(3 if isinstance(said, RunError) else 2 if said else 1)
     finally:
         watchdog.finish(patience)
@@ -173,6 +176,7 @@ def _quiet() -> None:
         "VLLM_CONFIGURE_LOGGING": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -1,8 +1,8 @@
-"""``prerl evaluate`` and ``prerl compare``.
+"""``prerl evaluate``.
 
     prerl evaluate --model Qwen/Qwen2.5-0.5B-Instruct --data math500,aime24 --k 32
     prerl evaluate --config runs/dsrl/version_0/config.yaml --ckpt_path runs/dsrl/version_0/checkpoints/last.ckpt
-    prerl compare evaluations/a evaluations/b
+    prerl evaluate --endpoint http://localhost:8000/v1 --model Qwen/Qwen3-32B --data aime24 --k 8
 
 Every problem's k samples become a line of OUT/SET.jsonl as soon as its batch is verified, behind a first line with the
 settings. A killed evaluation goes on behind the last whole line; since a sample's seed depends on its problem alone, it
@@ -25,12 +25,14 @@ from torch import Tensor
 from prerl_lightning.data.module import RolloutDataModule, first_reward
 from prerl_lightning.data.named import SETS, NamedProblems
 from prerl_lightning.data.problems import ProblemSet
+from prerl_lightning.data.prompts import PromptFormat
 from prerl_lightning.errors import ArgumentParser, InputError
-from prerl_lightning.metrics.evaluation import answer_number, bootstrap, per_problem, percentiles, summary
+from prerl_lightning.metrics.evaluation import answer_number, summary
 from prerl_lightning.policy.model import as_on_disk, empty_model, model_path
 from prerl_lightning.resume import load
 from prerl_lightning.rewards.pool import RewardPool
-from prerl_lightning.rollout.engine import Place
+from prerl_lightning.rollout.endpoint import Endpoint
+from prerl_lightning.rollout.engine import Engine, Place
 from prerl_lightning.rollout.sampler import Group, sample_for_evaluation
 from prerl_lightning.run import PrerlCLI
 from prerl_lightning.secrets import hide_in_text
@@ -59,11 +61,16 @@ def _arguments() -> ArgumentParser:
         "--data.engine.init_args.max_model_len 4096, --data.format.chat_template_kwargs '{enable_thinking: false}'.",
     )
     parser.add_argument("--model", help="Hugging Face folder or hub id, or embedded; default: the configuration's")
+    parser.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="ask a server that speaks OpenAI's API, e.g. vllm serve: http://localhost:8000/v1; --model as it is there",
+    )
     parser.add_argument("--ckpt_path", help="a training checkpoint whose weights to take; needs its run's --config")
     parser.add_argument(
         "--data",
         metavar="SET[=FILE],...",
-        help=f"of {', '.join(SETS)}, each from the hub or a FILE; default: the configuration's data.val",
+        help=f"of {', '.join(SETS)}, each from the hub or a FILE; default: the configuration's held-out sets",
     )
     parser.add_argument("--limit", type=int, help="use the first so many problems of each named set")
     parser.add_argument("--style", choices=("chat", "plain"), default="chat", help="plain: for base models")
@@ -83,6 +90,8 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
     own, rest = _arguments().parse_known_args(args)
     if own.k < 1:
         raise InputError(f"--k: {own.k} is below 1.")
+    if own.endpoint and (not own.model or own.ckpt_path):
+        raise InputError("--endpoint: give --model as the server calls it, and no --ckpt_path.")
     configured = any(a == "--config" or a.startswith("--config=") for a in rest)
     if not configured:
         if not own.model or not own.data:
@@ -90,6 +99,8 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
         name = own.data.split(",")[0].partition("=")[0]
         made = ["--model=GRPO", "--data.engine=VLLMEngine", "--data.train=NamedProblems"]
         rest = [*made, f"--data.train.init_args.name={name}", *rest]
+    if own.endpoint:
+        rest.append("--trainer.precision=32-true")  # its default is by the model's configuration, which is not here
     if own.reward:
         rest.append(f"--data.val_reward={own.reward}")
     if own.model:
@@ -98,19 +109,26 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
     data: RolloutDataModule = cli.datamodule
     model = str(cli.model.model_name)
     sets = _problem_sets(own, data)
+    sampling = data.val_sampling.over(data.sampling)
     seed = data.seed if data.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
     # with --data alone, the configuration's reward is for its own problems
     given = data.val_reward if own.reward or not own.data else None
     rewards = {key: first_reward(key, given, problems.reward, data.train.reward) for key, problems in sets.items()}
     weights = _checkpoint_weights(own.ckpt_path, model) if own.ckpt_path else None
-    prompts = data.encode(model, sets)
+    engine: Engine = data.engine
+    prompts: Mapping[str, Sequence[Prompt]]
+    if own.endpoint:
+        engine = Endpoint(own.endpoint, model, chat_template_kwargs=data.format.chat_template_kwargs)
+        prompts = {key: _untokenised(problems, data.format) for key, problems in sets.items()}
+    else:
+        prompts = data.encode(model, sets)
     folder = Path(own.out or Path("evaluations") / _name(model, own.ckpt_path))
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for key, encoded in prompts.items():
         settings = {
             "model": model,
-            "weights": _fingerprint(own.ckpt_path or model_path(model)),
+            "weights": [own.endpoint] if own.endpoint else _fingerprint(own.ckpt_path or model_path(model)),
             "set": key,
             "problems": len(encoded),
             "prompts": answer_number(repr([p.token_ids for p in encoded])),
@@ -118,19 +136,25 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
             "k": own.k,
             "greedy": own.greedy,
             "seed": seed,
-            "sampling": {k: v for k, v in asdict(data.sampling).items() if k != "group_size"},
+            "sampling": {k: v for k, v in asdict(sampling).items() if k != "group_size"},
         }
-        files[key] = _ResultFile(folder / f"{key}.jsonl", settings)
+        files[key] = _ResultFile(folder / f"{key.replace('/', '_')}.jsonl", settings)
     todo = {key: [p for p in prompts[key] if p.row not in file.records] for key, file in files.items()}
     if any(todo.values()):
-        data.engine.start(model_path(model), seed, Place())
+        engine.start(model_path(model), seed, Place())
         if weights is not None:
-            data.engine.update_weights(weights, 1)
+            engine.update_weights(weights, 1)
     for key, left in todo.items():
         if left:
             pool = RewardPool(rewards[key], data.verification)
             try:
-                _sample(data, pool, left, own.k, own.greedy, seed, files[key], len(prompts[key]))
+                start = time.perf_counter()
+                for i in range(0, len(left), data.val_batch):
+                    batch = left[i : i + data.val_batch]
+                    groups, greedy = sample_for_evaluation(engine, pool, batch, sampling, own.k, own.greedy, seed)
+                    files[key].append(groups, greedy)
+                    done, seconds = len(files[key].records), time.perf_counter() - start
+                    log.info("%s: %d of %d problems, %.0f s", key, done, len(prompts[key]), seconds)
             finally:
                 pool.close()
     found = {key: measures(list(file.records.values())) for key, file in files.items()}
@@ -140,35 +164,21 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _sample(
-    data: RolloutDataModule,
-    pool: RewardPool,
-    prompts: Sequence[Prompt],
-    k: int,
-    greedy: bool,
-    seed: int,
-    file: "_ResultFile",
-    total: int,
-) -> None:
-    start = time.perf_counter()
-    for i in range(0, len(prompts), data.val_batch):
-        batch = prompts[i : i + data.val_batch]
-        samples, answers = sample_for_evaluation(data.engine, pool, batch, data.sampling, k, greedy, seed)
-        greedy_of = {group.prompt.row: group for group in answers}
-        file.append([_record(group, greedy_of.get(group.prompt.row)) for group in samples])
-        log.info("%s: %d of %d problems, %.0f s", file.path.stem, len(file.records), total, time.perf_counter() - start)
-
-
 def _problem_sets(own: argparse.Namespace, data: RolloutDataModule) -> dict[str, ProblemSet]:
     if own.data is None:
         if data.val is None:
             raise InputError("prerl evaluate: the configuration has no data.val; name sets with --data.")
-        return {"val": data.val}
+        return data.held_out
     found: dict[str, ProblemSet] = {}
     for item in own.data.split(","):
         name, _, path = item.partition("=")
         found[name] = NamedProblems(name, path or None, limit=own.limit, style=own.style)
     return found
+
+
+def _untokenised(problems: ProblemSet, prompt_format: PromptFormat) -> list[Prompt]:
+    problems.load()
+    return [prompt_format.untokenised(problem) for problem in problems]
 
 
 def _name(model: str, checkpoint: str | None) -> str:
@@ -231,7 +241,7 @@ class _ResultFile:
         self.path = path
         self.records: dict[int, Record] = {}
         if path.is_file() and path.stat().st_size:
-            found, records, whole = _read(path)
+            found, records, whole = read_results(path)
             changed = [k for k in settings if found.get(k) != settings[k]]
             differing = [f"{k}: {found.get(k)} there, {settings[k]} here" for k in changed]
             if differing:
@@ -245,7 +255,9 @@ class _ResultFile:
         else:
             self._write([{"settings": settings}])
 
-    def append(self, records: Sequence[Record]) -> None:
+    def append(self, groups: Sequence[Group], greedy: Sequence[Group]) -> None:
+        greedy_of = {group.prompt.row: group for group in greedy}
+        records = [_record(group, greedy_of.get(group.prompt.row)) for group in groups]
         self._write(records)
         self.records |= {r["row"]: r for r in records}
 
@@ -255,7 +267,7 @@ class _ResultFile:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[Record], int]:
+def read_results(path: Path) -> tuple[dict[str, Any], list[Record], int]:
     """Settings, records, and the bytes that whole lines take."""
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
@@ -273,7 +285,7 @@ def _matrix(records: Sequence[Record], value: Any, dtype: torch.dtype) -> Tensor
     return torch.tensor([[value(s) for s in r["samples"]] for r in records], dtype=dtype)
 
 
-def _scores(records: Sequence[Record]) -> tuple[Tensor, Tensor, Tensor]:
+def scores(records: Sequence[Record]) -> tuple[Tensor, Tensor, Tensor]:
     """(P, k) rewards and answers, and (P,) or (0,) greedy rewards."""
     greedy = [r["greedy"]["score"] for r in records if r["greedy"] is not None]
     return (
@@ -286,10 +298,10 @@ def _scores(records: Sequence[Record]) -> tuple[Tensor, Tensor, Tensor]:
 def measures(records: Sequence[Record]) -> dict[str, float]:
     """As `metrics.evaluation.summary`, and shares of failed verifications."""
     records = sorted(records, key=lambda r: r["row"])
-    rewards, answers, greedy = _scores(records)
+    rewards, answers, greedy = scores(records)
     lengths = _matrix(records, lambda s: s["tokens"], torch.long)
     truncated = _matrix(records, lambda s: s["truncated"], torch.long)
-    found = {"problems": float(len(records))} | summary(rewards, answers, lengths, truncated, greedy)
+    found = summary(rewards, answers, lengths, truncated, greedy)
     for failure in ("timeout", "error"):
         found[f"{failure}s"] = float(sum(s["failure"] == failure for r in records for s in r["samples"]))
     return found
@@ -298,56 +310,12 @@ def measures(records: Sequence[Record]) -> dict[str, float]:
 def _table(found: Mapping[str, Mapping[str, float]]) -> str:
     lines = []
     for key, values in found.items():
-        lines.append(f"{key}: {values['problems']:.0f} problems")
+        lines.append(f"{key}:")
+        of = f"of {values['problems']:.0f} problem{'s' if values['problems'] != 1 else ''}"
         for name, value in values.items():
             if f"{name}/low" in values:
-                lines.append(f"  {name:10} {value:.3f}  [{values[f'{name}/low']:.3f}, {values[f'{name}/high']:.3f}]")
+                ends = f"[{values[f'{name}/low']:.3f}, {values[f'{name}/high']:.3f}]"
+                lines.append(f"  {name:10} {value:.3f}  {ends}  {of}")
         rest = ("length", "truncated", "no_answer", "timeouts", "errors")
         lines.append("  " + ", ".join(f"{n} {values[n]:.3g}" for n in rest if n in values))
     return "\n".join(lines)
-
-
-def compare(args: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """b - a for each measure of each set that both folders have, over the problems that both have: the difference, its
-    95 % interval by a paired bootstrap over problems, and twice the share of resamples on the other side of 0."""
-    parser = ArgumentParser("prerl compare", description="Differences of two evaluations, b - a.")
-    parser.add_argument("a", type=Path, help="folder of prerl evaluate")
-    parser.add_argument("b", type=Path)
-    own = parser.parse_args(args)
-    for folder in (own.a, own.b):
-        if not folder.is_dir():
-            raise InputError(f"prerl compare: {folder}: no such folder.")
-    names = sorted({p.name for p in own.a.glob("*.jsonl")} & {p.name for p in own.b.glob("*.jsonl")})
-    if not names:
-        raise InputError(f"prerl compare: {own.a} and {own.b} have no set in common.")
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for name in names:
-        sides = [{(r["row"], r["ground_truth"]): r for r in _read(folder / name)[1]} for folder in (own.a, own.b)]
-        common = sorted(sides[0].keys() & sides[1].keys())
-        if not common:
-            raise InputError(f"prerl compare: no problem of {name} is in both folders.")
-        a, b = (_measured([side[key] for key in common]) for side in sides)
-        key = Path(name).stem
-        found[key] = {m: difference(a[m], b[m]) for m in a if m in b}
-        print(f"{key}: {len(common)} problems in both ({len(sides[0])} and {len(sides[1])})")
-        for measure, d in found[key].items():
-            print(
-                f"  {measure:10} {d['a']:.3f} -> {d['b']:.3f}  {d['difference']:+.3f} "
-                f"[{d['low']:+.3f}, {d['high']:+.3f}]  p = {d['p']:.3f}"
-            )
-    return found
-
-
-def _measured(records: Sequence[Record]) -> dict[str, Tensor]:
-    rewards, answers, greedy = _scores(records)
-    values = per_problem(rewards, answers)
-    return values | ({"greedy": greedy} if len(greedy) == len(records) else {})
-
-
-def difference(a: Tensor, b: Tensor) -> dict[str, float]:
-    """Of the means of two (P,) float64 that belong to the same problems."""
-    drawn = bootstrap(b - a)
-    low, high = percentiles(drawn)
-    p = 2 * min(float((drawn <= 0).double().mean()), float((drawn >= 0).double().mean()))
-    means = {"a": float(a.mean()), "b": float(b.mean()), "difference": float((b - a).mean())}
-    return means | {"low": low, "high": high, "p": min(1.0, p)}

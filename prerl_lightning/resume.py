@@ -31,6 +31,7 @@ FREE = (
     *(f"data.engine.init_args.{name}" for name in ("kv_cache_mib", "gpu_memory_utilization", "max_num_seqs")),
     *(f"data.engine.init_args.{name}" for name in ("enforce_eager", "sleep_between_rollouts")),
     *("data.val", "data.val_samples", "data.val_greedy", "data.val_reward", "data.val_batch", "data.verification"),
+    *("data.val_more", "data.val_sampling"),
 )
 BOUND = ("seed_everything", "model", "data", "lives", "trainer.limit_train_batches", "trainer.overfit_batches")
 UNLISTED = ("ckpt_path", "allow_changes", "weights_only")

@@ -163,8 +163,8 @@ FAULTS = [
     Fault(
         "evaluations-pile-up",
         "objectives/base.py",
-        'self.record({f"{stage}/{key}": value})\n        self.evaluation.reset()',
-        'self.record({f"{stage}/{key}": value})',
+        "evaluations, self.evaluations = self.evaluations, {}",
+        "evaluations = self.evaluations",
         "test_plain_runs.py::test_validations_are_of_the_weights_of_their_step_each_alone",
     ),
     Fault(
@@ -371,8 +371,8 @@ FAULTS = [
     Fault(
         "cut-answers-look-whole",
         "rollout/sampler.py",
-        '"truncated": response.truncated,',
-        '"truncated": False,',
+        '"truncated": truncated, "tokens"',
+        '"truncated": False, "tokens"',
         "test_plain_runs.py::test_each_response_gets_its_own_reward",
     ),
     Fault(
@@ -399,7 +399,7 @@ FAULTS = [
     Fault(
         "longest-prompt-without-room",
         "data/module.py",
-        "longest = max_model_len - self.sampling.max_new_tokens",
+        "longest = max_model_len - new",
         "longest = max_model_len",
         "test_plain_runs.py::test_a_prompt_leaves_room_for_its_response",
     ),

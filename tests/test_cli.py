@@ -169,3 +169,27 @@ def test_wrong_input_is_named_without_a_traceback(tmp_path):
     assert found.returncode == 2
     assert found.stderr.startswith("prerl: error: model: './nowhere' is no folder with a config.json.")
     assert len(found.stderr.splitlines()) == 1
+
+
+def test_a_reward_is_found_in_the_current_folder(tmp_path):
+    """By the installed script, for which Python does not look there by itself; behind what is installed."""
+    (tmp_path / "my_rewards.py").write_text("def f(prompt, response, ground_truth, extra):\n    return 1.0\n")
+    (tmp_path / "yaml.py").write_text("raise RuntimeError('not mine to take')\n")
+    code = "import sys; from prerl_lightning.cli import main; main(sys.argv[1:])"
+    config = CONFIGS / "dsrl.yaml"
+    # -P: as a script in another folder is started
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        code,
+        "fit",
+        "--config",
+        config,
+        "--data.reward=my_rewards.f",
+        "--print_config",
+    ]
+    found = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert "reward: my_rewards.f" in found.stdout, found.stderr

@@ -1,16 +1,13 @@
 """Readers, formats, checks before sampling, and the order of prompts."""
 
-import json
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from prerl_lightning.data.loader import PromptLoader
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.data.prompts import PromptFormat, encode_all
-from prerl_lightning.data.readers import HubDataset, JSONLines, VerlParquet
+from prerl_lightning.data.readers import Files
 from prerl_lightning.data.tasks.sums import ArithmeticProblems, TwoDigitSums, is_held_out, solution
 from prerl_lightning.errors import InputError
 from prerl_lightning.policy.model import load_tokenizer
@@ -31,78 +28,20 @@ class Fixed(ProblemSet):
         return Problem(index, self.prompts[index], "1")
 
 
-def encode(problems, on_bad="error", max_tokens=20, vocab_size=30, fmt=None):
-    return encode_all(
-        problems, "data.train", fmt or PromptFormat(), load_tokenizer("embedded-sums"), max_tokens, vocab_size, on_bad
-    )
-
-
-# ---------------------------------------------------------------------- readers
+def encode(problems, on_bad="error", max_tokens=20, vocab_size=30, checked=None):
+    tokenizer = load_tokenizer("embedded-sums")
+    return encode_all(problems, "data.train", PromptFormat(), tokenizer, max_tokens, vocab_size, on_bad, checked)
 
 
 def test_verl_parquet_as_the_paper_ships_it():
     if not MATH.is_file():
         pytest.skip("MATH lies in ../shared, which is absent here")
-    problems = VerlParquet(str(MATH))
+    problems = Files(str(MATH))
     problems.load()
-    assert len(problems) == 7500
+    assert len(problems) == 7496  # four have no answer
     assert [m["role"] for m in problems[0].prompt] == ["system", "user"]
     assert problems[0].ground_truth
     assert problems[0].extra["data_source"]
-
-
-def test_json_lines(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_text('{"q": "1+1", "a": 2, "level": "easy"}\n\n' + json.dumps({"q": MESSAGES, "a": "2"}) + "\n")
-    problems = JSONLines(str(file), prompt="q", answer="a")
-    problems.load()
-    assert [(p.prompt, p.ground_truth) for p in problems] == [("1+1", "2"), (MESSAGES, "2")]
-    assert problems[0].extra == {"level": "easy"}
-
-
-def test_hugging_face_dataset(tmp_path, monkeypatch):
-    """The hub is out of reach here: the library's own loader on a local file, and its error without network."""
-    file = tmp_path / "data" / "train.jsonl"
-    file.parent.mkdir()
-    file.write_text('{"q": "1+1", "a": "2"}\n')
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    problems = HubDataset(str(file.parent), prompt="q", answer="a")
-    problems.load()
-    assert problems[0].prompt == "1+1"
-    with pytest.raises(InputError, match="no column 'question'; its columns are a, q"):
-        HubDataset(str(file.parent), prompt="question", answer="a").load()
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="bring its train split as a file"):
-        HubDataset("openai/gsm8k", prompt="question", answer="answer", config="main").load()
-
-
-@pytest.mark.parametrize(
-    ("make", "content", "words"),
-    [
-        (JSONLines, None, "no such file"),
-        (JSONLines, "", "file is empty"),
-        (JSONLines, "\n\n", "no rows"),
-        (JSONLines, '{"prompt": "x", "answer": 1}\nnonsense', "line 2: not JSON"),
-        (JSONLines, "[1]", "line 1: not a JSON object"),
-        (JSONLines, '{"question": "x", "answer": 1}', "no column 'prompt'; its columns are answer, question"),
-        (JSONLines, '{"prompt": "x", "answer": null}', "row 0: 'answer' is missing"),
-        (JSONLines, '{"prompt": 5, "answer": 1}', "neither text nor a list of chat messages"),
-        (JSONLines, '{"prompt": [{"role": "user"}], "answer": 1}', "neither text nor a list of chat messages"),
-        (VerlParquet, "not parquet", "line 1: not JSON"),
-        (VerlParquet, {"question": ["x"]}, "no column 'prompt'; its columns are question"),
-        (VerlParquet, {"prompt": [MESSAGES], "reward_model": [{"style": "rule"}]}, "has no field 'ground_truth'"),
-        (VerlParquet, {"prompt": [], "reward_model": []}, "no rows"),
-    ],
-)
-def test_bad_files_are_named(tmp_path, make, content, words):
-    path = tmp_path / "file"
-    if isinstance(content, dict):
-        pq.write_table(pa.table(content), path)
-    elif content is not None:
-        path.write_text(content)
-    with pytest.raises(InputError, match=words) as error:
-        make(str(path)).load()
-    assert str(path) in str(error.value)
 
 
 # ---------------------------------------------------------------------- prompts
@@ -110,18 +49,18 @@ def test_bad_files_are_named(tmp_path, make, content, words):
 
 def test_formats():
     tokenizer = load_tokenizer("embedded-sums")
-    plain = PromptFormat(template="1+1=2\n{prompt}").encode(Problem(0, "3+4=", "7"), tokenizer)
+    plain = PromptFormat(template="1+1=2\n{prompt}").encode([Problem(0, "3+4=", "7")], tokenizer)[0]
     assert plain.text == "1+1=2\n3+4="
     assert tokenizer.decode(plain.token_ids, skip_special_tokens=True) == plain.text
     assert plain.token_ids[0] == tokenizer.bos_token_id
     with pytest.raises(InputError, match="no chat template"):
-        PromptFormat().encode(Problem(3, MESSAGES, "2"), tokenizer)
+        PromptFormat().encode([Problem(3, MESSAGES, "2")], tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}{{ think }}"
     chat = PromptFormat(system="be", chat_template_kwargs={"think": "ok"})
-    assert chat.encode(Problem(0, MESSAGES, "2"), tokenizer).text == "system:be\nuser:1+1=?\nok"
-    assert PromptFormat(chat=True).encode(Problem(0, "1", "1"), tokenizer).text == "user:1\n"
+    assert chat.encode([Problem(0, MESSAGES, "2")], tokenizer)[0].text == "system:be\nuser:1+1=?\nok"
+    assert PromptFormat(chat=True).encode([Problem(0, "1", "1")], tokenizer)[0].text == "user:1\n"
     with pytest.raises(InputError, match="needs chat"):
-        PromptFormat(system="be").encode(Problem(0, "1", "1"), tokenizer)
+        PromptFormat(system="be").encode([Problem(0, "1", "1")], tokenizer)
     with pytest.raises(InputError, match=r"no \{prompt\} in it"):
         PromptFormat(template="x")
 
@@ -143,6 +82,40 @@ def test_bad_prompts_are_found_before_sampling(bad, vocab_size, words, caplog):
     assert "1 of 3 prompts dropped" in caplog.text
     with pytest.raises(InputError, match="no usable prompt among 1"):
         encode(Fixed(bad), "drop", vocab_size=vocab_size)
+
+
+def test_what_is_not_looked_at_at_the_start_is_when_it_is_drawn(caplog):
+    """Of six prompts two are tokenised first; of the others a bad one gives way to the next that is good."""
+    made = []
+
+    class Watched(Fixed):
+        def __getitem__(self, index):
+            made.append(index)
+            return super().__getitem__(index)
+
+    problems = Watched("1", "2", "3", "4" * 30, "", "6")
+    caplog.set_level("INFO", "prerl_lightning")
+    found = encode(problems, "drop", checked=2)
+    assert sorted(set(made)) == [0, 1]
+    assert "2 of 6 prompts checked, others as they are drawn" in caplog.text
+    assert found.longest == 20
+    assert len(found) == 6
+    assert [p.row for p in found] == [0, 1, 2, 5, 5, 5]
+    assert "row 3: the prompt has 31 tokens, 20 are allowed" in caplog.text
+    with pytest.raises(
+        InputError, match="row 3: the prompt has 31 tokens"
+    ):  # whoever wants none has them all looked at
+        encode(problems, "error", checked=2)
+    assert [p.row for p in encode(problems, "drop")] == [0, 1, 2, 5]
+    assert encode(Fixed("1", "22"), checked=2).longest == 3
+
+
+def test_many_at_a_time_are_tokenised_as_each_by_itself():
+    tokenizer = load_tokenizer("embedded-sums")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    problems = [Problem(0, "1+1", "2"), Problem(1, MESSAGES, "2"), Problem(2, "22+1=?", "2")]
+    each = [PromptFormat().encode([p], tokenizer)[0] for p in problems]
+    assert PromptFormat().encode(problems, tokenizer) == each
 
 
 # ---------------------------------------------------------------------- order

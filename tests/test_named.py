@@ -8,7 +8,7 @@ import pytest
 
 from prerl_lightning.data.named import SETS, NamedProblems
 from prerl_lightning.data.procedural import ReasoningGym
-from prerl_lightning.data.readers import VerlParquet
+from prerl_lightning.data.readers import Files
 from prerl_lightning.errors import InputError
 from prerl_lightning.rewards.boxed import boxed_reward
 from prerl_lightning.rewards.pool import Item, RewardPool, Verification
@@ -67,12 +67,12 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
         NamedProblems("gsm8k", split="dev")
     file = tmp_path / "rows.jsonl"
     file.write_text('{"problem": "1", "solution": "2"}\n')
-    with pytest.raises(InputError, match="a solution without a box"):
+    with pytest.raises(InputError, match="row 0: 'solution' has no box: '2'"):
         NamedProblems("math_train", str(file)).load()
     with pytest.raises(InputError, match="no column 'answer'; its columns are problem, solution"):
         NamedProblems("math500", str(file)).load()
     file.write_text('{"problem": "1", "answer": "two"}\n')
-    with pytest.raises(InputError, match="row 0: no answer could be read"):
+    with pytest.raises(InputError, match="row 0: an integer is the answer of these problems, not 'two'"):
         NamedProblems("aime24", str(file)).load()
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"bring its test split as a file .* columns question, answer"):
@@ -91,7 +91,7 @@ def test_the_paper_s_twenty_copies_are_folded(name, file, n, copies):
     problems.load()
     assert len(problems) == len({p.prompt[-1]["content"] for p in problems}) == n
     assert all(problems.reward("", f"\\boxed{{{p.ground_truth}}}", p.ground_truth, {}) == 1 for p in problems)
-    unfolded = VerlParquet(str(path), fold=False)
+    unfolded = Files(str(path), fold=False)
     unfolded.load()
     assert len(unfolded) == n * copies
 
@@ -102,8 +102,8 @@ def test_math_s_ground_truths(caplog):
         pytest.skip("MATH lies in ../shared, which is absent here")
     problems = NamedProblems("math_train", str(path))
     problems.load()
-    assert "4 rows have an empty ground truth" in caplog.text
-    filled = [p for p in problems if p.ground_truth.strip()]
+    assert "4 of 7500 rows make no problem; the first: row " in caplog.text
+    filled = list(problems)
     assert len(filled) == 7496
 
     def items(answers):

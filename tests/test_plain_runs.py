@@ -1,5 +1,6 @@
 """Whole runs by an engine of plain words, counted by hand: lives, validations, resumes, what is drawn and for whom."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -14,14 +15,18 @@ from transformers import AutoModelForCausalLM
 
 from prerl_lightning.callbacks import PolicyReincarnation
 from prerl_lightning.callbacks.health import RunHealth
+from prerl_lightning.callbacks.held_out import HeldOut
+from prerl_lightning.callbacks.monitors import held_out_names
 from prerl_lightning.callbacks.saving import RunCheckpoint
+from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.data.module import RolloutDataModule
+from prerl_lightning.data.readers import Files
 from prerl_lightning.data.tasks.sums import ArithmeticProblems
 from prerl_lightning.errors import InputError, RunError
 from prerl_lightning.objectives import GRPO, NSRPreRL, agreement
 from prerl_lightning.objectives.update import Update
 from prerl_lightning.rewards.pool import Verification
-from prerl_lightning.rollout.engine import Sampling
+from prerl_lightning.rollout.engine import HeldOutSampling, Sampling
 
 G, P = 4, 2
 
@@ -214,7 +219,7 @@ def test_a_prompt_leaves_room_for_its_response(folder):
     def lengths(limit):
         problems = ArithmeticProblems("train", 64)
         data = RolloutDataModule(train=problems, engine=Engine(limit=limit), sampling=Sampling(max_new_tokens=8))
-        return [len(p.token_ids) for p in data.encode(folder, {"data.train": problems})["data.train"]]
+        return [len(p.token_ids) for p in data.encode(folder, {"train": problems})["train"]]
 
     longest = max(lengths(200))
     assert len(lengths(longest + 8)) == 64
@@ -300,3 +305,102 @@ def test_skipped_steps_are_counted_in_a_row(folder, tmp_path, monkeypatch):
     bad.update({6, 7})
     with pytest.raises(RunError, match="Step 3: 2 optimizer steps in a row"):
         fit(tmp_path, GRPO(model=folder), RunHealth(skipped=2), steps=5, reward=always)
+
+
+# ---------------------------------------------------------------------- held-out sets
+
+
+def test_further_held_out_sets_are_sampled_as_said_and_kept_apart(folder, tmp_path):
+    """Under names of their own, by the sampling of validations; callbacks see the first set alone."""
+    L.seed_everything(0)
+    engine, notes, held_out = Engine(), Notes(), HeldOut()
+    data = RolloutDataModule(
+        train=ArithmeticProblems("train", 64),
+        val=ArithmeticProblems("held_out", 4),
+        val_more={"small": ArithmeticProblems("held_out", 3, seed=5)},
+        val_sampling=HeldOutSampling(temperature=0.5, max_new_tokens=5),
+        reward=lambda prompt, response, truth, extra: float(extra["max_new_tokens"] == 5),
+        verification=Verification(workers=0),
+        sampling=Sampling(group_size=G, max_new_tokens=8, temperature=0.9),
+        engine=engine,
+        prompts_per_step=P,
+        val_samples=2,
+        val_batch=3,
+    )
+    trainer = quiet_trainer(max_steps=1, default_root_dir=tmp_path, callbacks=[notes, held_out, Thoughts()])
+    names = {*held_out_names(2, True), *held_out_names(2, True, "val/small")}
+    trainer.fit(GRPO(model=folder), datamodule=data)
+    metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/") and "thoughts" not in k}
+    assert set(metrics) == {n for n in names if "maj@" not in n and "no_answer" not in n}
+    assert (metrics["val/problems"], metrics["val/small/problems"]) == (4, 3)
+    assert metrics["val/avg@2"] == metrics["val/small/avg@2"] == 1  # by what the verifier is told of the length
+    asked = {(c.sampling.temperature, c.sampling.max_new_tokens) for c in engine.calls if c.sampling.group_size == 2}
+    assert asked == {(0.5, 5)}
+    trained = [c for c in engine.calls if c.sampling.group_size == G and not c.greedy]
+    assert {(c.sampling.temperature, c.sampling.max_new_tokens) for c in trained} == {(0.9, 8)}
+    assert len(notes.groups) == 2 * 4  # before the step and after it
+    small = data._prompts["val/small"]
+    assert {p.token_ids for p in small} & {tuple(p) for c in engine.calls for p in c.prompts} == {
+        p.token_ids for p in small
+    }
+
+
+def test_names_and_sampling_of_held_out_sets_are_checked(folder):
+    problems = ArithmeticProblems("held_out", 4)
+    for options in ({"val_more": {"a": problems}}, {"val": problems, "val_more": {"a/b": problems}}):
+        with pytest.raises(InputError, match=r"data\.val_more: 'a"):
+            RolloutDataModule(train=problems, engine=Engine(), **options)
+    with pytest.raises(InputError, match=r"data\.val_sampling\.temperature: 0\.0 is out of range"):
+        HeldOutSampling(temperature=0.0)
+    data = RolloutDataModule(
+        train=problems, val=problems, engine=Engine(limit=40), val_sampling=HeldOutSampling(max_new_tokens=40),
+        sampling=Sampling(max_new_tokens=8),
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"data\.val_sampling\.max_new_tokens: 40 leaves no room for a prompt"):
+        data.encode(folder, {"train": problems} | data.held_out)
+
+
+# ---------------------------------------------------------------------- what a run begins with
+
+
+def _boxed(prompt, response, ground_truth, extra):
+    return float(response == f"\\boxed{{{ground_truth}}}")
+
+
+def _hashes(prompt, response, ground_truth, extra):
+    return float(response == f"#### {ground_truth}")
+
+
+def _never(prompt, response, ground_truth, extra):
+    return 0.0
+
+
+@pytest.mark.parametrize(("reward", "mean"), [(_boxed, 1), (_hashes, 1), (_never, 0)])
+def test_the_first_prompt_and_the_verifier_s_word_on_the_truths_come_before_the_engine(
+    folder, tmp_path, caplog, reward, mean
+):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{i}+{i}=?", "answer": 2 * i} for i in range(10, 40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = []
+
+    class Late(Engine):
+        def start(self, *args):
+            seen.append(caplog.text)
+            super().start(*args)
+
+    caplog.set_level("INFO", "prerl_lightning")
+    data = RolloutDataModule(
+        train=Files(str(file)),
+        reward=reward,
+        verification=Verification(workers=0),
+        sampling=Sampling(group_size=G, max_new_tokens=4),
+        engine=Late(),
+        prompts_per_step=P,
+    )
+    quiet_trainer(max_steps=1, default_root_dir=tmp_path).fit(GRPO(model=folder), datamodule=data)
+    said = seen[0]
+    assert "data.train: 30 problems. What the model sees of the first: '<bos>10+10=?'. Its truth: '20'." in said
+    assert f"of 30 truths likewise: {mean} on average" in said
+    assert ("the set's own truths earn 0 on average" in said) == (mean == 0)
+    assert said.count("What the model sees") == caplog.text.count("What the model sees") == 1

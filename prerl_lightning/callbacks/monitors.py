@@ -23,11 +23,11 @@ STEP = (
 )
 
 
-def held_out_names(k: int, greedy: bool) -> set[str]:
+def held_out_names(k: int, greedy: bool, key: str = "val") -> set[str]:
     """Of a validation with k samples a problem; maj@k and no_answer are there where the verifier reads answers."""
     ones = torch.ones(1, k, dtype=torch.long)
     found = summary(ones.double(), ones, ones, ones, torch.ones(int(greedy), dtype=torch.float64))
-    return {f"val/{name}" for name in found}
+    return {f"{key}/{name}" for name in found}
 
 
 def training_names(group_size: int) -> set[str]:
@@ -59,7 +59,8 @@ def check_monitors(trainer: L.Trainer, modules: Collection[Any], data: RolloutDa
         return
     names = training_names(data.sampling.group_size)
     if data.val is not None and trainer.limit_val_batches != 0:
-        names |= held_out_names(data.val_samples, data.val_greedy)
+        for key in data.held_out:
+            names |= held_out_names(data.val_samples, data.val_greedy, key)
     for callback in callbacks:
         check_monitor(callback, names)
 

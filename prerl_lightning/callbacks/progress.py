@@ -64,8 +64,11 @@ class StepLines(L.Callback):
         metrics = trainer.callback_metrics
         shown = []
         for key, value in metrics.items():
-            if key.startswith("val/") and not key.endswith(BOUNDS):
-                bounds = f" [{metrics[f'{key}/low']:.3f}, {metrics[f'{key}/high']:.3f}]" if "avg@" in key else ""
+            if key.startswith("val/") and not key.endswith((*BOUNDS, "problems")):
+                bounds = ""
+                if "avg@" in key:
+                    of = metrics[f"{key.rpartition('/')[0]}/problems"]
+                    bounds = f" [{metrics[f'{key}/low']:.3f}, {metrics[f'{key}/high']:.3f}] of {of:.0f} problems"
                 shown.append(f"{key.removeprefix('val/')} {value:.3f}{bounds}")
         log.info("held out at step %d: %s", trainer.global_step, ", ".join(shown))
 

@@ -37,12 +37,12 @@ class PromptLoader:
     def __iter__(self) -> Iterator[list[Prompt]]:
         if self.cursor >= len(self):
             self.epoch, self.cursor = self.epoch + 1, 0
-        order = list(range(len(self.prompts)))
+        order = torch.arange(len(self.prompts))
         if self.shuffle_seed is not None:
             generator = torch.Generator().manual_seed(self.shuffle_seed * 1_000_003 + self.epoch)
-            order = torch.randperm(len(self.prompts), generator=generator).tolist()
+            order = torch.randperm(len(self.prompts), generator=generator)
         while self.cursor < len(self):
-            batch = order[self.cursor * self.batch_size : (self.cursor + 1) * self.batch_size]
+            batch = order[self.cursor * self.batch_size : (self.cursor + 1) * self.batch_size].tolist()
             share = -(-len(batch) // self.world_size)
             self.cursor += 1
             yield [self.prompts[i] for i in batch[self.rank * share : (self.rank + 1) * share]]

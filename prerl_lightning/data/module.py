@@ -1,6 +1,7 @@
 """RolloutDataModule: prompts, engine, reward and validation set of a run, shared by all its lives."""
 
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -9,13 +10,14 @@ import lightning as L
 import torch
 
 from prerl_lightning.data.loader import PromptLoader
+from prerl_lightning.data.preview import check_truths, show_first
 from prerl_lightning.data.problems import ProblemSet
-from prerl_lightning.data.prompts import PromptFormat, encode_all
+from prerl_lightning.data.prompts import CHECKED, PromptFormat, Prompts, encode_all
 from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.policy.model import load_config, load_tokenizer, model_path
 from prerl_lightning.rewards.pool import RewardPool, Verification
 from prerl_lightning.rewards.score import Reward
-from prerl_lightning.rollout.engine import Engine, Place, Sampling
+from prerl_lightning.rollout.engine import Engine, HeldOutSampling, Place, Sampling
 from prerl_lightning.rollout.sampler import Group, mixed_seed, sample, sample_for_evaluation
 from prerl_lightning.rollout.slow import SlowRollouts, Usage
 from prerl_lightning.rollout.vllm_engine import VLLMEngine
@@ -31,9 +33,12 @@ class RolloutDataModule(L.LightningDataModule):
     Args:
         train: the problems to train on.
         val: the held-out problems; None: no validation.
+        val_more: further held-out sets by name, logged as val/NAME/avg@k and so on. All that watches a run looks at
+            ``val``.
         reward: ``(prompt, response, ground_truth, extra) -> float`` by import path, e.g.
             ``prerl_lightning.rewards.boxed_reward``; None: the problem set's own.
-        val_reward: likewise for the held-out set; None: ``reward``, or that set's own.
+        val_reward: likewise for the held-out sets; None: ``reward``, or each set's own.
+        val_sampling: what is drawn otherwise for held-out problems than for training.
         verification: processes, time and memory for rewards.
         sampling: how responses are drawn; the group size G is in here.
         engine: the inference engine.
@@ -42,9 +47,9 @@ class RolloutDataModule(L.LightningDataModule):
         val_samples: k, responses a held-out problem, for avg@k and pass@k.
         val_greedy: one greedy response more, for greedy accuracy.
         val_batch: held-out problems sampled at a time, over all ranks.
-        max_prompt_tokens: longer prompts are bad; default: the engine's ``max_model_len`` less
-            ``sampling.max_new_tokens``.
-        on_bad_prompt: what to do with an empty or too long prompt: ``drop`` (counted and said once) or ``error``.
+        max_prompt_tokens: longer prompts are bad; default: the engine's ``max_model_len`` less ``max_new_tokens``.
+        on_bad_prompt: what to do with an empty or too long prompt: ``drop`` (counted and said once) or ``error``. Of
+            more than 10,000 training prompts ``drop`` looks at the others when they are drawn.
         seed: of the prompts' order and of sampling; default: ``seed_everything``'s.
     """
 
@@ -53,12 +58,14 @@ class RolloutDataModule(L.LightningDataModule):
         train: ProblemSet,
         reward: Reward | None = None,
         val: ProblemSet | None = None,
+        val_more: dict[str, ProblemSet] | None = None,
         val_reward: Reward | None = None,
         verification: Verification = Verification(),  # noqa: B008  (frozen)
         sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
         engine: Engine | None = None,
         format: PromptFormat = PromptFormat(),  # noqa: B008  (frozen)
         prompts_per_step: int = 16,
+        val_sampling: HeldOutSampling = HeldOutSampling(),  # noqa: B008  (frozen)
         val_samples: int = 8,
         val_greedy: bool = True,
         val_batch: int = 128,
@@ -67,7 +74,8 @@ class RolloutDataModule(L.LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.train, self.val = train, val
+        self.train, self.val, self.val_more = train, val, val_more or {}
+        self.val_sampling = val_sampling
         self.reward, self.val_reward = reward, val_reward or reward
         self.verification = verification
         self.sampling, self.engine, self.format = sampling, engine or VLLMEngine(), format
@@ -77,7 +85,13 @@ class RolloutDataModule(L.LightningDataModule):
         self.seed = seed
         least = {"prompts_per_step": 1, "val_samples": 1, "val_batch": 1, "max_prompt_tokens": 1, "seed": 0}
         check_bounds(self, "data", least)
-        self._prompts: dict[str, list[Prompt]] = {}
+        for name in self.val_more:
+            if val is None or not re.fullmatch(r"[\w.-]+", name):
+                raise InputError(
+                    f"data.val_more: {name!r}: a name is of letters, digits, dots and dashes, and data.val has to be "
+                    "there, the set that all that watches a run looks at."
+                )
+        self._prompts: dict[str, Prompts] = {}
         self._pools: dict[str, RewardPool] = {}
         self._slow = SlowRollouts()
 
@@ -111,8 +125,11 @@ class RolloutDataModule(L.LightningDataModule):
         self.check(module, self.trainer, stage)
         if not self._pools:
             self._start_pools()
+        if strategy.global_rank == 0:
+            for key, problems in ({"train": self.train} | self.held_out).items():
+                check_truths(label(key), problems, self._prompts[key], self._pools[key], self.sampling_of(key))
         if stage == "fit":
-            longest = max(len(p.token_ids) for p in self._prompts["train"]) + self.sampling.max_new_tokens
+            longest = self._prompts["train"].longest + self.sampling.max_new_tokens
             module.plan_memory(self.engine, strategy.root_device, longest)
         module.configure_model()  # Lightning would do so when the engine has started, and damaged weights show here
         place = Place(strategy.global_rank, self.trainer.world_size, strategy.local_rank, strategy.root_device)
@@ -137,8 +154,8 @@ class RolloutDataModule(L.LightningDataModule):
 
     def _rewards(self) -> dict[str, Reward]:
         rewards = {"train": first_reward("data.train", self.reward, self.train.reward)}
-        if self.val is not None:
-            rewards["val"] = first_reward("data.val", self.val_reward, self.val.reward, rewards["train"])
+        for key, problems in self.held_out.items():
+            rewards[key] = first_reward(label(key), self.val_reward, problems.reward, rewards["train"])
         return rewards
 
     def _start_pools(self) -> None:
@@ -157,16 +174,25 @@ class RolloutDataModule(L.LightningDataModule):
             raise InputError(
                 f"data.prompts_per_step: {self.prompts_per_step} prompts do not divide over {world_size} ranks."
             )
-        sets = {"data.train": self.train} | ({"data.val": self.val} if self.val is not None else {})
-        encoded = self.encode(module.model_name, sets)
-        self._prompts = {key.removeprefix("data."): prompts for key, prompts in encoded.items()}
+        self._prompts = self.encode(module.model_name, {"train": self.train} | self.held_out)
         if len(self._prompts["train"]) < self.prompts_per_step:
             raise InputError(
                 f"data.train: {len(self._prompts['train'])} usable prompts are fewer than data.prompts_per_step "
                 f"({self.prompts_per_step})."
             )
 
-    def encode(self, model: str, sets: Mapping[str, ProblemSet]) -> dict[str, list[Prompt]]:
+    @property
+    def held_out(self) -> dict[str, ProblemSet]:
+        """``val`` first, then those of ``val_more`` as val/NAME."""
+        if self.val is None:
+            return {}
+        return {"val": self.val} | {f"val/{name}": problems for name, problems in self.val_more.items()}
+
+    def sampling_of(self, key: str) -> Sampling:
+        """``train``, or the key of a held-out set."""
+        return self.sampling if key == "train" else self.val_sampling.over(self.sampling)
+
+    def encode(self, model: str, sets: Mapping[str, ProblemSet]) -> dict[str, Prompts]:
         """Open the problem sets and make prompts for ``model`` that its engine has room for; see `encode_all`."""
         config = load_config(model)
         self.engine.check(model_path(model), config)
@@ -179,26 +205,33 @@ class RolloutDataModule(L.LightningDataModule):
             problems.load()
         tokenizer = load_tokenizer(model)
         max_model_len = self.engine.max_model_len(config)
-        longest = max_model_len - self.sampling.max_new_tokens
-        if longest < 1:
-            raise InputError(
-                f"data.sampling.max_new_tokens: {self.sampling.max_new_tokens} leaves no room for a prompt in the "
-                f"engine's max_model_len of {max_model_len}."
+        made = {}
+        for key, problems in sets.items():
+            new = self.sampling_of(key).max_new_tokens
+            longest = max_model_len - new
+            if longest < 1:
+                own = key != "train" and self.val_sampling.max_new_tokens is not None
+                raise InputError(
+                    f"data.{'val_sampling' if own else 'sampling'}.max_new_tokens: {new} leaves no room for a prompt "
+                    f"in the engine's max_model_len of {max_model_len}."
+                )
+            if self.max_prompt_tokens is not None:
+                longest = min(longest, self.max_prompt_tokens)
+            made[key] = encode_all(
+                *(problems, label(key), self.format, tokenizer, longest, config.vocab_size, self.on_bad_prompt),
+                checked=CHECKED if key == "train" else None,
             )
-        if self.max_prompt_tokens is not None:
-            longest = min(longest, self.max_prompt_tokens)
-        return {
-            key: encode_all(problems, key, self.format, tokenizer, longest, config.vocab_size, self.on_bad_prompt)
-            for key, problems in sets.items()
-        }
+            show_first(label(key), made[key], tokenizer)
+        return made
 
     def train_dataloader(self) -> PromptLoader:
         return self._loader("train", self.prompts_per_step, self.seed)
 
-    def val_dataloader(self) -> PromptLoader | list[Any]:
-        return [] if self.val is None else self._loader("val", self.val_batch, None)
+    def val_dataloader(self) -> PromptLoader | list[PromptLoader]:
+        loaders = [self._loader(key, self.val_batch, None) for key in self.held_out]
+        return loaders[0] if len(loaders) == 1 else loaders
 
-    def test_dataloader(self) -> PromptLoader | list[Any]:
+    def test_dataloader(self) -> PromptLoader | list[PromptLoader]:
         return self.val_dataloader()
 
     def _loader(self, key: str, batch_size: int, shuffle_seed: int | None) -> PromptLoader:
@@ -223,8 +256,9 @@ class RolloutDataModule(L.LightningDataModule):
         return time.perf_counter() - start
 
     def some_prompts(self, number: int) -> list[Prompt]:
-        """To look at the engine with: training prompts where there are, else held-out ones."""
-        return (self._prompts.get("train") or self._prompts["val"])[:number]
+        """Of training, to look at the engine with."""
+        prompts = self._prompts["train"]
+        return [prompts[i] for i in range(min(number, len(prompts)))]
 
     def rollout(self, prompts: Sequence[Prompt], policy_version: int) -> Rollout:
         """Sample G responses for each prompt and reward them.
@@ -258,15 +292,22 @@ class RolloutDataModule(L.LightningDataModule):
             seconds=seconds,
         )
 
-    def evaluate(self, prompts: Sequence[Prompt]) -> tuple[list[Group], list[Group]]:
-        """``val_samples`` samples of each held-out prompt, and its greedy response if ``val_greedy``."""
-        pool, k = self._pools["val"], self.val_samples
-        return sample_for_evaluation(self.engine, pool, prompts, self.sampling, k, self.val_greedy, self.seed)
+    def evaluate(self, prompts: Sequence[Prompt], key: str = "val") -> tuple[list[Group], list[Group]]:
+        """``val_samples`` samples of each prompt of a held-out set, and its greedy response if ``val_greedy``."""
+        pool, k, sampling = self._pools[key], self.val_samples, self.sampling_of(key)
+        return sample_for_evaluation(self.engine, pool, prompts, sampling, k, self.val_greedy, self.seed)
 
     def _seeds(self, n_prompts: int, step: int) -> list[int]:
         """By position in the global batch: one rank or several draw the same responses."""
         first = (self.trainer.global_rank if self.trainer else 0) * n_prompts
         return [mixed_seed(self.seed, "train", step, first + i) for i in range(n_prompts)]
+
+
+def label(key: str) -> str:
+    """Of a set of a run its place in the configuration; `prerl evaluate` has others by their names."""
+    if key in ("train", "val"):
+        return f"data.{key}"
+    return f"data.val_more.{key.removeprefix('val/')}" if key.startswith("val/") else key
 
 
 def first_reward(key: str, *candidates: Reward | None) -> Reward:

@@ -1,7 +1,7 @@
 """The base of all problem sets: a sized sequence of `Problem`, cheap to construct, opened in `load`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prerl_lightning.rewards.score import Reward
 from prerl_lightning.types import Problem
@@ -18,6 +18,11 @@ class ProblemSet(ABC):
     def reward(self) -> Reward | None:
         """The verifier that belongs to this set, where it has one: what ``data.reward`` falls back to."""
         return None
+
+    def forms(self, truth: str) -> Sequence[str]:
+        """Responses of which one should earn the full reward, if ``truth`` is an answer and the verifier reads it:
+        tried where a run starts. None: a truth of this set is no answer, or the set is right by construction."""
+        return ()
 
     def load(self) -> None:  # noqa: B027  (optional: a procedural set has nothing to open)
         """Open the source and check it."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from prerl_lightning.metrics.intervals import interval
 from prerl_lightning.ranks import gather_state
 from prerl_lightning.rollout.sampler import Group
 
@@ -73,17 +74,6 @@ def bootstrap(values: Tensor, seed: int = 0) -> Tensor:
     return values[drawn].mean(1)
 
 
-def interval(values: Tensor) -> tuple[float, float]:
-    """95 % percentile interval of the mean of (P,) values over problems."""
-    return percentiles(bootstrap(values))
-
-
-def percentiles(drawn: Tensor) -> tuple[float, float]:
-    """2.5 and 97.5 % of (RESAMPLES,) means."""
-    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
-
-
 class EvaluationMetric(Metric):
     """Of a set of problems, k samples each, and perhaps one greedy response. Its states are on the CPU."""
 
@@ -129,11 +119,11 @@ class EvaluationMetric(Metric):
 
 
 def summary(rewards: Tensor, answers: Tensor, lengths: Tensor, truncated: Tensor, greedy: Tensor) -> dict[str, float]:
-    """All measures of one matrix: (P, k) each, and (P,) or (0,) greedy rewards."""
+    """How many problems, and all measures of one matrix: (P, k) each, and (P,) or (0,) greedy rewards."""
     values = per_problem(rewards, answers)
     if len(greedy):
         values["greedy"] = greedy
-    found: dict[str, float] = {}
+    found = {"problems": float(len(rewards))}
     for key, value in values.items():
         low, high = interval(value)
         found |= {key: float(value.mean()), f"{key}/low": low, f"{key}/high": high}

@@ -163,7 +163,7 @@ class PolicyModule(L.LightningModule):
 
         self.policy: Policy | None = None
         self.reference: Reference | None = None
-        self.evaluation = EvaluationMetric()
+        self.evaluations: dict[str, EvaluationMetric] = {}  # by held-out set; no submodules, they have no weights
         self.validations = Validations()
         self.interruptions = Interruptions()
         # for callbacks: this rank's last rollout, the one of all ranks (`gathered`), and the seconds they took
@@ -476,14 +476,18 @@ class PolicyModule(L.LightningModule):
     def on_test_start(self) -> None:
         self.on_validation_start()
 
-    def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> dict[str, list[Group]]:
-        """The groups, for callbacks: ``samples``, and ``greedy`` ones, which may be none."""
-        samples, greedy = self.data.evaluate(batch)
-        self.evaluation.update(samples, greedy, self.data.val_samples)
-        return {"samples": samples, "greedy": greedy}
+    def validation_step(
+        self, batch: Sequence[Prompt], batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, list[Group]]:
+        """The groups, for callbacks: ``samples``, and ``greedy`` ones, which may be none. Of the first held-out set
+        alone: what watches a run would take another set's problems for its."""
+        key = list(self.data.held_out)[dataloader_idx]
+        samples, greedy = self.data.evaluate(batch, key)
+        self.evaluations.setdefault(key, EvaluationMetric()).update(samples, greedy, self.data.val_samples)
+        return {"samples": samples, "greedy": greedy} if dataloader_idx == 0 else {"samples": [], "greedy": []}
 
-    def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> dict[str, list[Group]]:
-        return self.validation_step(batch, batch_idx)
+    def test_step(self, batch: Sequence[Prompt], batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[Group]]:
+        return self.validation_step(batch, batch_idx, dataloader_idx)
 
     def on_validation_batch_end(self, *_: Any) -> None:
         if self.trainer.state.fn == "fit":
@@ -496,13 +500,14 @@ class PolicyModule(L.LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, stage: str) -> None:
+        evaluations, self.evaluations = self.evaluations, {}
         if self.trainer.sanity_checking:  # of some batches, and of no step
-            self.evaluation.reset()
             return
-        for key, value in self.evaluation.compute().items():
-            self.log(f"{stage}/{key}", value, batch_size=1, logger=False)  # the same on all ranks
-            self.record({f"{stage}/{key}": value})
-        self.evaluation.reset()
+        for key, evaluation in evaluations.items():
+            for name, value in evaluation.compute().items():
+                logged = f"{stage}{key.removeprefix('val')}/{name}"
+                self.log(logged, value, batch_size=1, logger=False)  # the same on all ranks
+                self.record({logged: value})
         self.validations.step = self.trainer.global_step
         self.record({f"{stage}/step": self.trainer.global_step})
         self._write_row()

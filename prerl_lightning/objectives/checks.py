@@ -120,7 +120,7 @@ def check_run(host: "PolicyModule", data: RolloutDataModule, trainer: L.Trainer)
             )
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which has a max_steps of its own
         lives.check_steps(host, trainer.max_steps)
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if (check := getattr(callback, "check_run", None)) is not None:
             check(trainer, host)
 

@@ -197,7 +197,7 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
     drawn = {column for figure in found for column in figure.columns}
     drawn |= {f"{column}{end}" for column in drawn for end in ("/low", "/high")}
     drawn |= {"val/step", "optim/step", "life", "time/since_start"}
-    rest = sorted(c for c in there - drawn if not c.endswith(("/low", "/high")))
+    rest = sorted(c for c in there - drawn if not c.endswith(("/low", "/high", "/problems")))
     return [*found, *(Figure(f"other-{c}", "other", c, (("", c),)) for c in rest)]
 
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from prerl_lightning.errors import check_bounds
 from prerl_lightning.types import Response
 
 OnGroup = Callable[[int, list[Response]], None]
+# bounds of both ways to draw responses
+LEAST = {"top_k": 0, "max_new_tokens": 1}
+ABOVE = {"temperature": 0, "top_p": 0}
+MOST = {"top_p": 1}
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,30 @@ class Sampling:
     stop_token_ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        least, above = {"group_size": 1, "top_k": 0, "max_new_tokens": 1}, {"temperature": 0, "top_p": 0}
-        check_bounds(self, "data.sampling", least, above, most={"top_p": 1})
+        check_bounds(self, "data.sampling", {**LEAST, "group_size": 1}, ABOVE, MOST)
+
+
+@dataclass(frozen=True)
+class HeldOutSampling:
+    """How responses to held-out problems are drawn, where that is another way than in training; None: the same.
+
+    Args:
+        temperature: > 0.
+        top_p: of the most probable tokens.
+        top_k: likewise; 0 is off.
+        max_new_tokens: a response is cut there.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "data.val_sampling", LEAST, ABOVE, MOST)
+
+    def over(self, training: Sampling) -> Sampling:
+        return replace(training, **{key: value for key, value in asdict(self).items() if value is not None})
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def sample(
     futures: list[list[Future[Verdict]]] = [[] for _ in prompts]
 
     def verify(i: int, responses: list[Response]) -> None:
-        items[i] = [_item(prompts[i], r, sampling) for r in responses]
+        items[i] = [item(prompts[i], r.text, r.truncated, len(r.token_ids), sampling) for r in responses]
         futures[i] = pool.submit(items[i])
 
     responses = engine.generate([p.token_ids for p in prompts], sampling, seeds, greedy, verify)
@@ -71,14 +71,10 @@ def sample_for_evaluation(
     return samples, sample(engine, pool, prompts, sampling, seeds, greedy=True) if greedy else []
 
 
-def _item(prompt: Prompt, response: Response, sampling: Sampling) -> Item:
-    extra = {
-        **prompt.extra,
-        "truncated": response.truncated,
-        "tokens": len(response.token_ids),
-        "max_new_tokens": sampling.max_new_tokens,
-    }
-    return Item(prompt.text, response.text, prompt.ground_truth, extra, prompt.row)
+def item(prompt: Prompt, text: str, truncated: bool, tokens: int, sampling: Sampling) -> Item:
+    """A response for the verifier."""
+    extra = {**prompt.extra, "truncated": truncated, "tokens": tokens, "max_new_tokens": sampling.max_new_tokens}
+    return Item(prompt.text, text, prompt.ground_truth, extra, prompt.row)
 
 
 def mixed_seed(*parts: Any) -> int:

@@ -72,7 +72,7 @@ def test_one_process(tmp_path):
 def test_two_ranks(tmp_path, strategy):
     alone = Run(tmp_path / "alone", strategy)
     alone.whole()
-    run = Run(tmp_path / "run", strategy, ["--watchdog.warn_after=4", "--watchdog.end_after=4"])
+    run = Run(tmp_path / "run", strategy, ["--watchdog.warn_after=11", "--watchdog.end_after=2"])
 
     assert run.suffer(Fault("start-up", (TERM,), to="first", delay=1.0)) == 128 + TERM, run.output
     assert not run.left
