@@ -110,8 +110,10 @@ class VLLMEngine(Engine):
                 f"Give {limit} or fewer."
             )
         if (mib := self.options["kv_cache_mib"]) is not None:
-            dtype = "float32" if not torch.cuda.is_available() else "auto"
-            self._kv_cache_bytes(model, dtype if self.options["dtype"] == "auto" else self.options["dtype"], mib)
+            dtype: Dtype = self.options["dtype"]
+            if dtype == "auto" and not torch.cuda.is_available():
+                dtype = "float32"
+            self._kv_cache_bytes(model, dtype, mib)
 
     def start(self, model: str, seed: int, place: Place) -> None:
         if self._llm is not None:
