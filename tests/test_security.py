@@ -278,5 +278,5 @@ def test_messages_cannot_steer_the_terminal(refused, monkeypatch, tmp_path):
     said = refused("watch")
     sys.stdout.close()
     logged = (tmp_path / "out").read_text()
-    assert said == "prerl: error: first ·[2J·]0;title··31m·· wait\n4\nsecond\n"
+    assert said == "first ·[2J·]0;title··31m·· wait\n4\nprerl: error: second\n"
     assert logged == "one·[2J·]0;title··31m·· wait\n4\ntwo\n"
