@@ -50,7 +50,7 @@ ROWS = {  # of JSON lines
 
 def rows(name, **columns):
     """An overlay that trains on a file of rows."""
-    train = {"class_path": "JSONLines", "init_args": {"path": name, **columns}}
+    train = {"class_path": "Files", "init_args": {"path": name, **columns}}
     return json.dumps({"data": {"reward": "prerl_lightning.rewards.boxed_reward", "train": train}})
 
 
@@ -278,13 +278,16 @@ CASES = [
         rows("good.jsonl", prompt="question"),
         r"good\.jsonl: 8 of 8 rows make no problem, .* row 0: no column 'question'; its columns are answer, prompt",
     ),
-    (rows("short.jsonl", max_unusable=0), r"short\.jsonl: 1 of .* The first: row 5: no column 'answer'; its columns are prompt"),
+    (rows("short.jsonl", max_unusable=0), r"short\.jsonl: 1 of .* The first: row 5: no column 'answer'; its columns are"),
+        rows("short.jsonl", max_unusable=0),
+        r"short\.jsonl: 1 of .* The first: row 5: no column 'answer'; its columns are prompt",
+    ),
     (rows("null.jsonl", max_unusable=0), r"null\.jsonl: 1 of .* The first: row 5: 'answer' is missing"),
     (rows("numbers.jsonl"), r"numbers\.jsonl: 8 of 8 .* row 0: 'prompt' is neither text nor"),
     (rows("chat.jsonl"), "Row 0 is chat messages, and the model's tokenizer has no chat template"),
     (rows("long.jsonl"), r"data\.train: no usable prompt among 1; row 0: the prompt has"),
-    (rows("good.jsonl", limit=0), r"JSONLines\.limit: 0 must be"),
-    ("{data: {train: {class_path: JSONLines, init_args: {path: good.jsonl}}}}", "data.reward: missing"),
+    (rows("good.jsonl", limit=0), r"Files\.limit: 0 must be"),
+    ("{data: {train: {class_path: Files, init_args: {path: good.jsonl}}}}", "data.reward: missing"),
     ("--data.prompts_per_step=99", "data.train: 16 usable prompts are fewer than data.prompts_per_step"),
     ("--data.format.system=hi", "data.format.system: needs chat"),
     ("--data.format.template=hi", "data.format.template: has no {prompt} in it"),
@@ -354,7 +357,7 @@ CASES = [
     ("--ckpt_path=nope.ckpt", "--ckpt_path: there is no nope.ckpt"),
     ("--ckpt_path=last", "--ckpt_path: there is no last.ckpt below"),
     ("--ckpt_path=best", "--ckpt_path: there is no last.ckpt below"),
-    ("--ckpt_path=file", "--ckpt_path: file is no training checkpoint"),
+    ("--ckpt_path=file", "--ckpt_path: file is cut off, or no checkpoint"),
     # --- the other commands
     ("evaluate", "prerl evaluate: give --model and --data"),
     ("evaluate --model embedded --data math500 --k 0", "--k: 0 is below 1"),

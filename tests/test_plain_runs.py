@@ -350,7 +350,7 @@ def test_names_and_sampling_of_held_out_sets_are_checked(folder):
     for options in ({"val_more": {"a": problems}}, {"val": problems, "val_more": {"a/b": problems}}):
         with pytest.raises(InputError, match=r"data\.val_more: 'a"):
             RolloutDataModule(train=problems, engine=Engine(), **options)
-    with pytest.raises(InputError, match=r"data\.val_sampling\.temperature: 0\.0 is out of range"):
+    with pytest.raises(InputError, match=r"data\.val_sampling\.temperature: 0\.0 must be a finite number above 0"):
         HeldOutSampling(temperature=0.0)
     data = RolloutDataModule(
         train=problems, val=problems, engine=Engine(limit=40), val_sampling=HeldOutSampling(max_new_tokens=40),

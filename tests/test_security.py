@@ -223,10 +223,10 @@ def test_chat_templates_are_in_a_sandbox(tmp_path):
     for evil in (f"{globals_of}.os.system('touch {tmp_path}/marker')", "''.__class__.__mro__[1].__subclasses__()"):
         tokenizer.chat_template = "{{ " + evil + " }}"
         with pytest.raises(InputError, match=r"Row 3: the chat template .* fails \((Security|Undefined)Error"):
-            PromptFormat().encode(problem, tokenizer)
+            PromptFormat().encode([problem], tokenizer)
     tokenizer.chat_template = "{{ raise_exception('no system message') }}"
     with pytest.raises(InputError, match=r"TemplateError: no system message"):
-        PromptFormat().encode(problem, tokenizer)
+        PromptFormat().encode([problem], tokenizer)
     assert not any(tmp_path.iterdir())
 
 

@@ -385,7 +385,7 @@ def test_where_a_run_s_files_go(tmp_path):
 def test_wrong_numbers_are_refused():
     with pytest.raises(InputError, match="alignment"):
         GradientAlignment(responses=0)
-    with pytest.raises(InputError, match="bins 0 or 2 or more"):
+    with pytest.raises(InputError, match="bins: 1 would be the whole response"):
         GradientAlignment(bins=1)
     with pytest.raises(InputError, match=r"alignment\.sketch: 65536: give 0, or a prime .* 65537"):
         GradientAlignment(sketch=65536)

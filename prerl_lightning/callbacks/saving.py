@@ -197,8 +197,9 @@ class RunCheckpoint(ModelCheckpoint):
         except OSError as error:
             key = "checkpoint.dirpath" if self.dirpath else "trainer.default_root_dir"
             raise InputError(f"{key}: {folder} cannot be written in: {error.strerror}.") from error
+        config = load_config(pl_module.model_name)
         try:
-            parameters = ModelShape.of_config(load_config(pl_module.model_name)).parameters
+            parameters = ModelShape.of_config(config).parameters
         except ValueError:  # no language model, which its loading says better
             return
         needed = 2 * parameters * (4 if self.save_weights_only else 12)  # fp32, and Adam's two moments
