@@ -278,7 +278,7 @@ CASES = [
         rows("good.jsonl", prompt="question"),
         r"good\.jsonl: 8 of 8 rows make no problem, .* row 0: no column 'question'; its columns are answer, prompt",
     ),
-    (rows("short.jsonl", max_unusable=0), r"short\.jsonl: 1 of .* The first: row 5: no column 'answer'; its columns are"),
+    (
         rows("short.jsonl", max_unusable=0),
         r"short\.jsonl: 1 of .* The first: row 5: no column 'answer'; its columns are prompt",
     ),
