@@ -12,11 +12,10 @@ import lightning as L
 import torch
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.cli import SaveConfigCallback
-from transformers import AutoModelForCausalLM
 
 from prerl_lightning.callbacks.saving import kept_best
 from prerl_lightning.errors import InputError, in_one_line
-from prerl_lightning.policy.model import load_config
+from prerl_lightning.policy.model import empty_model
 from prerl_lightning.secrets import hide
 
 log = logging.getLogger(__name__)
@@ -77,14 +76,14 @@ def check_file(path: Path, model: str, weights_only: bool = True) -> None:
             f"--ckpt_path: {path} is no training checkpoint of this library. To start a new run from exported weights, "
             "give their folder as --model.init_args.model."
         )
-    with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(load_config(model)).state_dict()
-    for name, tensor in found["state_dict"].items():
-        own = expected.get(name.removeprefix("policy.model."))
-        if own is None or own.shape != tensor.shape:
-            there = "is not in" if own is None else f"has the shape {tuple(own.shape)} in"
+    ours = empty_model(model)
+    theirs = {name.removeprefix("policy.model."): tensor.shape for name, tensor in found["state_dict"].items()}
+    expected = {name: tensor.shape for name, tensor in ours.state_dict().items()}
+    for name in [*theirs, *(name for name, _ in ours.named_parameters())]:
+        if theirs.get(name) != expected.get(name):
+            there, here = (str(tuple(s[name])) if name in s else "absent" for s in (theirs, expected))
             raise InputError(
-                f"--ckpt_path: {path} is of another model: its {name} {tuple(tensor.shape)} {there} {model}."
+                f"--ckpt_path: {path} is of another model: {name} is {there} in it, and {here} in {model}."
             )
 
 

@@ -286,7 +286,7 @@ def test_what_is_no_whole_checkpoint_is_refused_before_the_engine_starts(here, r
         "flipped": "is damaged: the checksum of ",
         "folder": "is a folder",
         "foreign": "is no training checkpoint of this library",
-        "other model": "is of another model: its policy.model.",
+        "other model": "is of another model: model.layers.0.self_attn.",
     }
     assert said.splitlines()[-1].startswith("prerl: error: --ckpt_path: bad.ckpt ")
     assert expected[kind] in said
