@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, check_bounds, in_one_line, nearest
@@ -100,7 +100,7 @@ def check_run(host: "PolicyModule", data: RolloutDataModule, trainer: L.Trainer)
     modules = [host, *(c.successor for c in switches)]
     lives.arrange(modules, [0, *steps])
     host.planned_lives = host.lives
-    _check_successors(host, switches, hasattr(trainer.strategy, "device_mesh"))
+    _check_successors(host, switches, isinstance(trainer.strategy, ModelParallelStrategy))
     for module in modules:
         endless = module.end_step is None and trainer.max_steps < 0
         if endless and module.lr_schedule != "constant":
