@@ -33,15 +33,12 @@ def test_one_process(tmp_path):
     assert run.output.strip().splitlines() == ["prerl: SIGINT: ended before there was anything to save."]
     assert not run.runs.exists()
 
-    assert run.suffer(Fault("step 2", (TERM,))) == 128 + TERM, run.output
+    # in the validation where life 2 begins; the reward's workers get it too
+    assert run.suffer(Fault("validation 4", (TERM,))) == 128 + TERM, run.output
     assert "Traceback" not in run.output
-    assert "SIGTERM: stopped at step 3. The checkpoint: " in run.output
+    assert "SIGTERM: stopped at step 4. The checkpoint: " in run.output
     assert (record(run)["status"], record(run)["error"]) == ("interrupted", "SIGTERM")
     assert not list(run.runs.glob("*/model"))
-
-    # in the validation where life 2 begins; the reward's workers get it too
-    assert run.suffer(Fault("validation 4", (HUP,))) == 128 + HUP, run.output
-    assert "SIGHUP: stopped at step 4. " in run.output
 
     assert run.suffer(Fault("step 6", (INT, INT), to="first")) == 128 + INT, run.output
     assert "stopped at once" in run.output
@@ -68,22 +65,14 @@ def test_one_process(tmp_path):
     assert not left(run)
 
 
-@pytest.mark.parametrize("strategy", ["ddp"])
-def test_two_ranks(tmp_path, strategy):
-    alone = Run(tmp_path / "alone", strategy)
+def test_two_ranks(tmp_path):
+    alone = Run(tmp_path / "alone", "ddp")
     alone.whole()
-    run = Run(tmp_path / "run", strategy, ["--watchdog.warn_after=11", "--watchdog.end_after=2"])
-
-    assert run.suffer(Fault("start-up", (TERM,), to="first", delay=1.0)) == 128 + TERM, run.output
-    assert not run.left
+    run = Run(tmp_path / "run", "ddp", ["--watchdog.warn_after=11", "--watchdog.end_after=2"])
 
     assert run.suffer(Fault("step 2", (TERM,), to="rank 1")) == 128 + TERM, run.output
     assert "SIGTERM: stopped at step 3. " in run.output
     assert "Traceback" not in run.output
-    assert not run.left
-
-    assert run.suffer(Fault("validation 4", (TERM,))) == 128 + TERM, run.output
-    assert "SIGTERM: stopped at step 4. " in run.output
     assert not run.left
 
     assert run.suffer(Fault("step 6", (signal.SIGSTOP,), to="rank 1")) == 1, run.output
@@ -102,9 +91,27 @@ def test_two_ranks(tmp_path, strategy):
     assert "was killed by SIGKILL" in record(run)["error"]
     assert not run.left
 
-    assert run.suffer(Fault("step 9", to="first")) == -signal.SIGKILL, run.output
-    assert not run.left
+    run.whole()
+    assert differences(alone, run)[0] == 0
+    assert not left(run)
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_in_other_places(tmp_path, strategy):
+    alone = Run(tmp_path / "alone", strategy)
+    alone.whole()
+    run = Run(tmp_path / "run", strategy)
+    for to in ("first", "rank 1", "tree"):
+        assert run.suffer(Fault("start-up", (TERM,), to=to, delay=1.0)) == 128 + TERM, run.output
+        assert not run.left
+    assert run.suffer(Fault("validation 0", (HUP,))) == 128 + HUP, run.output
+    assert "SIGHUP: stopped at step 0. No checkpoint." in run.output
+    assert run.suffer(Fault("validation 4", (TERM,))) == 128 + TERM, run.output
+    assert "SIGTERM: stopped at step 4. " in run.output
+    assert run.suffer(Fault("writing 6")) == -signal.SIGKILL, run.output
+    assert run.suffer(Fault("step 8", to="first")) == -signal.SIGKILL, run.output
+    assert not run.left
     run.whole()
     assert differences(alone, run)[0] == 0
     assert not left(run)
