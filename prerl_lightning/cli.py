@@ -87,16 +87,14 @@ def main(argv: list[str] | None = None) -> None:
     _log_to_stdout()
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # my_rewards.py beside the configuration; behind what is installed
-    if args[0] not in ("study", "watch"):  # which have their own way with them
+    if args[0] in FITS:
         signals.listen()
     patience = 5.0  # seconds for the other ranks to end by themselves
     try:
         _command(args, debug)
         patience = 60.0
-    except Interrupted as error:
-        if error.step is None and first_rank():
-            print(f"prerl: {error}: ended before there was anything to save.", file=sys.stderr)
-        patience = 0.0 if error.step is None else 60.0
+    except Interrupted:
+        patience = 60.0
         raise
     except KeyboardInterrupt:
         sys.exit(130)

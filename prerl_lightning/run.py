@@ -43,7 +43,7 @@ from prerl_lightning.objectives.checks import check_trainer
 from prerl_lightning.policy.model import load_config
 from prerl_lightning.resume import KeepConfig
 from prerl_lightning.secrets import hidden_keys
-from prerl_lightning.signals import first_rank
+from prerl_lightning.signals import first_rank, signals
 from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
@@ -205,16 +205,20 @@ class PrerlCLI(LightningCLI):
             resume.compare(path, present, self.allow_changes, self.weights_only)
 
     def _run_subcommand(self, subcommand: str) -> None:
+        signals.at_once.append(self._remove_empty_folder)
         try:
             super()._run_subcommand(subcommand)
         except BaseException:
-            # a start that was refused: Lightning has made the folder by then
-            folder = getattr(self.trainer.logger, "log_dir", None)
-            if folder and self.trainer.is_global_zero:
-                with suppress(OSError):  # what was written into is kept
-                    os.rmdir(folder)
-                    os.rmdir(os.path.dirname(folder))
+            self._remove_empty_folder()
             raise
+
+    def _remove_empty_folder(self) -> None:
+        """Of a start that was refused: Lightning has made it by then."""
+        folder = getattr(self.trainer.logger, "log_dir", None)
+        if folder and self.trainer.is_global_zero:
+            with suppress(OSError):  # what was written into is kept
+                os.rmdir(folder)
+                os.rmdir(os.path.dirname(folder))
 
     @property
     def _runs(self) -> Path:

@@ -13,17 +13,12 @@ ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP",
 
 
 class Interrupted(SystemExit):
-    """A signal ended the run: the exit status is 128 and its number, as a shell has it.
+    """All ranks have agreed to end the run for a signal, behind a step or within a validation: the exit status is 128
+    and its ``number``, as a shell has it."""
 
-    Args:
-        number: of the signal.
-        step: the optimizer steps behind the run, where all its ranks agreed on ending there; None: it came before
-            training, or in a command that trains nothing.
-    """
-
-    def __init__(self, number: int, step: int | None = None) -> None:
+    def __init__(self, number: int) -> None:
         super().__init__(128 + number)
-        self.number, self.step = number, step
+        self.number = number
 
     def __str__(self) -> str:
         return signal.Signals(self.number).name
@@ -34,12 +29,12 @@ class Signals:
 
     Attributes:
         received: the number of the first one; 0: none was.
-        at_once: what a second Ctrl-C does before the process ends.
+        at_once: what is done where one ends the process there and then.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        self.at_once: Callable[[], None] = lambda: None
+        self.at_once: list[Callable[[], None]] = []
         self._noted_only = False
         self._before: dict[int, Any] = {}
 
@@ -65,15 +60,20 @@ class Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again, self.received = bool(self.received), self.received or number
-        if again and number == signal.SIGINT:
-            self.at_once()
-            _say("stopped at once; what was done since the last checkpoint is lost.")
-            os._exit(128 + number)
-        elif not again and not self._noted_only:
-            raise Interrupted(number)
+        name = signal.Signals(number).name
+        if not self._noted_only:
+            # no exception: what it is raised in the midst of, such as an import, may swallow it
+            self._end(number, f"ended by {name}.")
+        elif again and number == signal.SIGINT:
+            self._end(number, "stopped at once; what was done since the last checkpoint is lost.")
         elif not again:
-            name = signal.Signals(number).name
             _say(f"{name}: the run ends behind the present step, with a checkpoint. Ctrl-C ends it at once.")
+
+    def _end(self, number: int, why: str) -> None:
+        for act in self.at_once:
+            act()
+        _say(why)
+        os._exit(128 + number)
 
 
 def first_rank() -> bool:

@@ -162,7 +162,7 @@ class Watchdog:
         """Of rank processes that this one has started: the first that ends with a status ends this one too, unless
         that does so by itself, which is sooner and says more."""
         self.children, self._finishing = children, False
-        signals.at_once = self.kill
+        signals.at_once.append(self.kill)
         threading.Thread(target=self._observe, daemon=True, name="prerl-ranks").start()
 
     def _observe(self) -> None:

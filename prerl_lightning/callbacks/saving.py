@@ -276,7 +276,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         # of several ranks one alone may have failed; what RunHealth ends is not worth a checkpoint
         alone = trainer.world_size == 1 and not isinstance(exception, (Interrupted, RunError))
-        together = isinstance(exception, Interrupted) and exception.step is not None
+        together = isinstance(exception, Interrupted)
         if (self._defer_save_until_validation and alone) or (together and self._is_news(trainer)):
             self._defer_save_until_validation = False
             with self._unless_full():
@@ -413,7 +413,7 @@ class ExportModel(L.Callback):
         self.enabled, self.dtype, self.interrupted = enabled, dtype, interrupted
 
     def on_exception(self, trainer: L.Trainer, pl_module: PolicyModule, exception: BaseException) -> None:  # type: ignore[override]
-        if self.interrupted and isinstance(exception, Interrupted) and exception.step is not None:
+        if self.interrupted and isinstance(exception, Interrupted):
             self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]

@@ -29,4 +29,4 @@ class Interruptions:
         number = int(ranks.all_reduce(torch.tensor(signals.received), dist.ReduceOp.MAX))
         if number:
             signals.received = number
-            raise Interrupted(number, trainer.global_step)
+            raise Interrupted(number)

@@ -30,7 +30,7 @@ def test_one_process(tmp_path):
     run = Run(tmp_path / "run")
 
     assert run.suffer(Fault("start-up", (INT,), delay=1.0)) == 128 + INT, run.output
-    assert run.output.strip().splitlines() == ["prerl: SIGINT: ended before there was anything to save."]
+    assert run.output.strip().splitlines() == ["prerl: ended by SIGINT."]
     assert not run.runs.exists()
 
     # in the validation where life 2 begins; the reward's workers get it too
