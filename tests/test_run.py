@@ -90,24 +90,24 @@ def test_the_same_seed_gives_the_same_run(whole, tmp_path):
         assert [v for _, v in again] == pytest.approx([v for _, v in before[: len(again)]], rel=1e-4)
 
 
-@pytest.mark.parametrize("killed_at", [2, 4])
-def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path, killed_at):
+def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
+    """In the first life; tests/faults has the second, and signals."""
     folder, _ = whole
     process = start(tmp_path, "fit", *SMALL, "--trainer.max_steps=6", bufsize=1)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith(f"step {killed_at}/"):
+        if line.startswith("step 2/"):
             break
     else:
         pytest.fail("the run ended before it could be killed")
-    while not list((tmp_path / "runs").glob(f"**/step={killed_at}.ckpt")) and process.poll() is None:
+    while not list((tmp_path / "runs").glob("**/step=2.ckpt")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     output = finish(start(tmp_path, "fit", *SMALL, "--trainer.max_steps=6", "--ckpt_path=last"))
     assert "Resuming from" in output
-    assert ("life 1 NSRPreRL" in output) == (killed_at == 2)
-    assert len(rows(tmp_path / "runs" / "dsrl" / "version_0", "reward/mean")) >= killed_at - 1
+    assert "life 1 NSRPreRL" in output
+    assert len(rows(tmp_path / "runs" / "dsrl" / "version_0", "reward/mean")) >= 1
     weights = [
         torch.load(next((base / "runs" / "dsrl").glob(f"version_{v}/checkpoints/last.ckpt")), weights_only=False)
         for base, v in ((folder, 0), (tmp_path, 1))
@@ -135,17 +135,3 @@ def test_two_processes_by_lightning_s_own_launcher(whole, tmp_path, strategy):
     for column in ("reward/mean", "val/avg@8", "optim/grad_norm"):
         found, expected = ([v for _, v in rows(base, column)][:4] for base in (run, folder / "runs/dsrl/version_0"))
         assert found == pytest.approx(expected[: len(found)], rel=1e-3), column
-
-
-def test_an_interrupt_saves_the_run(tmp_path):
-    process = start(tmp_path, "fit", *SMALL, "--trainer.max_steps=500", bufsize=1)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 3/"):  # step 2 is in the log by then
-            break
-    process.send_signal(signal.SIGINT)
-    process.stdout.read()
-    process.wait(timeout=60)
-    run = tmp_path / "runs" / "dsrl" / "version_0"
-    assert (run / "checkpoints" / "last.ckpt").is_file()
-    assert len(rows(run, "reward/mean")) >= 2
