@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except Exception as error:
         said = None if debug else _said(error)
-        lost = None if said or debug else watchdog.lost()
+        lost = None if said or debug else watchdog.lost(0.0)  # RunRecord has waited for it to be seen
         if said is not None:
             _refuse(said)
         elif lost is None:

@@ -66,10 +66,14 @@ def damage(path: Path) -> str | None:
     return f"damaged: the checksum of {broken} is not what it was written with" if broken else None
 
 
-def check_file(path: Path, model: str, weights_only: bool = True) -> None:
-    """Raises InputError where it is not whole, no training checkpoint, or of another model; and as `load` does."""
+def check_whole(path: Path) -> None:
+    """Raises InputError where the file is damaged."""
     if problem := damage(path):
         raise InputError(f"--ckpt_path: {path} is {problem}. Give another; last takes the newest that is whole.")
+
+
+def check_weights(path: Path, model: str, weights_only: bool = True) -> None:
+    """Raises InputError where it is no training checkpoint, or one of another model; and as `load` does."""
     found = load(str(path), weights_only)
     if not isinstance(found, dict) or not {"state_dict", "loops", "pytorch-lightning_version"} <= found.keys():
         raise InputError(

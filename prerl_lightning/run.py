@@ -182,7 +182,8 @@ class PrerlCLI(LightningCLI):
             lives = [c.successor for c in callbacks_of(self.trainer, PolicyReincarnation)]
             check_monitors(self.trainer, [self.model, *lives], self.datamodule)
         self.datamodule.check(self.model, self.trainer, self.subcommand)  # before a logger makes its folder
-        if subconfig.get("ckpt_path") == "last":
+        newest = subconfig.get("ckpt_path") == "last"
+        if newest:
             # the ranks that this process starts take the same, without reading it through once more
             told = None if first_rank() else os.environ.get(RESUMED_FROM)
             here = told or str(resume.newest(self._runs))
@@ -199,7 +200,9 @@ class PrerlCLI(LightningCLI):
                 f"--ckpt_path: there is no {path}. Give a checkpoint, last for the newest one, or best for the best."
             )
         if first_rank():
-            resume.check_file(Path(path), self.model.model_name, self.weights_only)
+            if not newest:  # that has been read through: it is the newest that is whole
+                resume.check_whole(Path(path))
+            resume.check_weights(Path(path), self.model.model_name, self.weights_only)
         if self.subcommand == "fit":
             present = resume.plain(self._parser("fit"), self.config["fit"])
             resume.compare(path, present, self.allow_changes, self.weights_only)

@@ -53,8 +53,9 @@ class Signals:
         self.received, self._noted_only = 0, True
 
     def restore(self) -> None:
-        """The handlers that were there before `listen`."""
+        """The handlers that were there before `listen`; what was to be done ``at_once`` is forgotten."""
         before, self._before, self._noted_only = self._before, {}, False
+        self.at_once.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 

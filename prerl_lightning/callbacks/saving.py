@@ -281,11 +281,11 @@ class RunCheckpoint(ModelCheckpoint):
             self._defer_save_until_validation = False
             with self._unless_full():
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-        if together:
+        if isinstance(exception, Interrupted):
             last = self.last_model_path or str(trainer.ckpt_path or "")
             goes_on = f"The checkpoint: {last}; --ckpt_path last goes on from there." if last else "No checkpoint."
             log.info("%s: stopped at step %d. %s", exception, trainer.global_step, goes_on)
-            if last and exception.number == requeue_signal(trainer):  # type: ignore[attr-defined]
+            if last and exception.number == requeue_signal(trainer):
                 requeue(trainer, last)
         super().on_exception(trainer, pl_module, exception)
 

@@ -167,9 +167,8 @@ class RolloutDataModule(L.LightningDataModule):
     def _load(self, module: Any, trainer: L.Trainer) -> None:
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        world_size = (
-            trainer.num_devices * trainer.num_nodes
-        )  # world_size is not known yet where ranks are to be launched
+        # trainer.world_size is not known yet where ranks are to be launched
+        world_size = trainer.num_devices * trainer.num_nodes
         if self.prompts_per_step % world_size:
             raise InputError(
                 f"data.prompts_per_step: {self.prompts_per_step} prompts do not divide over {world_size} ranks."
