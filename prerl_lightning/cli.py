@@ -159,10 +159,11 @@ class _Stdout(logging.StreamHandler):
 
 def _log_to_stdout() -> None:
     """Our own log lines, of rank 0; of all ranks from warnings on."""
-    handler = _Stdout()
-    handler.setFormatter(_Printable("%(message)s"))
     log = logging.getLogger("prerl_lightning")
-    log.addHandler(handler)
+    if not any(isinstance(handler, _Stdout) for handler in log.handlers):  # main may be called again
+        handler = _Stdout()
+        handler.setFormatter(_Printable("%(message)s"))
+        log.addHandler(handler)
     log.propagate = False
     log.setLevel(logging.INFO if first_rank() else logging.WARNING)
 

@@ -193,3 +193,13 @@ def test_a_reward_is_found_in_the_current_folder(tmp_path):
         command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert "reward: my_rewards.f" in found.stdout, found.stderr
+
+
+def test_lines_are_logged_once_however_often_main_is_called(refused):
+    import logging
+
+    log = logging.getLogger("prerl_lightning")
+    log.handlers.clear()  # the fixture puts them back
+    for _ in range(3):
+        refused("compare", "one", "two")
+    assert len(log.handlers) == 1

@@ -524,17 +524,17 @@ def told(*stages, end="time.sleep(60)"):
 
 def test_the_rank_that_did_not_come_is_named(tmp_path):
     commands = [told(0, 1), told(0), told(0, 1)]
-    found, problem = runs.together(commands, os.environ, tmp_path, limit=2.0)
+    found, problem = runs.together(commands, os.environ, tmp_path, limit=2.0, imports=5.0)
     assert not found
-    assert problem.startswith(f"rank 1 did not come within 2 s: the last seen is {STAGES[0]}")
+    assert problem.startswith(f"rank 1 did not come within 5 s: the last seen is {STAGES[0]}")  # importing takes longer
     assert f"the others wait at {STAGES[1]}" in problem
-    _, problem = runs.together([told(0, 1, 2)] * 2, os.environ, tmp_path, limit=2.0)
+    _, problem = runs.together([told(0, 1, 2)] * 2, os.environ, tmp_path, limit=2.0, imports=5.0)
     assert f"ranks 0, 1 did not come within 2 s: the last seen is {STAGES[2]}: all of them" in problem
 
 
 def test_a_rank_that_fails_ends_the_others(tmp_path):
     failing = told(0, 1, 2, end="raise RuntimeError('NCCL error: unhandled system error')")
-    _, problem = runs.together([told(0, 1), failing], os.environ, tmp_path, limit=50.0)
+    _, problem = runs.together([told(0, 1), failing], os.environ, tmp_path, limit=50.0, imports=50.0)
     assert problem == f"rank 1 failed at {STAGES[2]}: RuntimeError: NCCL error: unhandled system error"
 
 
@@ -543,7 +543,7 @@ def test_ranks_of_gpus(on_gpu, memories, monkeypatch):
     calls = []
     engines = ["cuda:0", "cuda:1", "cuda:2"]
 
-    def together(commands, environment, folder, limit):
+    def together(commands, environment, folder, *limits):
         calls.append((commands, environment))
         of_each = {"backend": "cuda:nccl", "all_reduce_gb_s": 200.0, "all_gather_gb_s": 150.0}
         return [{"trainer": f"cuda:{i}", "engine": engines[i]} | of_each for i in range(len(commands))], ""

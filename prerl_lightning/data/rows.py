@@ -10,6 +10,7 @@ import csv
 import glob
 import io
 import json
+import logging
 import mmap
 import re
 import sys
@@ -249,10 +250,15 @@ def _datasets(path: Path, name: str, *args: Any, **options: Any) -> Any:
     function: Any = datasets
     for part in name.split("."):
         function = getattr(function, part)
+    log = logging.getLogger("datasets")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it logs what it raises, too
     try:
         return function(*args, **options)
     except Exception as error:  # the library raises many kinds, with what is wrong as the cause
         raise InputError(f"{path}: it cannot be read ({in_one_line(error.__cause__ or error)}).") from None
+    finally:
+        log.setLevel(level)
 
 
 def _saved(folder: Path, split: str | None) -> Rows | None:

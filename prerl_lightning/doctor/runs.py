@@ -177,6 +177,7 @@ def table(rows: Mapping[str, Row]) -> list[str]:
 # ---------------------------------------------------------------------- ranks
 
 LIMIT = 60.0  # seconds without a step forward of any rank
+IMPORTS = 300.0  # seconds for what depends on the disk and the load alone: it has taken 60 beside other work
 
 
 def ranks(subject: Subject) -> Result:
@@ -189,7 +190,7 @@ def ranks(subject: Subject) -> Result:
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": str(size)}
     shared = {**subject.environment, **shared} | ({} if subject.on_gpu else {"OMP_NUM_THREADS": "1"})
     command = [sys.executable, "-m", "prerl_lightning.doctor.ranks_worker", kind]
-    found, problem = together([command] * size, shared, subject.folder, LIMIT)
+    found, problem = together([command] * size, shared, subject.folder, LIMIT, IMPORTS)
     if problem:
         return result("{problem}", [_NCCL if subject.on_gpu else _GLOO], problem=problem, ranks=size)
     pairs = [(f["trainer"], f["engine"]) for f in found]
@@ -216,12 +217,13 @@ _GLOO = "GLOO_SOCKET_IFNAME=lo where the host's name leads nowhere; PRERL_DEBUG=
 
 
 def together(
-    commands: Sequence[Sequence[str]], environment: Mapping[str, str], folder: Path, limit: float
+    commands: Sequence[Sequence[str]], environment: Mapping[str, str], folder: Path, limit: float, imports: float
 ) -> tuple[list[dict[str, Any]], str]:
     """Run one process a rank, and end them all where one fails, or none comes further for ``limit`` seconds.
 
     Args:
         environment: of all ranks.
+        imports: seconds that stand in for ``limit`` while a rank is at its first stage.
 
     Returns:
         what each found, and the problem, naming the rank; one of the two is empty.
@@ -232,12 +234,13 @@ def together(
         env = {**environment, "LOCAL_RANK": str(rank)}
         with out.open("w") as output, err.open("w") as noise:
             processes.append(subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=noise))
-    written, last = 0, time.monotonic()
+    written, last, allowed = 0, time.monotonic(), limit
     try:
         while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
             size = sum(out.stat().st_size for out, _ in files)
             written, last = (size, time.monotonic()) if size != written else (written, last)
-            if time.monotonic() > last + limit:
+            allowed = limit if all(out.read_bytes().count(b"\n") > 1 for out, _ in files) else max(limit, imports)
+            if time.monotonic() > last + allowed:
                 break
             time.sleep(0.05)
         failed = [rank for rank, process in enumerate(processes) if process.poll()]
@@ -261,5 +264,5 @@ def together(
         names = f"rank{'s' if len(behind) > 1 else ''} {', '.join(map(str, behind))}"
         waiting = {STAGES[stages[r]] for r in range(len(stages)) if r not in behind}
         rest = f"; the others wait at {', '.join(sorted(waiting))}" if waiting else ": all of them"
-        return [], f"{names} did not come within {limit:.0f} s: the last seen is {STAGES[stages[behind[0]]]}{rest}"
+        return [], f"{names} did not come within {allowed:.0f} s: the last seen is {STAGES[stages[behind[0]]]}{rest}"
     return found, ""
