@@ -84,24 +84,6 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_a_library_logs_of_a_damaged_file_is_said_once(tmp_path):
-    """In our own error: `datasets` logs it too, with a traceback."""
-    import datasets
-
-    said = []
-    watch = logging.Handler()
-    watch.emit = said.append
-    log = datasets.logging.get_logger("datasets")
-    (tmp_path / "bad.parquet").write_bytes(b"PAR1" + b"x" * 100)
-    log.addHandler(watch)
-    try:
-        with pytest.raises(InputError, match="cannot be read"):
-            Files(str(tmp_path / "bad.parquet")).load()
-    finally:
-        log.removeHandler(watch)
-    assert not said
-
-
 def test_formats(tmp_path, name):
     problems = Files(str(FORMATS[name](tmp_path / name)), prompt="question")
     problems.load()
@@ -313,3 +295,21 @@ def test_a_generator_s_truths_need_no_form():
             return Problem(0, "", "")
 
     assert Own().forms("1") == ()
+
+
+def test_what_a_library_logs_of_a_damaged_file_is_said_once(tmp_path):
+    """In our own error: `datasets` logs it too, with a traceback."""
+    import datasets
+
+    said = []
+    watch = logging.Handler()
+    watch.emit = said.append
+    log = datasets.logging.get_logger("datasets")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1" + b"x" * 100)
+    log.addHandler(watch)
+    try:
+        with pytest.raises(InputError, match="cannot be read"):
+            Files(str(tmp_path / "bad.parquet")).load()
+    finally:
+        log.removeHandler(watch)
+    assert not said
