@@ -7,10 +7,8 @@
 ``--help`` and ``--version`` are answered before anything heavy is imported.
 """
 
-import logging
 import os
 import sys
-import warnings
 from argparse import ArgumentError
 from collections.abc import Callable
 from importlib import import_module
@@ -18,8 +16,8 @@ from typing import Any
 
 from prerl_lightning import __version__
 from prerl_lightning.errors import InputError, RunError, nearest, said_by_us
-from prerl_lightning.signals import Interrupted, first_rank, signals
-from prerl_lightning.terminal import printable_lines
+from prerl_lightning.signals import Interrupted, signals
+from prerl_lightning.terminal import log_to_stdout, printable_lines, quiet, quiet_lightning
 from prerl_lightning.watchdog import watchdog
 
 USAGE = """usage: prerl {fit,validate,test} [--config FILE ...] [--KEY VALUE ...]
@@ -83,11 +81,12 @@ def main(argv: list[str] | None = None) -> None:
     # spin it is 2 to 3 times slower there, and up to a fifth slower on a quiet machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if not debug:
-        _quiet()
-    _log_to_stdout()
+        quiet()
+    log_to_stdout()
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # my_rewards.py beside the configuration; behind what is installed
     if args[0] in FITS:
+        signals.owns_process = True
         signals.listen()
     patience = 5.0  # seconds for the other ranks to end by themselves
     try:
@@ -111,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         watchdog.finish(patience)
         signals.restore()
+        signals.owns_process = False
 
 
 def _command(args: list[str], debug: bool) -> None:
@@ -122,16 +122,8 @@ def _command(args: list[str], debug: bool) -> None:
 
         run = PrerlCLI.run
     if not debug:
-        for name in ("lightning.pytorch", "lightning.fabric"):  # their import has set them to INFO
-            logging.getLogger(name).setLevel(logging.WARNING)
+        quiet_lightning()
     run(args)
-
-
-class _Printable(logging.Formatter):
-    """What is logged may quote completions, data and other libraries' errors."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable_lines(super().format(record))
 
 
 def _said(error: Exception) -> Exception | None:
@@ -147,49 +139,6 @@ def _refuse(error: Exception | str) -> None:
     """What to look at first, the message last."""
     *details, last = printable_lines(str(error)).splitlines() or [""]
     print(*details, f"prerl: error: {last}", sep="\n", file=sys.stderr)
-
-
-class _Stdout(logging.StreamHandler):
-    """To what sys.stdout is at the moment: a rich bar takes its place and keeps other lines off its own."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stdout
-        super().emit(record)
-
-
-def _log_to_stdout() -> None:
-    """Our own log lines, of rank 0; of all ranks from warnings on."""
-    log = logging.getLogger("prerl_lightning")
-    if not any(isinstance(handler, _Stdout) for handler in log.handlers):  # main may be called again
-        handler = _Stdout()
-        handler.setFormatter(_Printable("%(message)s"))
-        log.addHandler(handler)
-    log.propagate = False
-    log.setLevel(logging.INFO if first_rank() else logging.WARNING)
-
-
-def _quiet() -> None:
-    """Start-up noise of the libraries; a variable that the user has set wins."""
-    quiet: dict[str, Any] = {
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_CONFIGURE_LOGGING": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    for key, value in quiet.items():
-        os.environ.setdefault(key, value)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    # `prerl evaluate` makes fit's arguments of its own
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    # advice about checkpoints before the optimizer step (ours are after it), and about log calls that are right as
-    # they are: the metrics are equal on all ranks
-    warnings.filterwarnings("ignore", message=".*Using ModelCheckpoint with manual optimization.*")
-    warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log.*")
-    warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # a run without a held-out set
 
 
 if __name__ == "__main__":

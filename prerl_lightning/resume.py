@@ -1,6 +1,7 @@
 """What a run is resumed from: which file `last` and `best` are, and its configuration against the present one."""
 
 import logging
+import os
 import re
 import zipfile
 import zlib
@@ -17,6 +18,7 @@ from prerl_lightning.callbacks.saving import kept_best
 from prerl_lightning.errors import InputError, in_one_line
 from prerl_lightning.policy.model import empty_model
 from prerl_lightning.secrets import hide
+from prerl_lightning.signals import first_rank
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ FREE = (
     *("data.val_more", "data.val_sampling"),
 )
 BOUND = ("seed_everything", "model", "data", "lives", "trainer.limit_train_batches", "trainer.overfit_batches")
+RESUMED_FROM = "PRERL_RESUMED_FROM"
 UNLISTED = ("ckpt_path", "allow_changes", "weights_only")
 
 
@@ -50,6 +53,51 @@ class KeepConfig(SaveConfigCallback):
 def plain(parser: Any, config: Any) -> dict[str, Any]:
     """As config.yaml has it."""
     return hide(yaml.safe_load(parser.dump(config, skip_none=False)))
+
+
+def runs_of(trainer: L.Trainer) -> Path:
+    """The folder of all runs of its name."""
+    root = Path(getattr(trainer.logger, "save_dir", None) or trainer.default_root_dir)
+    return root / str(getattr(trainer.logger, "name", "") or "")
+
+
+def is_file(ckpt_path: str | None) -> bool:
+    """Neither none, nor what Lightning alone knows how to find."""
+    return ckpt_path not in (None, "", "hpc") and "://" not in str(ckpt_path)
+
+
+def chosen(
+    ckpt_path: str | None, runs: Path, model: str, monitor: str | None, mode: str, weights_only: bool
+) -> str | None:
+    """The checkpoint that ``last``, ``best`` or a path names, looked through on the first rank.
+
+    Args:
+        runs: the folder of all runs of this name.
+        monitor: of the best; None: the one that the run had.
+
+    Raises:
+        InputError: there is none, or it is damaged, of another model, or holds more than ``weights_only`` lets in.
+    """
+    newest_of_all = ckpt_path == "last"
+    if newest_of_all:
+        # the ranks that this process starts take the same, without reading it through once more
+        ckpt_path = None if first_rank() else os.environ.get(RESUMED_FROM)
+        ckpt_path = os.environ[RESUMED_FROM] = ckpt_path or str(newest(runs))
+        log.info("Resuming from %s", ckpt_path)
+    elif ckpt_path == "best":
+        ckpt_path = best(runs, monitor, mode, weights_only)
+    if not is_file(ckpt_path):
+        return ckpt_path
+    path = Path(str(ckpt_path))
+    if not path.exists():
+        raise InputError(
+            f"--ckpt_path: there is no {path}. Give a checkpoint, last for the newest one, or best for the best."
+        )
+    if first_rank():
+        if not newest_of_all:  # that has been read through: it is the newest that is whole
+            check_whole(path)
+        check_weights(path, model, weights_only)
+    return str(path)
 
 
 def damage(path: Path) -> str | None:

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 
 import prerl_lightning.data.named
 import prerl_lightning.data.procedural
@@ -22,43 +20,22 @@ import prerl_lightning.data.tasks.countdown
 import prerl_lightning.data.tasks.sums
 import prerl_lightning.strategies  # noqa: F401  (registers fsdp2)
 from prerl_lightning import refusals, resume
-from prerl_lightning.callbacks.alignment import GradientAlignment
-from prerl_lightning.callbacks.health import RunHealth
-from prerl_lightning.callbacks.held_out import HeldOut
 from prerl_lightning.callbacks.monitors import check_monitors
-from prerl_lightning.callbacks.progress import StepBar, StepLines
-from prerl_lightning.callbacks.record import RunRecord
 from prerl_lightning.callbacks.reincarnation import PolicyReincarnation
-from prerl_lightning.callbacks.samples import Samples
-from prerl_lightning.callbacks.saving import ExportModel, RunCheckpoint
-from prerl_lightning.callbacks.thoughts import Thoughts
-from prerl_lightning.callbacks.watchdog import Watchdog
 from prerl_lightning.callbacks.watcher import callbacks_of
-from prerl_lightning.callbacks.weights import WeightChange
 from prerl_lightning.compat import observe_ranks
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, said_by_us
 from prerl_lightning.objectives import PolicyModule
 from prerl_lightning.objectives.checks import check_trainer
-from prerl_lightning.policy.model import load_config
 from prerl_lightning.resume import KeepConfig
 from prerl_lightning.secrets import hidden_keys
-from prerl_lightning.signals import first_rank, signals
+from prerl_lightning.signals import signals
+from prerl_lightning.training import TRAINER_DEFAULTS, WATCHERS, default_precision, run_logger, with_records
 from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
 
-TRAINER_DEFAULTS = {
-    "max_epochs": -1,
-    "check_val_every_n_epoch": None,
-    "val_check_interval": 10,
-    "log_every_n_steps": 1,
-    "num_sanity_val_steps": 0,  # a whole validation runs before the first step instead
-    "enable_model_summary": False,
-}
-
-
-RESUMED_FROM = "PRERL_RESUMED_FROM"
 LOGGER_PACKAGES = {"TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 
 
@@ -100,14 +77,8 @@ class PrerlCLI(LightningCLI):
             help="resume with --ckpt_path also where the order of the data or the meaning of a step is another than in "
             "the checkpoint's configuration (seed, prompts_per_step, reward, lr ...); what differs is listed",
         )
-        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(Thoughts, "thoughts")
-        parser.add_lightning_class_args(GradientAlignment, "alignment")
-        parser.add_lightning_class_args(WeightChange, "weights")
-        parser.add_lightning_class_args(Samples, "samples")
-        parser.add_lightning_class_args(RunHealth, "health")
-        parser.add_lightning_class_args(Watchdog, "watchdog")
-        parser.add_lightning_class_args(ExportModel, "export")
+        for key, watcher in WATCHERS.items():
+            parser.add_lightning_class_args(watcher, key)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         given = args if isinstance(args, list) else sys.argv[1:]
@@ -144,7 +115,8 @@ class PrerlCLI(LightningCLI):
                 raise InputError(f"trainer.logger: {name} needs the package {package}: pip install {package}")
         check_trainer(trainer, trains=self.subcommand == "fit")
         if trainer.precision is None:
-            trainer.precision = default_precision(trainer.accelerator, self._get(self.config, "model"))
+            model = getattr(self._get(self.config, "model"), "init_args", {}).get("model")
+            trainer.precision = default_precision(trainer.accelerator, model)
 
     def instantiate_classes(self) -> None:
         try:
@@ -157,17 +129,15 @@ class PrerlCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
         if config.get("logger") is None and not config.get("fast_dev_run"):
-            folder = config.get("default_root_dir") or "runs"
-            kwargs["logger"] = CSVLogger(folder, name=self.name, flush_logs_every_n_steps=1)  # a kill loses no row
+            kwargs["logger"] = run_logger(config.get("default_root_dir"), self.name)
         keys = self._parser(self.subcommand).callback_keys
-        extra = [self._get(self.config_init, k) for k in keys]
-        extra += [HeldOut(), RunRecord()]
-        if config.get("enable_checkpointing") is False:
-            extra = [c for c in extra if not isinstance(c, RunCheckpoint)]
-        if config.get("enable_progress_bar") is not False:
-            extra.append(StepBar() if sys.stdout.isatty() else StepLines())
-            if not sys.stdout.isatty():
-                kwargs["enable_progress_bar"] = False
+        extra = with_records(
+            (self._get(self.config_init, k) for k in keys),
+            config.get("enable_checkpointing") is not False,
+            config.get("enable_progress_bar") is not False,
+        )
+        if not sys.stdout.isatty():
+            kwargs["enable_progress_bar"] = False
         try:
             return self._instantiate_trainer({**config, **kwargs}, extra)
         except Exception as error:  # Lightning raises many kinds
@@ -182,30 +152,14 @@ class PrerlCLI(LightningCLI):
             lives = [c.successor for c in callbacks_of(self.trainer, PolicyReincarnation)]
             check_monitors(self.trainer, [self.model, *lives], self.datamodule)
         self.datamodule.check(self.model, self.trainer, self.subcommand)  # before a logger makes its folder
-        newest = subconfig.get("ckpt_path") == "last"
-        if newest:
-            # the ranks that this process starts take the same, without reading it through once more
-            told = None if first_rank() else os.environ.get(RESUMED_FROM)
-            here = told or str(resume.newest(self._runs))
-            subconfig["ckpt_path"] = os.environ[RESUMED_FROM] = here
-            log.info("Resuming from %s", here)
-        elif subconfig.get("ckpt_path") == "best":
-            checkpoint = subconfig["checkpoint"]
-            subconfig["ckpt_path"] = resume.best(self._runs, checkpoint.monitor, checkpoint.mode, self.weights_only)
-        path = str(subconfig.get("ckpt_path") or "hpc")
-        if path == "hpc" or "://" in path:
-            return
-        if not Path(path).exists():
-            raise InputError(
-                f"--ckpt_path: there is no {path}. Give a checkpoint, last for the newest one, or best for the best."
-            )
-        if first_rank():
-            if not newest:  # that has been read through: it is the newest that is whole
-                resume.check_whole(Path(path))
-            resume.check_weights(Path(path), self.model.model_name, self.weights_only)
-        if self.subcommand == "fit":
+        checkpoint = subconfig["checkpoint"]
+        subconfig["ckpt_path"] = resume.chosen(
+            *(subconfig.get("ckpt_path"), self._runs, self.model.model_name),
+            *(checkpoint.monitor, checkpoint.mode, self.weights_only),
+        )
+        if self.subcommand == "fit" and resume.is_file(subconfig["ckpt_path"]):
             present = resume.plain(self._parser("fit"), self.config["fit"])
-            resume.compare(path, present, self.allow_changes, self.weights_only)
+            resume.compare(subconfig["ckpt_path"], present, self.allow_changes, self.weights_only)
 
     def _run_subcommand(self, subcommand: str) -> None:
         signals.at_once.append(self._remove_empty_folder)
@@ -225,23 +179,7 @@ class PrerlCLI(LightningCLI):
 
     @property
     def _runs(self) -> Path:
-        """The folder of all runs of this name."""
-        logger = self.trainer.logger
-        root = Path(getattr(logger, "save_dir", None) or self.trainer.default_root_dir)
-        return root / str(getattr(logger, "name", "") or "")
-
-
-def default_precision(accelerator: str, model: Any) -> str:
-    """``bf16-mixed`` (fp32 master weights) where that is faster, else ``32-true``.
-
-    On a GPU with bf16 always. On a CPU with AMX from a hidden size of 512 on: the train step of SmolLM2-135M (576) is
-    1.4 times faster in it, that of the embedded model (128) 1.4 times slower.
-    """
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    name = getattr(model, "init_args", {}).get("model")
-    fast = accelerator in ("auto", "cpu") and torch.cpu.get_capabilities().get("amx_bf16")
-    return "bf16-mixed" if fast and name and load_config(name).hidden_size >= 512 else "32-true"
+        return resume.runs_of(self.trainer)
 
 
 def _config_files(args: list[str]) -> list[str]:

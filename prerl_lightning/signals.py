@@ -29,12 +29,14 @@ class Signals:
 
     Attributes:
         received: the number of the first one; 0: none was.
-        at_once: what is done where one ends the process there and then.
+        at_once: what is done where one ends the run there and then.
+        owns_process: the `prerl` command's, which then ends; a notebook's or a script's gets an exception.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self.at_once: list[Callable[[], None]] = []
+        self.owns_process = False
         self._noted_only = False
         self._before: dict[int, Any] = {}
 
@@ -63,7 +65,7 @@ class Signals:
         again, self.received = bool(self.received), self.received or number
         name = signal.Signals(number).name
         if not self._noted_only:
-            # no exception: what it is raised in the midst of, such as an import, may swallow it
+            # no exception of the command's: what it is raised in the midst of, such as an import, may swallow it
             self._end(number, f"ended by {name}.")
         elif again and number == signal.SIGINT:
             self._end(number, "stopped at once; what was done since the last checkpoint is lost.")
@@ -74,7 +76,9 @@ class Signals:
         for act in self.at_once:
             act()
         _say(why)
-        os._exit(128 + number)
+        if self.owns_process:
+            os._exit(128 + number)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def first_rank() -> bool:

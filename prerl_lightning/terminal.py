@@ -1,6 +1,13 @@
-"""Text of a model, a file or a library, made harmless for a terminal."""
+"""What reaches the terminal: text of models, files and libraries made harmless, our own lines, libraries' noise."""
 
+import logging
+import os
+import sys
 import unicodedata
+import warnings
+from typing import Any
+
+from prerl_lightning.signals import first_rank
 
 STEERING = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # Unicode's categories of what has no picture of its own
 
@@ -13,3 +20,59 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """The same of each line."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+class _Printable(logging.Formatter):
+    """What is logged may quote completions, data and other libraries' errors."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
+
+
+class _Stdout(logging.StreamHandler):
+    """To what sys.stdout is at the moment: a rich bar takes its place and keeps other lines off its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stdout
+        super().emit(record)
+
+
+def log_to_stdout() -> None:
+    """Our own log lines, of rank 0; of all ranks from warnings on. Once, however often it is called."""
+    log = logging.getLogger("prerl_lightning")
+    if not any(isinstance(handler, _Stdout) for handler in log.handlers):
+        handler = _Stdout()
+        handler.setFormatter(_Printable("%(message)s"))
+        log.addHandler(handler)
+    log.propagate = False
+    log.setLevel(logging.INFO if first_rank() else logging.WARNING)
+
+
+def quiet() -> None:
+    """Start-up noise of the libraries; a variable that the user has set wins."""
+    quiet: dict[str, Any] = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CONFIGURE_LOGGING": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for key, value in quiet.items():
+        os.environ.setdefault(key, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # `prerl evaluate` makes fit's arguments of its own
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    # advice about checkpoints before the optimizer step (ours are after it), and about log calls that are right as
+    # they are: the metrics are equal on all ranks
+    warnings.filterwarnings("ignore", message=".*Using ModelCheckpoint with manual optimization.*")
+    warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log.*")
+    warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # a run without a held-out set
+
+
+def quiet_lightning() -> None:
+    """Whose import sets its loggers to INFO."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)

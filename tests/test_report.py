@@ -588,7 +588,8 @@ def test_a_ratio_of_rare_thoughts_is_said_as_such(tmp_path):
     assert cells(tables.thought_table([group], ["wait"])) == [
         '<span title="step 10">6.8\u00d7</span><small>0.05 → 0.34 a response</small>'
     ]
-    assert words.closing(group.runs[0]) == "avg@8 0.22 -> 0.64, wait 0.05 -> 0.34 a response (x 6.8)"
+    thoughts = ("thoughts", "wait 0.05 -> 0.34 a response (x 6.8)")
+    assert words.moved(group.runs[0]) == [("held out", "avg@8 0.22 -> 0.64"), thoughts]
     eight: dict[str, object] = {"k": 8, "rows": list(range(8)), "score": [4.0] * 8, "right": [4] * 8}
     lines = [{"step": s, **eight, "thoughts": {"wait": [1 + s // 2.5] * 4 + [1] * 4}} for s in (0, 10)]
     (run / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 1, "rows": 3}]))
@@ -598,7 +599,7 @@ def test_a_ratio_of_rare_thoughts_is_said_as_such(tmp_path):
     assert 1 <= low < 3 < high <= 5
     assert tables.bootstrapped([(1, 3)] * 4) == (3, 3)
     write_metrics(run, [{"optim/step": 1, "reward/mean": 0.5}, rows[0]])
-    assert words.closing(read_run(run)) == ""
+    assert words.moved(read_run(run)) == []
 
 
 def test_alignment_by_life(tmp_path):

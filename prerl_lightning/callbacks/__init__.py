@@ -1,5 +1,5 @@
 """Lightning callbacks: lives, and what watches and keeps a run."""
 
-from prerl_lightning.callbacks.reincarnation import PolicyReincarnation
+import lazy_loader
 
-__all__ = ["PolicyReincarnation"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

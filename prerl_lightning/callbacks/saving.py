@@ -293,8 +293,6 @@ class RunCheckpoint(ModelCheckpoint):
         if self._is_news(trainer):
             with self._unless_full():
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-        if self.monitor and self.best_model_score is not None:
-            log.info("Best by %s: %.4g, in %s", self.monitor, self.best_model_score, self.best_model_path)
 
     def _is_news(self, trainer: L.Trainer) -> bool:
         """No checkpoint has the present weights."""
@@ -424,7 +422,6 @@ class ExportModel(L.Callback):
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "model"
         export(pl_module, folder, getattr(torch, self.dtype), write=trainer.is_global_zero)
-        log.info("The trained model is in %s", folder)
 
 
 def export(module: PolicyModule, folder: Path, dtype: torch.dtype, write: bool = True) -> None:

@@ -52,6 +52,7 @@ class Thoughts(Watcher):
         self.problems_at_start: dict[str, dict[int, int]] = {}
         self.problems: dict[str, dict[int, int]] = {}  # the same, of the last validation
         self._problems: list[tuple[int, list[int]]] = []
+        self._shown: list[str] = []
 
     def state_dict(self) -> dict[str, Any]:
         return {"at_start": self.at_start, "problems_at_start": self.problems_at_start}
@@ -102,11 +103,16 @@ class Thoughts(Watcher):
                 found |= {f"{key}/{end}": value for end, value in ends if math.isfinite(value)}
             if count := found.get(prefix + name):
                 low, high = (found.get(f"{key}/{end}", math.inf) for end in ("low", "high"))
-                of = f" (x{ratio:.2f} [{low:.2f}, {high:.2f}] of {self.at_start[prefix + name]:.3g})" if ratio else ""
+                of = f" (x{ratio:.2f} [{low:.2f}, {high:.2f}])" if ratio and not untrained else ""
                 shown.append(f"{name} {count:.3g}{of}")
         pl_module.record(found)
+        self._shown = shown
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Behind the line with the accuracy."""
+        shown, self._shown = self._shown, []
         if shown and trainer.state.fn == "fit":
-            log.info("thoughts a held-out response, and to step 0: %s", ", ".join(shown))
+            log.info("thoughts a held-out response: %s", ", ".join(shown))
 
     def _counts(self, texts: Sequence[str]) -> Tensor:
         """(texts, names)"""

@@ -187,6 +187,10 @@ class RolloutDataModule(L.LightningDataModule):
             return {}
         return {"val": self.val} | {f"val/{name}": problems for name, problems in self.val_more.items()}
 
+    def size_of(self, key: str) -> int:
+        """Usable problems of ``train`` or of a held-out set, from `setup` on."""
+        return len(self._prompts[key])
+
     def sampling_of(self, key: str) -> Sampling:
         """``train``, or the key of a held-out set."""
         return self.sampling if key == "train" else self.val_sampling.over(self.sampling)

@@ -15,7 +15,7 @@ from prerl_lightning.doctor.subject import GIB, Result, Subject, result, skipped
 from prerl_lightning.policy.attention import Kernel, varlen_works
 from prerl_lightning.policy.model import Policy
 from prerl_lightning.policy.packing import Family, MicroBatch, families, micro_batches
-from prerl_lightning.run import default_precision
+from prerl_lightning.training import default_precision
 from prerl_lightning.types import Sequences
 
 

@@ -20,7 +20,7 @@ from prerl_lightning.policy.packing import Family, micro_batches
 from prerl_lightning.rewards import LengthPenalty
 from prerl_lightning.rollout.engine import Place, Sampling
 from prerl_lightning.rollout.vllm_engine import VLLMEngine
-from prerl_lightning.run import default_precision
+from prerl_lightning.training import default_precision
 from prerl_lightning.types import Response, Sequences
 
 KV_MIB = 256

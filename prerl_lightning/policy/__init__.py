@@ -1,0 +1,5 @@
+"""A causal language model whose forward gives log-probs of tokens."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -146,22 +146,23 @@ def fell(run: Run) -> str:
     return f"held-out {run.accuracy[4:]} fell from {' to '.join(ends)}"
 
 
-def closing(run: Run) -> str:
-    """avg@8 0.22 -> 0.64, transition 0.43 -> 2.9 a response (x 6.7): from first to last of what is held out, with the
-    two families of thoughts that moved most of those that occur."""
+def moved(run: Run) -> list[tuple[str, str]]:
+    """From first to last of what is held out. ``held out``: avg@8 0.22 -> 0.64; ``thoughts``: wait 0.43 -> 2.9 a
+    response (x 6.7), of the two families that moved most of those that occur."""
     accuracy = run.column(run.accuracy) if run.accuracy else {}
     if len(accuracy) < 2:
-        return ""
-    said = [f"{str(run.accuracy)[4:]} {accuracy[min(accuracy)]:.2f} -> {accuracy[max(accuracy)]:.2f}"]
-    moved = []
+        return []
+    said = [("held out", f"{str(run.accuracy)[4:]} {accuracy[min(accuracy)]:.2f} -> {accuracy[max(accuracy)]:.2f}")]
+    found = []
     for family in families([run]):
         curve = run.column(f"val/thoughts/{family}")
         first, last = (curve[end(curve)] for end in (min, max)) if curve else (0.0, 0.0)
         if max(first, last) >= RARE:
             ratio = f" (x {last / first:.2g})" if first else ""
             text = f"{family} {first:.2g} -> {last:.2g} a response{ratio}"
-            moved.append((-abs(math.log((last + RARE) / (first + RARE))), text))
-    return ", ".join([*said, *(text for _, text in sorted(moved)[:2])])
+            found.append((-abs(math.log((last + RARE) / (first + RARE))), text))
+    most = ", ".join(text for _, text in sorted(found)[:2])
+    return [*said, ("thoughts", most)] if most else said
 
 
 def totals(group: Group) -> tuple[int, float, float]:

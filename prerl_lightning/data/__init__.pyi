@@ -1,0 +1,10 @@
+from .module import RolloutDataModule as RolloutDataModule
+from .named import NamedProblems as NamedProblems
+from .problems import ProblemSet as ProblemSet
+from .procedural import ReasoningGym as ReasoningGym
+from .prompts import PromptFormat as PromptFormat
+from .readers import Files as Files
+from .readers import HubDataset as HubDataset
+from .tasks.countdown import CountdownProblems as CountdownProblems
+from .tasks.sums import ArithmeticProblems as ArithmeticProblems
+from .tasks.sums import TwoDigitSums as TwoDigitSums
