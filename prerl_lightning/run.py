@@ -174,7 +174,7 @@ class PrerlCLI(LightningCLI):
             raise refusals.of_lightning(error, vars(self._get(self.config, "trainer"))) from error
 
     def after_instantiate_classes(self) -> None:
-        if self.trainer is None:  # `prerl evaluate` and `prerl doctor` take a run's parts, and do not resume it
+        if self.trainer is None:  # `RunParts`
             return
         subconfig = self.config_init[self.subcommand]
         subconfig["weights_only"] = self.weights_only
@@ -229,6 +229,16 @@ class PrerlCLI(LightningCLI):
         logger = self.trainer.logger
         root = Path(getattr(logger, "save_dir", None) or self.trainer.default_root_dir)
         return root / str(getattr(logger, "name", "") or "")
+
+
+class RunParts(PrerlCLI):
+    """The configuration of a run, its parts made and nothing started: for `prerl evaluate` and `prerl doctor`."""
+
+    def instantiate_trainer(self, **_: Any) -> Any:
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
 
 
 def default_precision(accelerator: str, model: Any) -> str:
