@@ -53,8 +53,8 @@ Reinforcement learning with verifiable rewards in pre-train and post-train space
 FITS = ("fit", "validate", "test")
 # what is no subcommand of LightningCLI: the module with a function of the command's name
 COMMANDS = {
-    "evaluate": "prerl_lightning.evaluate",
-    "compare": "prerl_lightning.compare",
+    "evaluate": "prerl_lightning.evaluation.command",
+    "compare": "prerl_lightning.evaluation.command",
     "report": "prerl_lightning.report.page",
     "watch": "prerl_lightning.report.watch",
     "study": "prerl_lightning.study.command",

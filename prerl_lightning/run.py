@@ -144,7 +144,7 @@ class PrerlCLI(LightningCLI):
             raise refusals.of_lightning(error, vars(self._get(self.config, "trainer"))) from error
 
     def after_instantiate_classes(self) -> None:
-        if self.trainer is None:  # `prerl evaluate` and `prerl doctor` take a run's parts, and do not resume it
+        if self.trainer is None:  # `RunParts`
             return
         subconfig = self.config_init[self.subcommand]
         subconfig["weights_only"] = self.weights_only
@@ -154,7 +154,7 @@ class PrerlCLI(LightningCLI):
         self.datamodule.check(self.model, self.trainer, self.subcommand)  # before a logger makes its folder
         checkpoint = subconfig["checkpoint"]
         subconfig["ckpt_path"] = resume.chosen(
-            *(subconfig.get("ckpt_path"), self._runs, self.model.model_name),
+            *(subconfig.get("ckpt_path"), resume.runs_of(self.trainer), self.model.model_name),
             *(checkpoint.monitor, checkpoint.mode, self.weights_only),
         )
         if self.subcommand == "fit" and resume.is_file(subconfig["ckpt_path"]):
@@ -177,9 +177,15 @@ class PrerlCLI(LightningCLI):
                 os.rmdir(folder)
                 os.rmdir(os.path.dirname(folder))
 
-    @property
-    def _runs(self) -> Path:
-        return resume.runs_of(self.trainer)
+
+class RunParts(PrerlCLI):
+    """The configuration of a run, its parts made and nothing started: for `prerl evaluate` and `prerl doctor`."""
+
+    def instantiate_trainer(self, **_: Any) -> Any:
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
 
 
 def _config_files(args: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from trainers import quiet_trainer
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.data.tasks.sums import ArithmeticProblems
 from prerl_lightning.errors import InputError
-from prerl_lightning.evaluate import _checkpoint_weights
+from prerl_lightning.evaluation.weights import checkpoint_weights
 from prerl_lightning.objectives import GRPO, NSRPreRL
 from prerl_lightning.objectives.update import Update
 from prerl_lightning.policy.model import Policy, load_tokenizer
@@ -195,7 +195,7 @@ def test_untrained_weights_have_the_folder_s_names_and_values(tmp_path, folder):
     policy = Policy.from_pretrained(path)
     checkpoint = tmp_path / "last.ckpt"
     torch.save({"state_dict": {f"policy.{name}": t for name, t in policy.state_dict().items()}}, checkpoint)
-    for given in (dict(policy.named_weights()), dict(_checkpoint_weights(str(checkpoint), path))):
+    for given in (dict(policy.named_weights()), dict(checkpoint_weights(checkpoint, path))):
         assert given.keys() == disk.keys()
         assert all(torch.equal(given[name], disk[name]) for name in disk)
 

@@ -7,7 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from prerl_lightning.errors import InputError
-from prerl_lightning.evaluate import evaluate
+from prerl_lightning.evaluation import evaluate as from_python
+from prerl_lightning.evaluation.command import evaluate
 from prerl_lightning.rollout.endpoint import Endpoint
 from prerl_lightning.rollout.engine import Place, Sampling
 
@@ -93,6 +94,8 @@ def test_an_evaluation_of_a_model_that_is_elsewhere(server, problems, tmp_path, 
     assert {a["temperature"] for a in server.asked} == {0.6, 0.0}
     assert evaluate(options)["aime24"] == found  # all is there
     assert len(server.asked) == 30
+    known = from_python("big", problems, k=4, folder=tmp_path / "python", endpoint=server.url)["aime24"]
+    assert known["avg@4"] == found["avg@4"]
     with pytest.raises(InputError, match=r"does not serve 'small', but big"):
         evaluate([*options[:3], "small", *options[4:8], "--out", "other"])
     with pytest.raises(InputError, match=r"give --model as the server calls it"):

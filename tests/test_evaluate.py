@@ -10,10 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from commands import finish, start
+from plain_engine import PlainEngine
 
-from prerl_lightning.compare import compare
-from prerl_lightning.evaluate import measures
+from prerl_lightning.data.module import RolloutDataModule
+from prerl_lightning.data.tasks.sums import ArithmeticProblems
+from prerl_lightning.errors import InputError
+from prerl_lightning.evaluation import command, compare, evaluate, read_results
+from prerl_lightning.evaluation.measures import measures
 from prerl_lightning.metrics.intervals import interval
+from prerl_lightning.rewards.pool import Verification
+from prerl_lightning.rollout.engine import Place, Sampling
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = [
@@ -106,6 +112,49 @@ def test_wrong_input_is_named(refused, args, words):
     assert words in refused(*args)
 
 
+def test_from_python(model_folder, tmp_path, monkeypatch):
+    """Own problems, own engine and reward: whole, gone on with, refused; and the same as the command's files."""
+    monkeypatch.chdir(tmp_path)
+    model, asked = model_folder("llama-untied"), []
+
+    def reward(prompt, response, ground_truth, extra):
+        asked.append(prompt)
+        return float(len(response) % 2)
+
+    def run(size=6, **options):
+        data = RolloutDataModule(
+            train=ArithmeticProblems("train", 8),
+            verification=Verification(workers=0),
+            sampling=Sampling(max_new_tokens=4),
+            engine=PlainEngine(),
+            val_batch=4,
+        )
+        sets = {"mine": ArithmeticProblems("held_out", size)}
+        return evaluate(model, sets, k=2, reward=reward, datamodule=data, **options)
+
+    found = run()
+    folder = tmp_path / "evaluations" / Path(model).name
+    assert found == json.loads((folder / "summary.json").read_text())
+    settings, records = read_results(folder / "mine.jsonl")
+    assert (settings["k"], settings["problems"], [r["row"] for r in records]) == (2, 6, list(range(6)))
+    assert found["mine"]["avg@2"] == pytest.approx(sum(s["score"] for r in records for s in r["samples"]) / 12)
+    assert len(asked) == 18
+    lines = (folder / "mine.jsonl").read_text().splitlines(keepends=True)
+    (folder / "mine.jsonl").write_text("".join(lines[:5]))  # four problems
+    assert run(folder=folder) == found
+    assert len(asked) == 24
+    with pytest.raises(InputError, match=r"with other settings .*greedy: True there, False here"):
+        run(folder=folder, greedy=False)
+    with pytest.raises(InputError, match="k: 0 is below 1"):
+        evaluate(model, "math500", k=0)
+    with pytest.raises(InputError, match="name sets"):
+        evaluate(model)
+    data = RolloutDataModule(train=ArithmeticProblems("train", 8), engine=PlainEngine())
+    data.engine.start(model, 0, Place())
+    with pytest.raises(InputError, match="has been started"):
+        evaluate(model, {"mine": ArithmeticProblems("held_out", 4)}, datamodule=data)
+
+
 def write(folder, scores):
     folder.mkdir()
     lines = [{"settings": {}}]
@@ -121,7 +170,10 @@ def write(folder, scores):
 def test_compare(tmp_path, capsys):
     write(tmp_path / "a", [[1, 0, 0, 0]] * 60 + [[0, 0, 0, 0]] * 40)
     write(tmp_path / "b", [[1, 1, 0, 0]] * 60 + [[0, 0, 0, 0]] * 40)
-    found = compare([str(tmp_path / "a"), str(tmp_path / "b")])["math500"]["avg@4"]
+    whole = command.compare([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert whole == compare(tmp_path / "a", tmp_path / "b")
+    assert (whole["math500"].problems, whole["math500"].of_a, whole["math500"].of_b) == (100, 100, 100)
+    found = whole["math500"].measures["avg@4"]
     assert (found["a"], found["b"]) == (0.15, 0.30)
     assert found["difference"] == pytest.approx(0.15)
     # paired: every problem moves by 0 or 1/4, so that the interval is that of 60 coin flips' share over 4

@@ -79,11 +79,11 @@ class Subject:
         """
         if not self.configs:
             return None
-        from prerl_lightning.evaluate import _Configured
+        from prerl_lightning.run import RunParts
 
         model = [f"--model.init_args.model={self.model}"] if self.model else []
         files = [f"--config={file}" for file in self.configs]
-        return _Configured.run(["fit", *files, *model, "--trainer.logger=false"])
+        return RunParts.run(["fit", *files, *model, "--trainer.logger=false"])
 
     @cached_property
     def model_name(self) -> str:

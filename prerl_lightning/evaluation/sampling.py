@@ -1,0 +1,152 @@
+"""k samples of every problem of some sets, verified, and what they come to."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from prerl_lightning.data.module import RolloutDataModule, first_reward
+from prerl_lightning.data.named import NamedProblems
+from prerl_lightning.data.problems import ProblemSet
+from prerl_lightning.errors import InputError
+from prerl_lightning.evaluation.files import ResultFile
+from prerl_lightning.evaluation.measures import measures
+from prerl_lightning.evaluation.weights import checkpoint_weights, fingerprint
+from prerl_lightning.metrics.evaluation import answer_number
+from prerl_lightning.policy.model import model_path
+from prerl_lightning.rewards.pool import RewardPool
+from prerl_lightning.rewards.score import Reward
+from prerl_lightning.rollout.endpoint import Endpoint
+from prerl_lightning.rollout.engine import Engine, Place
+from prerl_lightning.rollout.sampler import sample_for_evaluation
+from prerl_lightning.secrets import hide_in_text
+from prerl_lightning.types import Prompt
+
+log = logging.getLogger(__name__)
+
+
+def named_sets(
+    names: str | Sequence[str], limit: int | None = None, style: Literal["chat", "plain"] = "chat"
+) -> dict[str, ProblemSet]:
+    """Those of `data.named.SETS` by name, each from the hub or, as NAME=FILE, from a file; the first ``limit`` problems
+    of each. One text may hold several, with commas between them."""
+    found: dict[str, ProblemSet] = {}
+    for item in names.split(",") if isinstance(names, str) else names:
+        name, _, path = item.partition("=")
+        found[name] = NamedProblems(name, path or None, limit=limit, style=style)
+    return found
+
+
+def evaluate(
+    model: str,
+    data: str | Sequence[str] | Mapping[str, ProblemSet] | None = None,
+    k: int = 8,
+    folder: str | Path | None = None,
+    *,
+    greedy: bool = True,
+    checkpoint: str | Path | None = None,
+    endpoint: str | None = None,
+    reward: Reward | None = None,
+    datamodule: RolloutDataModule | None = None,
+) -> dict[str, dict[str, float]]:
+    """avg@k, pass@k, maj@k and greedy accuracy with 95 % intervals.
+
+    All samples are in FOLDER/SET.jsonl (evaluation/files.py), the returned measures in FOLDER/summary.json. An
+    evaluation that was cut off goes on where it stopped, and ends with the same digits.
+
+    Args:
+        model: Hugging Face folder or hub id, or ``embedded``; with ``endpoint`` as the server calls it.
+        data: names of `data.named.SETS` (NAME, or NAME=FILE), or problem sets by name; None: the held-out sets of
+            ``datamodule``.
+        k: samples a problem.
+        folder: where results go, or are gone on with; None: evaluations/MODEL.
+        greedy: one greedy response a problem more.
+        checkpoint: a training checkpoint whose weights are taken instead of those in ``model``.
+        endpoint: URL of a server that speaks OpenAI's API, asked instead of loading the model.
+        reward: a verifier instead of the sets' own.
+        datamodule: whose engine, sampling, prompt format and verification are used; its engine must not have been
+            started. None: their defaults.
+
+    Returns:
+        for each set the measures of `evaluation.measures.measures`; the interval of x is x/low and x/high.
+
+    Raises:
+        InputError: with the mend, before the engine starts wherever it can be known then.
+    """
+    if k < 1:
+        raise InputError(f"--k: {k} is below 1.")
+    if endpoint and checkpoint:
+        raise InputError("--endpoint: a server has weights of its own: leave the checkpoint out.")
+    sets = dict(data) if isinstance(data, Mapping) else named_sets(data) if data is not None else {}
+    if datamodule is None:
+        if not sets:
+            raise InputError("prerl evaluate: name sets, or give a data module that has some held out.")
+        datamodule = RolloutDataModule(train=next(iter(sets.values())))
+    elif data is None:
+        sets, reward = datamodule.held_out, reward or datamodule.val_reward
+        if not sets:
+            raise InputError("prerl evaluate: the configuration has no data.val; name sets with --data.")
+    engine: Engine = datamodule.engine
+    if engine.weights_dtype is not None and not endpoint:
+        raise InputError("evaluate: the data module's engine has been started, with weights of its own: give another.")
+    sampling = datamodule.val_sampling.over(datamodule.sampling)
+    seed = datamodule.seed if datamodule.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+    last = datamodule.train.reward
+    rewards = {key: first_reward(key, reward, problems.reward, last) for key, problems in sets.items()}
+    weights = checkpoint_weights(checkpoint, model) if checkpoint else None
+    prompts: Mapping[str, Sequence[Prompt]]
+    if endpoint:
+        template = datamodule.format
+        engine = Endpoint(endpoint, model, chat_template_kwargs=template.chat_template_kwargs)
+        for problems in sets.values():
+            problems.load()
+        prompts = {key: [template.untokenised(p) for p in problems] for key, problems in sets.items()}
+    else:
+        prompts = datamodule.encode(model, sets)
+    folder = Path(folder) if folder else default_folder(model, checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for key, encoded in prompts.items():
+        settings = {
+            "model": model,
+            "weights": [endpoint] if endpoint else fingerprint(checkpoint or model_path(model)),
+            "set": key,
+            "problems": len(encoded),
+            "prompts": answer_number(repr([p.token_ids for p in encoded])),
+            "reward": hide_in_text(getattr(rewards[key], "__name__", repr(rewards[key]))),
+            "k": k,
+            "greedy": greedy,
+            "seed": seed,
+            "sampling": {name: value for name, value in asdict(sampling).items() if name != "group_size"},
+        }
+        files[key] = ResultFile(folder / f"{key.replace('/', '_')}.jsonl", settings)
+    todo = {key: [p for p in prompts[key] if p.row not in file.records] for key, file in files.items()}
+    if any(todo.values()):
+        engine.start(model_path(model), seed, Place())
+        if weights is not None:
+            engine.update_weights(weights, 1)
+    for key, left in todo.items():
+        if not left:
+            continue
+        pool = RewardPool(rewards[key], datamodule.verification)
+        try:
+            start = time.perf_counter()
+            for i in range(0, len(left), datamodule.val_batch):
+                batch = left[i : i + datamodule.val_batch]
+                files[key].append(*sample_for_evaluation(engine, pool, batch, sampling, k, greedy, seed))
+                done, seconds = len(files[key].records), time.perf_counter() - start
+                log.info("%s: %d of %d problems, %.0f s", key, done, len(prompts[key]), seconds)
+        finally:
+            pool.close()
+    found = {key: measures(list(file.records.values())) for key, file in files.items()}
+    (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def default_folder(model: str, checkpoint: str | Path | None = None) -> Path:
+    name = model.rstrip("/").rpartition("/")[2] or "model"
+    return Path("evaluations") / (name if checkpoint is None else f"{name}-{Path(checkpoint).stem}")
