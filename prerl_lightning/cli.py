@@ -124,6 +124,8 @@ def _command(args: list[str], debug: bool) -> None:
     if not debug:
         for name in ("lightning.pytorch", "lightning.fabric"):  # their import has set them to INFO
             logging.getLogger(name).setLevel(logging.WARNING)
+        for name in ("profilers", "callbacks"):  # the report, the summary, a verbose callback: what was asked for
+            logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     run(args)
 
 

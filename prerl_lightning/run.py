@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml  # type: ignore[import-untyped]
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
@@ -40,6 +41,7 @@ from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, said_by_us
 from prerl_lightning.objectives import PolicyModule
 from prerl_lightning.objectives.checks import check_trainer
+from prerl_lightning.objectives.trainer_arguments import LOGGERS
 from prerl_lightning.policy.model import load_config
 from prerl_lightning.resume import KeepConfig
 from prerl_lightning.secrets import hidden_keys
@@ -59,7 +61,6 @@ TRAINER_DEFAULTS = {
 
 
 RESUMED_FROM = "PRERL_RESUMED_FROM"
-LOGGER_PACKAGES = {"TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 
 
 class PrerlCLI(LightningCLI):
@@ -139,9 +140,10 @@ class PrerlCLI(LightningCLI):
         trainer = self._get(self.config, "trainer")
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
-            package = LOGGER_PACKAGES.get(name)
+            package = LOGGERS.get(name)
             if package and not find_spec(package):
-                raise InputError(f"trainer.logger: {name} needs the package {package}: pip install {package}")
+                pip = package.replace("_", "-")
+                raise InputError(f"trainer.logger: {name} needs the package {package}: pip install {pip}")
         check_trainer(trainer, trains=self.subcommand == "fit")
         if trainer.precision is None:
             trainer.precision = default_precision(trainer.accelerator, self._get(self.config, "model"))
@@ -156,7 +158,7 @@ class PrerlCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
-        if config.get("logger") is None and not config.get("fast_dev_run"):
+        if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
             folder = config.get("default_root_dir") or "runs"
             kwargs["logger"] = CSVLogger(folder, name=self.name, flush_logs_every_n_steps=1)  # a kill loses no row
         keys = self._parser(self.subcommand).callback_keys
@@ -164,7 +166,10 @@ class PrerlCLI(LightningCLI):
         extra += [HeldOut(), RunRecord()]
         if config.get("enable_checkpointing") is False:
             extra = [c for c in extra if not isinstance(c, RunCheckpoint)]
-        if config.get("enable_progress_bar") is not False:
+        kwargs["min_epochs"] = config.get("min_epochs") or 0  # with min_steps Lightning's default is a whole epoch
+        given = config.get("callbacks") or []
+        has_bar = any(isinstance(c, ProgressBar) for c in (given if isinstance(given, list) else [given]))
+        if config.get("enable_progress_bar") is not False and not has_bar:
             extra.append(StepBar() if sys.stdout.isatty() else StepLines())
             if not sys.stdout.isatty():
                 kwargs["enable_progress_bar"] = False
