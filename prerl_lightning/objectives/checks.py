@@ -180,8 +180,8 @@ def check_hooks(objective: type, successor: bool) -> None:
                 raise InputError(f"{key}: {kind.__name__}.{name}: {HOOKS[name].says}")
             if successor and name != "training_step":
                 raise InputError(
-                    f"{key}: {kind.__name__}.{name} would never be called: Lightning calls the hooks of the run's first "
-                    "objective. Put it into a callback under trainer.callbacks, or into training_step."
+                    f"{key}: {kind.__name__}.{name} would never be called: Lightning calls the hooks of the "
+                    "run's first objective. Put it into a callback under trainer.callbacks, or into training_step."
                 )
 
 

@@ -117,8 +117,8 @@ CALLBACKS: dict[str, Row] = {
     ),
     "ModelCheckpoint": Row(
         "works",
-        "without a monitor, beside the key `checkpoint`, whose files `--ckpt_path last` and `best` take; with one it may "
-        "judge a step by the validation before, and is refused: `checkpoint.monitor` judges by the step's own",
+        "without a monitor, beside the key `checkpoint`, whose files `--ckpt_path last` and `best` take. With one it "
+        "may judge a step by the validation before, and is refused: `checkpoint.monitor` judges by the step's own",
     ),
     "ModelPruning": Row(
         "none", "it gives the weights other names, by which neither the engine nor an export knows them. Leave it out."
