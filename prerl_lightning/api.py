@@ -33,7 +33,7 @@ from prerl_lightning.secrets import hide
 from prerl_lightning.settings import described
 from prerl_lightning.signals import Interrupted, signals
 from prerl_lightning.terminal import log_to_stdout, quiet, quiet_lightning
-from prerl_lightning.training import TRAINER_DEFAULTS, WATCHERS, default_precision, run_logger, with_records
+from prerl_lightning.training import TRAINER_DEFAULTS, WATCHERS, default_precision, progress, run_logger, with_records
 from prerl_lightning.watchdog import watchdog
 
 if TYPE_CHECKING:
@@ -138,21 +138,23 @@ def trainer_defaults(**given: Any) -> dict[str, Any]:
     made = TRAINER_DEFAULTS | given
     if logger is None or logger is True:
         made["logger"] = run_logger(given.get("default_root_dir"), name)
-    if not sys.stdout.isatty():
-        made["enable_progress_bar"] = False  # lines of ours instead
+    _, made["enable_progress_bar"] = progress(given.get("enable_progress_bar"), given.get("callbacks"))
     return made
 
 
-def run_callbacks(*own: L.Callback, progress: bool = True) -> list[L.Callback]:
+def run_callbacks(*own: L.Callback) -> list[L.Callback]:
     """What watches and keeps a run: checkpoints, thoughts, alignment, samples, health, export, run.json, a line a step.
 
     Args:
         own: stand in for those of their kind, such as ``Thoughts(families={"wait": ["wait"]})``, or are added.
-        progress: a bar in a terminal, and lines elsewhere.
     """
+    return _with_own(list(own), True, True)
+
+
+def _with_own(own: list[L.Callback], bar: bool, checkpoints: bool) -> list[L.Callback]:
     kinds = {type(callback) for callback in own}
     watchers = [kind() for kind in WATCHERS.values() if kind not in kinds]
-    return with_records([*watchers, *own], progress=progress)
+    return with_records([*watchers, *own], progress(bar, own)[0], checkpoints)
 
 
 class _KeepSettings(L.Callback):
@@ -227,9 +229,9 @@ def fit(
     shown = {k: v for k, v in made.items() if k not in ("logger", "callbacks", "default_root_dir")}
     configuration = {"seed_everything": seed, "model": described(objective), "data": described(data)}
     configuration["trainer"] = described(shown | {"callbacks": [*lives, *own]})
-    ours = run_callbacks(*own, progress=trainer.get("enable_progress_bar") is not False)
-    if made.get("enable_checkpointing") is False:
-        ours = [c for c in ours if not isinstance(c, RunCheckpoint)]
+    ours = _with_own(
+        own, trainer.get("enable_progress_bar") is not False, made.get("enable_checkpointing") is not False
+    )
     try:
         runs = L.Trainer(**made, callbacks=[*lives, _KeepSettings(configuration), *ours])
     except Exception as error:  # Lightning raises many kinds

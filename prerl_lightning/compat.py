@@ -1,8 +1,9 @@
 """All that touches what Lightning does not promise. tests/test_compat.py fails where a release changes it."""
 
 import signal
+import sys
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -44,6 +45,24 @@ class _Finished(_FitLoop):
 def run_ends_of_training(trainer: L.Trainer) -> None:
     """Where a checkpoint leaves no step to train, Lightning would call neither on_train_start nor on_train_end."""
     trainer.fit_loop.__class__ = _Finished  # type: ignore[assignment]
+
+
+def note_stops(trainer: L.Trainer, note: Callable[[object, str], None]) -> None:
+    """``note`` is given who first sets ``trainer.should_stop``, by which callbacks end a run and which keeps no reason:
+    the object (None: no method did) and the name of its function."""
+
+    def get(self: Any) -> bool:
+        return self.__dict__["should_stop"]
+
+    def put(self: Any, stop: bool) -> None:
+        if stop and not self.__dict__["should_stop"]:
+            caller = sys._getframe(1)
+            note(caller.f_locals.get("self"), caller.f_code.co_qualname)
+        self.__dict__["should_stop"] = stop
+
+    kind = type(trainer)
+    kind = kind.__bases__[0] if "should_stop" in vars(kind) else kind  # from an earlier fit
+    trainer.__class__ = type(kind.__name__, (kind,), {"should_stop": property(get, put)})
 
 
 class _Signals(_SignalConnector):

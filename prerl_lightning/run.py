@@ -28,15 +28,14 @@ from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, said_by_us
 from prerl_lightning.objectives import PolicyModule
 from prerl_lightning.objectives.checks import check_trainer
+from prerl_lightning.objectives.trainer_arguments import LOGGERS
 from prerl_lightning.resume import KeepConfig
 from prerl_lightning.secrets import hidden_keys
 from prerl_lightning.signals import signals
-from prerl_lightning.training import TRAINER_DEFAULTS, WATCHERS, default_precision, run_logger, with_records
+from prerl_lightning.training import TRAINER_DEFAULTS, WATCHERS, default_precision, progress, run_logger, with_records
 from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
-
-LOGGER_PACKAGES = {"TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 
 
 class PrerlCLI(LightningCLI):
@@ -110,9 +109,10 @@ class PrerlCLI(LightningCLI):
         trainer = self._get(self.config, "trainer")
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
-            package = LOGGER_PACKAGES.get(name)
+            package = LOGGERS.get(name)
             if package and not find_spec(package):
-                raise InputError(f"trainer.logger: {name} needs the package {package}: pip install {package}")
+                pip = package.replace("_", "-")
+                raise InputError(f"trainer.logger: {name} needs the package {package}: pip install {pip}")
         check_trainer(trainer, trains=self.subcommand == "fit")
         if trainer.precision is None:
             model = getattr(self._get(self.config, "model"), "init_args", {}).get("model")
@@ -128,16 +128,12 @@ class PrerlCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
-        if config.get("logger") is None and not config.get("fast_dev_run"):
+        if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
             kwargs["logger"] = run_logger(config.get("default_root_dir"), self.name)
         keys = self._parser(self.subcommand).callback_keys
-        extra = with_records(
-            (self._get(self.config_init, k) for k in keys),
-            config.get("enable_checkpointing") is not False,
-            config.get("enable_progress_bar") is not False,
-        )
-        if not sys.stdout.isatty():
-            kwargs["enable_progress_bar"] = False
+        lines, kwargs["enable_progress_bar"] = progress(config.get("enable_progress_bar"), config.get("callbacks"))
+        watchers = (self._get(self.config_init, k) for k in keys)
+        extra = with_records(watchers, lines, config.get("enable_checkpointing") is not False)
         try:
             return self._instantiate_trainer({**config, **kwargs}, extra)
         except Exception as error:  # Lightning raises many kinds

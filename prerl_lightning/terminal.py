@@ -76,3 +76,5 @@ def quiet_lightning() -> None:
     """Whose import sets its loggers to INFO."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("profilers", "callbacks"):  # the report, the summary, a verbose callback: what was asked for
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)

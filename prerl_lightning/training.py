@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
 from prerl_lightning.callbacks.alignment import GradientAlignment
@@ -29,6 +30,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 1,
     "num_sanity_val_steps": 0,  # a whole validation runs before the first step instead
     "enable_model_summary": False,
+    "min_epochs": 0,  # with min_steps Lightning's own is a whole epoch
 }
 
 # by their keys in a configuration
@@ -44,9 +46,17 @@ WATCHERS: dict[str, type[L.Callback]] = {
 }
 
 
-def with_records(watchers: Iterable[L.Callback], checkpoints: bool = True, progress: bool = True) -> list[L.Callback]:
-    """The watchers, and what every run has: its records, and the progress that a person sees."""
-    lines = [StepBar() if sys.stdout.isatty() else StepLines()] if progress else []
+def progress(enabled: Any, given: Any) -> tuple[list[L.Callback], bool]:
+    """Our bar or lines, unless ``given`` callbacks bring a bar; and Lightning's ``enable_progress_bar``."""
+    if enabled is False:
+        return [], False
+    if any(isinstance(c, ProgressBar) for c in (given if isinstance(given, list) else [given])):
+        return [], True
+    return ([StepBar()], True) if sys.stdout.isatty() else ([StepLines()], False)
+
+
+def with_records(watchers: Iterable[L.Callback], lines: list[L.Callback], checkpoints: bool = True) -> list[L.Callback]:
+    """What every run has: progress in front, so that what watches is said behind it, and its records behind."""
     kept = [w for w in watchers if checkpoints or not isinstance(w, RunCheckpoint)]
     return [*lines, *kept, HeldOut(), RunRecord(), Blocks()]
 

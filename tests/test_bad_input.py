@@ -36,6 +36,9 @@ FILES = {
     "empty.jsonl": "",
     "array.jsonl": "[1, 2]\n",
     "rewards_here.py": "number = 3\n",
+    "objectives_here.py": "from prerl_lightning.objectives import GRPO\n\n"
+    "class Hooked(GRPO):\n    def on_train_batch_start(self, *_):\n        pass\n\n"
+    "class Stepping(GRPO):\n    def optimizer_step(self, *_):\n        pass\n",
 }
 ROW = {"prompt": "2,3,4>9?", "answer": "9"}
 ROWS = {  # of JSON lines
@@ -54,9 +57,9 @@ def rows(name, **columns):
     return json.dumps({"data": {"reward": "prerl_lightning.rewards.boxed_reward", "train": train}})
 
 
-def lives(*steps, successor=None, **options):
+def lives(*steps, successor=None, objective="GRPO", **options):
     """An overlay with a life from each of the steps on."""
-    successor = {"class_path": "GRPO", "init_args": successor or {}}
+    successor = {"class_path": objective, "init_args": successor or {}}
     arguments = [{"at_step": step, "successor": successor, **options} for step in steps]
     callbacks = [{"class_path": "PolicyReincarnation", "init_args": each} for each in arguments]
     return json.dumps({"trainer": {"callbacks": callbacks}})
@@ -314,8 +317,33 @@ CASES = [
     ("--trainer.precision=foo", "trainer.precision: foo must be"),
     ("--trainer.strategy=ddp --trainer.devices=3", "data.prompts_per_step: 4 prompts do not divide over 3 ranks"),
     ("--trainer.devices=0", "trainer.devices: 0"),
-    ("--trainer.accelerator=tpu", "trainer: ModuleNotFoundError: "),
+    ("--trainer.accelerator=tpu", "trainer.accelerator: tpu has no engine here. Write auto, cpu or gpu"),
     ("--trainer.accelerator=foo", "trainer.accelerator: foo"),
+    ("--trainer.strategy=ddp_spawn", "trainer.strategy: ddp_spawn: ranks are processes of their own here"),
+    (
+        "--trainer.strategy=lightning.pytorch.strategies.DeepSpeedStrategy",
+        "trainer.strategy: .*Write auto, ddp or fsdp2",
+    ),
+    ("--trainer.val_check_interval=00:00:10:00", "trainer.val_check_interval: 00:00:10:00 must be a whole number"),
+    (
+        "--trainer.max_time=10:00:00:00 --trainer.limit_predict_batches=2",
+        "trainer.limit_predict_batches: 2: there is no",
+    ),
+    ("--trainer.max_time=00:00:30", "trainer.max_time: 00:00:30 is no time. Write DD:HH:MM:SS in quotes"),
+    ("{trainer: {max_time: {minutes: 0}}}", "trainer.max_time: .* trains nothing"),
+    (
+        "{trainer: {max_time: {hours: 1}, callbacks: [{class_path: Timer, init_args: {duration: '00:01:00:00'}}]}}",
+        "trainer.max_time: it would not count beside the Timer of trainer.callbacks",
+    ),
+    (
+        "{trainer: {plugins: {class_path: lightning.pytorch.plugins.HalfPrecision, init_args: {precision: bf16-true}}}}",
+        "trainer.precision: 32-true: ValueError: Received both",
+    ),
+    ("--trainer.callbacks=LearningRateMonitor", "trainer.callbacks: LearningRateMonitor: optim/lr is in each row"),
+    ("--trainer.logger=CometLogger", "trainer.logger: CometLogger needs the package comet_ml: pip install comet-ml"),
+    ("--trainer.logger=MLFlowLogger", "trainer.logger: MLFlowLogger needs the package mlflow: pip install mlflow"),
+    ("--trainer.logger=LitLogger", "trainer.logger: LitLogger needs the package litlogger: pip install litlogger"),
+    ("--trainer.logger=NeptuneLogger", "trainer.logger: NeptuneLogger is not what can be imported here"),
     ("--trainer.num_nodes=0", "trainer.num_nodes: 0 must be"),
     ("--trainer.log_every_n_steps=-1", "trainer.log_every_n_steps: -1 must be"),
     ("--trainer.fast_dev_run=-1", "trainer.fast_dev_run: -1 must be"),
@@ -346,6 +374,11 @@ CASES = [
         lives(2, successor={"optimizer": {"class_path": "torch.optim.SGD"}}),
         r"PolicyReincarnation\.optimizer: at step 2 the state of AdamW cannot be carried into SGD",
     ),
+    (
+        lives(2, objective="objectives_here.Hooked"),
+        r"PolicyReincarnation\.successor: Hooked\.on_train_batch_start would never be called: .* Put it into a callback",
+    ),
+    ("{model: {class_path: objectives_here.Stepping}}", r"model: Stepping\.optimizer_step: optimisation is manual"),
     (lives(2, successor={"prefix": "3*7"}), r"prefix: '3\*7' is 3 tokens"),
     ([lives(3), "--model.init_args.minibatches=2"], r"PolicyReincarnation\.at_step: 3\. GRPO takes 2"),
     ("--trainer.max_steps=-1 --model.init_args.lr_schedule=cosine", r"GRPO\.lr_schedule: cosine needs an end"),
@@ -462,6 +495,21 @@ def test_bad_input_is_refused(prerl, folder, capsys, given, pattern):
     assert len(last) < 1000, last
     assert "usage:" not in said
     assert "Traceback" not in said
+    assert not list(folder.rglob("version_*"))
+
+
+def test_callbacks_of_lightning_and_its_own_logger_get_as_far_as_the_engine(prerl, folder, capsys):
+    """tests/test_trainer_arguments.py has a whole run with some of them."""
+    from prerl_lightning.cli import main
+
+    names = "TQDMProgressBar RichModelSummary DeviceStatsMonitor LambdaCallback ThroughputMonitor Timer ModelCheckpoint"
+    callbacks = [{"class_path": f"lightning.pytorch.callbacks.{name}"} for name in names.split()]
+    callbacks[4]["init_args"] = {"batch_size_fn": "builtins.len"}
+    callbacks[5]["init_args"] = {"duration": "00:01:00:00"}
+    io = {"class_path": "lightning.pytorch.plugins.io.AsyncCheckpointIO"}
+    trainer = {"callbacks": callbacks, "logger": True, "plugins": [io], "profiler": "advanced"}
+    with pytest.raises(Reached):
+        main(arguments(json.dumps({"trainer": trainer}), folder))
     assert not list(folder.rglob("version_*"))
 
 

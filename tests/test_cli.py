@@ -108,7 +108,7 @@ def test_a_logger_s_missing_package_is_named(parse, monkeypatch):
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.stem)
 def test_overlays_keep_the_callbacks(parse, overlay, monkeypatch):
-    monkeypatch.setattr("prerl_lightning.run.LOGGER_PACKAGES", {})  # wandb need not be here
+    monkeypatch.setattr("prerl_lightning.run.LOGGERS", {})  # wandb need not be here
     base = parse("fit", "--config", CONFIGS / "dsrl.yaml")
     found = parse("fit", "--config", CONFIGS / "dsrl.yaml", "--config", overlay)
     assert found.trainer.callbacks[0].class_path == base.trainer.callbacks[0].class_path

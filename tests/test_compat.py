@@ -6,7 +6,7 @@ import signal
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -14,7 +14,7 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from trainers import quiet_trainer
 
-from prerl_lightning.compat import requeue_path, requeue_signal
+from prerl_lightning.compat import note_stops, requeue_path, requeue_signal
 
 
 def test_lightning_still_runs_validation_the_way_validate_now_does():
@@ -93,3 +93,29 @@ def test_lightning_still_reads_a_checkpoint_as_it_is_told():
 def test_lightning_still_reads_a_checkpoint_s_hyperparameters_where_they_are_not_wanted():
     """PrerlCLI does nothing instead; tests/test_bad_input.py sees the result (garbage is refused in one line)."""
     assert "self._parse_ckpt_path()" in inspect.getsource(LightningCLI.__init__)
+
+
+def test_who_sets_should_stop_is_noted_once_a_fit():
+    """Lightning's callbacks and its fit set the Trainer's attribute, and its loops read it."""
+
+    class Stopper(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.should_stop = trainer.should_stop or True
+
+    trainer, stopper = quiet_trainer(), Stopper()
+    for _ in range(2):
+        seen = []
+        trainer.should_stop = False
+        note_stops(trainer, lambda *who: seen.append(who))  # noqa: B023
+        trainer.should_stop = False
+        assert not trainer.should_stop
+        for _ in range(2):
+            stopper.on_train_start(trainer, None)
+        assert trainer.should_stop
+        assert isinstance(trainer, L.Trainer)
+        ((by, where),) = seen
+        assert by is stopper
+        assert where.endswith("Stopper.on_train_start")
+    for kind in (Timer, EarlyStopping):
+        assert "trainer.should_stop = trainer.should_stop or should_stop" in inspect.getsource(kind)
+    assert "self.should_stop = False" in inspect.getsource(Trainer.fit)

@@ -52,6 +52,9 @@ def test_how_a_run_stands(tmp_path):
         "failed at step 5 of 5: RuntimeError: out of memory",
     )
     assert status("b", status="interrupted", max_steps=60)[1] == "interrupted at step 5 of 60"
+    early = status("f", max_steps=60, stopped="trainer.max_time: 0:00:30 is over")
+    assert early == ("stopped", "stopped at step 5 of 60: trainer.max_time: 0:00:30 is over")
+    assert early[1] in headline.states([compare.Group("x", (read_run(tmp_path / "f"),), {})], 0)
     assert status("c", status="running") == ("running", "running, at step 5 of 5")
     grow_old(tmp_path / "c", 1000)  # the longest of its steps took 5 seconds
     state, said = read_run(tmp_path / "c").status()

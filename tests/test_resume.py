@@ -319,7 +319,9 @@ def test_a_time_limit_is_one_of_this_process(here, caplog):
         assert end > start_step
         assert list(column(run, "val/avg@2"))[-1] == end
     for end in (first, second):
-        assert f"Stopped at step {end}, before trainer.max_steps (500)." in caplog.text
+        why = "trainer.max_time: 0:00:01 is over"
+        assert f"Stopped at step {end}, before trainer.max_steps (500): {why}." in caplog.text
+    assert read_run(Path("runs/small/version_2")).status() == ("stopped", f"stopped at step {second} of 500: {why}")
 
 
 def test_a_monitor_that_is_not_there_is_refused_before_the_start(here, refused):

@@ -209,6 +209,8 @@ def test_what_is_no_finished_run(studied):
     assert schedule.status(run.folder).said == "prerl: error: data.train: no such file"
     made(run, steps=30, max_steps=60)
     assert schedule.status(run.folder).said == "stopped at step 30 of 60"
+    made(run, steps=30, max_steps=60, stopped="trainer.max_time: 1:00:00 is over")
+    assert schedule.status(run.folder).said == "stopped at step 30 of 60: trainer.max_time: 1:00:00 is over"
     assert schedule.status(made(planned(study, "grpo", 1), status="running").parents[1]).state == "unfinished"
     checkpoint = str((run.folder / "grpo" / "version_0" / "checkpoints" / "last.ckpt").resolve())
     made(run, version=1, first=21, max_steps=60, resumed_from=checkpoint)

@@ -44,6 +44,11 @@ def test_one_picture_has_progress_curves_times_and_samples(tmp_path, capsys):
     assert "\x1b" not in text
 
 
+def test_what_ended_a_run_early_is_shown(tmp_path):
+    text = shown(read(write_run(tmp_path / "a", max_steps=90, stopped="trainer.max_time: 1:00:00 is over")))
+    assert "stopped at step 60 of 90: trainer.max_time: 1:00:00 is over" in text
+
+
 def test_narrow_and_low_terminals_get_a_picture_too(tmp_path):
     files = read(write_run(tmp_path / "a"))
     for width, height in ((40, 10), (60, 24), (200, 80)):

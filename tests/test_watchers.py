@@ -164,7 +164,7 @@ def test_how_a_run_ended(tmp_path, error, status, message):
     record.path, record.record = tmp_path / "run.json", {"status": "running"}
     trainer = SimpleNamespace(interrupted=False, callbacks=[])
     record.on_exception(trainer, SimpleNamespace(), error)
-    record.on_train_end(trainer, SimpleNamespace())
+    record.on_train_end(trainer, SimpleNamespace(stops=SimpleNamespace(reason=lambda _: None)))
     found = json.loads(record.path.read_text())
     assert (found["status"], found["error"]) == (status, message)
     assert found["ended"]

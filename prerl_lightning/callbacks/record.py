@@ -25,7 +25,8 @@ PACKAGES = ("prerl-lightning", "torch", "lightning", "transformers", "vllm", "vl
 
 class RunRecord(L.Callback):
     """Writes run.json into the run's folder when training starts, and again when it ends: ``status`` is running,
-    finished, interrupted or failed. What was killed stays running."""
+    finished, interrupted or failed. What was killed stays running. ``stopped`` says what ended a finished run ahead of
+    its ``max_steps``."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
@@ -46,6 +47,7 @@ class RunRecord(L.Callback):
             "ended": None,
             "status": "running",
             "error": None,
+            "stopped": None,
             "resumed_from": str(Path(trainer.ckpt_path).resolve()) if trainer.ckpt_path else None,
             "lives": [list(life) for life in pl_module.lives],
             "model": pl_module.model_name,
@@ -66,8 +68,12 @@ class RunRecord(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: PolicyModule, *_: Any) -> None:  # type: ignore[override]
         self._note(lives=[list(life) for life in pl_module.lives], warnings=_warnings(trainer))
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._end(trainer, "interrupted" if trainer.interrupted else "finished")
+    def on_train_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
+        stopped = pl_module.stops.reason(trainer)
+        if stopped:
+            before = f", before trainer.max_steps ({trainer.max_steps})" if trainer.max_steps > 0 else ""
+            log.info("Stopped at step %d%s: %s.", trainer.global_step, before, stopped)
+        self._end(trainer, "interrupted" if trainer.interrupted else "finished", stopped=stopped)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, (KeyboardInterrupt, SystemExit)):
@@ -77,9 +83,9 @@ class RunRecord(L.Callback):
         lost = None if isinstance(exception, (InputError, RunError)) else watchdog.lost()
         self._end(trainer, "failed", lost or f"{type(exception).__name__}: {exception}")
 
-    def _end(self, trainer: L.Trainer, status: str, error: str | None = None) -> None:
+    def _end(self, trainer: L.Trainer, status: str, error: str | None = None, stopped: str | None = None) -> None:
         if self.record.get("status") == "running":
-            self._note(status=status, error=error, ended=_now(), warnings=_warnings(trainer))
+            self._note(status=status, error=error, stopped=stopped, ended=_now(), warnings=_warnings(trainer))
 
     def _note(self, **values: Any) -> None:
         """What has changed since the start, such as a life that ended ahead of its time."""

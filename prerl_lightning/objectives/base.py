@@ -7,7 +7,7 @@ In a run of several lives (callbacks/reincarnation.py) the module given to the T
 end, and hands its `training_step` to the module that is alive, its `acting` module. Of the three forms of
 reincarnation in a running Trainer this is the one that touches none of Lightning's private attributes: the loop, the
 logger's axis, the checkpoints, DDP's wrapper and FSDP2's shards belong to the host and never change. What it costs:
-of a successor only `training_step` and what that calls is used, not its other Lightning hooks.
+of a successor only `training_step` and what that calls is used, not its other Lightning hooks, which are refused.
 """
 
 import logging
@@ -31,6 +31,7 @@ from prerl_lightning.objectives import agreement, checks, lives, memory
 from prerl_lightning.objectives.interruptions import Interruptions
 from prerl_lightning.objectives.losses import Aggregation, KLEstimator
 from prerl_lightning.objectives.schedule import Schedule, learning_rate_factor
+from prerl_lightning.objectives.stops import Stops
 from prerl_lightning.objectives.update import Term, Update, gathered
 from prerl_lightning.objectives.validations import Validations
 from prerl_lightning.policy.model import Policy, load_config, load_tokenizer, prefix_token
@@ -166,6 +167,7 @@ class PolicyModule(L.LightningModule):
         self.evaluations: dict[str, EvaluationMetric] = {}  # by held-out set; no submodules, they have no weights
         self.validations = Validations()
         self.interruptions = Interruptions()
+        self.stops = Stops()
         # for callbacks: this rank's last rollout, the one of all ranks (`gathered`), and the seconds they took
         self.rollout: Rollout | None = None
         self.whole_rollout: Rollout | None = None
@@ -396,6 +398,7 @@ class PolicyModule(L.LightningModule):
         for module in (self, *self.successors):
             module.agreed = False
         self.interruptions.on_fit_start(self.trainer)
+        self.stops.on_fit_start(self.trainer)
         self._started = time.perf_counter()
 
     def on_train_start(self) -> None:

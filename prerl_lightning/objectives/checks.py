@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, check_bounds, in_one_line, nearest
 from prerl_lightning.objectives import lives
+from prerl_lightning.objectives.trainer_arguments import ARGUMENTS, CALLBACKS, HOOKS
 
 if TYPE_CHECKING:
     from prerl_lightning.objectives.base import PolicyModule
@@ -20,28 +23,11 @@ if TYPE_CHECKING:
 TRAINER_LEAST = {
     **{"max_steps": -1, "max_epochs": -1, "num_nodes": 1, "log_every_n_steps": 0, "check_val_every_n_epoch": 1},
     **{f"limit_{stage}_batches": 0 for stage in ("train", "val", "test")},
-    **{"fast_dev_run": 0, "num_sanity_val_steps": -1},
-}
-# what has another meaning here, or none: the value that leaves it alone, and why
-TRAINER_UNUSED: dict[str, tuple[Any, str]] = {
-    "gradient_clip_val": (
-        None,
-        "gradients are clipped by model.init_args.gradient_clip, by global norm: leave it out.",
-    ),
-    "gradient_clip_algorithm": (None, "model.init_args.gradient_clip clips by global norm: leave it out."),
-    "accumulate_grad_batches": (
-        1,
-        "a step adds up the gradients of its whole rollout, in as many passes as memory asks for: leave it out, and "
-        "give data.prompts_per_step more for a larger one.",
-    ),
-    "overfit_batches": (
-        0,
-        "prompts are drawn anew in each epoch. Give data.train fewer problems, by its limit or size.",
-    ),
-    "barebones": (False, "it logs nothing and keeps no checkpoint: leave it out."),
-    "reload_dataloaders_every_n_epochs": (0, "it would begin the order of prompts anew: leave it out."),
+    **{"fast_dev_run": 0, "num_sanity_val_steps": -1, "min_epochs": 0, "min_steps": 0},
 }
 PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
+STRATEGIES = ("auto", "ddp", "fsdp2", "DDPStrategy", "SingleDeviceStrategy")
 
 
 def check_trainer(trainer: Any, trains: bool) -> None:
@@ -50,25 +36,63 @@ def check_trainer(trainer: Any, trains: bool) -> None:
     for key in ("max_steps", "max_epochs", "limit_train_batches") if trains else ():
         if getattr(trainer, key) == 0:
             raise InputError(f"trainer.{key}: 0 trains nothing. Give 1 or more, or leave it out.")
-    for key, (neutral, why) in TRAINER_UNUSED.items():
-        if (value := getattr(trainer, key)) not in (None, neutral):
-            raise InputError(f"trainer.{key}: {value}: {why}")
+    _check_refused(trainer)
+    if trainer.accelerator not in ACCELERATORS and isinstance(trainer.accelerator, str):
+        raise InputError(f"trainer.accelerator: {trainer.accelerator} has no engine here. Write auto, cpu or gpu.")
+    if 0 < trainer.max_steps < (trainer.min_steps or 0):
+        raise InputError(
+            f"trainer.min_steps: {trainer.min_steps} are more than trainer.max_steps, {trainer.max_steps}."
+        )
     every = trainer.val_check_interval
     shares = isinstance(every, float) and trainer.check_val_every_n_epoch is not None  # of an epoch
-    if isinstance(every, (int, float)) and not (0 < every <= 1 if shares else isinstance(every, int) and every >= 1):
+    if every is not None and not (0 < every <= 1 if shares else isinstance(every, int) and every >= 1):
+        # by a time, too: each rank goes by its own clock, and another run has other steps
         raise InputError(f"trainer.val_check_interval: {every} must be a whole number of rollouts, 1 or more.")
-    strategy = trainer.strategy
-    if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != "fsdp2":
-        raise InputError(
-            f"trainer.strategy: {strategy} is Lightning's FSDP1, which this library does not use. Write fsdp2."
-        )
-    known = ("auto", *StrategyRegistry.available_strategies())
-    if isinstance(strategy, str) and strategy not in known:
-        raise InputError(
-            f"trainer.strategy: there is no {strategy}.{nearest(strategy, known)} Write auto, ddp or fsdp2."
-        )
+    _check_time(trainer)
+    _check_strategy(trainer.strategy)
     # here too, since on a CPU Lightning makes bf16-mixed of 16-mixed
     check_precision(str(trainer.precision))
+
+
+def _check_refused(trainer: Any) -> None:
+    for key, row in ARGUMENTS.items():
+        if row.refused and (value := getattr(trainer, key, None)) not in (None, row.neutral):
+            raise InputError(f"trainer.{key}: {value}: {row.says}")
+
+
+def _check_time(trainer: Any) -> None:
+    limit = trainer.max_time
+    if limit is None:
+        return
+    try:
+        left = cast(float, Timer(limit).time_remaining())
+    except (MisconfigurationException, TypeError) as error:
+        raise InputError(
+            f'trainer.max_time: {limit} is no time. Write DD:HH:MM:SS in quotes, e.g. "00:00:50:00", or {{minutes: 50}}'
+        ) from error
+    if left <= 0:
+        raise InputError(f"trainer.max_time: {limit} trains nothing. Give a longer time, or leave it out.")
+    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+    if any(str(getattr(c, "class_path", type(c).__name__)).rpartition(".")[2] == "Timer" for c in callbacks):
+        raise InputError(
+            "trainer.max_time: it would not count beside the Timer of trainer.callbacks. Keep one of them."
+        )
+
+
+def _check_strategy(strategy: Any) -> None:
+    name = str(getattr(strategy, "class_path", strategy))
+    if isinstance(strategy, str) and name.startswith("fsdp") and name != "fsdp2":
+        raise InputError(
+            f"trainer.strategy: {name} is Lightning's FSDP1, which this library does not use. Write fsdp2."
+        )
+    known = ("auto", *StrategyRegistry.available_strategies())
+    if isinstance(strategy, str) and name not in known:
+        raise InputError(f"trainer.strategy: there is no {name}.{nearest(name, known)} Write auto, ddp or fsdp2.")
+    if (isinstance(strategy, str) or name.startswith("lightning.")) and name.rpartition(".")[2] not in STRATEGIES:
+        raise InputError(
+            f"trainer.strategy: {name}: ranks are processes of their own here, that share their work by ddp or fsdp2. "
+            "Write auto, ddp or fsdp2."
+        )
 
 
 def check_precision(precision: str) -> None:
@@ -90,6 +114,9 @@ def check_precision(precision: str) -> None:
 def check_run(host: "PolicyModule", data: RolloutDataModule, trainer: L.Trainer) -> None:
     """Learn the run's lives from the Trainer's callbacks, and raise InputError for what no life could learn under."""
     check_precision(str(trainer.precision))
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which sets limits of its own
+        _check_refused(trainer)
+    check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
     switches = lives.reincarnations(trainer.callbacks)  # type: ignore[attr-defined]
     steps = [c.at_step for c in switches]
     if len(set(steps)) < len(steps):
@@ -100,6 +127,8 @@ def check_run(host: "PolicyModule", data: RolloutDataModule, trainer: L.Trainer)
     modules = [host, *(c.successor for c in switches)]
     lives.arrange(modules, [0, *steps])
     host.planned_lives = host.lives
+    for module in modules:
+        check_hooks(type(module), successor=module is not host)
     _check_successors(host, switches, isinstance(trainer.strategy, ModelParallelStrategy))
     for module in modules:
         endless = module.end_step is None and trainer.max_steps < 0
@@ -123,6 +152,37 @@ def check_run(host: "PolicyModule", data: RolloutDataModule, trainer: L.Trainer)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if (check := getattr(callback, "check_run", None)) is not None:
             check(trainer, host)
+
+
+def check_callbacks(callbacks: Sequence[L.Callback]) -> None:
+    """Raises InputError for one of Lightning's that has no meaning here, and for its ModelCheckpoint with a monitor."""
+    for callback in callbacks:
+        kind = type(callback).__name__
+        if type(callback) is ModelCheckpoint and callback.monitor is not None:
+            raise InputError(
+                f"trainer.callbacks: {kind}.monitor: {callback.monitor}: it may judge a step by the validation before. "
+                "Give checkpoint.monitor, which judges by the step's own."
+            )
+        for base in type(callback).__mro__:
+            row = CALLBACKS.get(base.__name__) if base.__module__.startswith("lightning.") else None
+            if row is not None and row.refused:
+                raise InputError(f"trainer.callbacks: {kind}: {row.says}")
+
+
+def check_hooks(objective: type, successor: bool) -> None:
+    """Raises InputError where an objective's class has a hook of Lightning's that would never be called."""
+    for kind in objective.__mro__:
+        if kind.__module__ == "prerl_lightning.objectives.base":
+            return
+        for name in (name for name in HOOKS if name in vars(kind)):
+            key = "PolicyReincarnation.successor" if successor else "model"
+            if HOOKS[name].refused:
+                raise InputError(f"{key}: {kind.__name__}.{name}: {HOOKS[name].says}")
+            if successor and name != "training_step":
+                raise InputError(
+                    f"{key}: {kind.__name__}.{name} would never be called: Lightning calls the hooks of the "
+                    "run's first objective. Put it into a callback under trainer.callbacks, or into training_step."
+                )
 
 
 def _check_successors(host: "PolicyModule", switches: Sequence[Any], sharded: bool) -> None:

@@ -57,8 +57,5 @@ class Validations:
         """Also where training ends by what Lightning sees behind its validation: max_epochs, a Timer of epochs."""
         step, last_step = trainer.global_step, 0 < trainer.max_steps <= trainer.global_step
         last_epoch = 0 < cast(int, trainer.max_epochs) <= trainer.current_epoch + 1
-        if trainer.should_stop and not last_step:
-            before = f", before trainer.max_steps ({trainer.max_steps})" if trainer.max_steps > 0 else ""
-            log.info("Stopped at step %d%s.", step, before)
         if (last_step or last_epoch or trainer.should_stop) and self.step != step:
             validate_now(trainer)

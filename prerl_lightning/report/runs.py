@@ -104,14 +104,15 @@ class Run:
         return (best, last) if best in low and last in high and high[last] < low[best] else None
 
     def status(self, now: float | None = None) -> tuple[str, str]:
-        """One of finished, interrupted, failed, running, silent, unknown, and a sentence."""
+        """One of finished, stopped (early), interrupted, failed, running, silent, unknown, and a sentence."""
         of = f" of {self.max_steps:,}" if self.max_steps else ""
         at = f"at step {self.steps:,}{of}"
         said = self.info.get("status")
         if said == "failed":
             return "failed", f"failed {at}: {self.info.get('error') or 'no error text'}"
         if said == "finished":
-            return "finished", f"finished {at}"
+            stopped = self.info.get("stopped")
+            return ("stopped", f"stopped {at}: {stopped}") if stopped else ("finished", f"finished {at}")
         if said == "interrupted":
             return "interrupted", f"interrupted {at}"
         since = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.touched))

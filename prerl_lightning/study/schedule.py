@@ -69,7 +69,9 @@ def status(folder: Path) -> Status:
         error = run.info.get("error") or last_words(folder)
         return Status("unfinished", f"ended at step {run.steps}: {error}", run)
     if run.max_steps and run.steps < run.max_steps:
-        return Status("unfinished", f"stopped at step {run.steps} of {run.max_steps}", run)
+        why = run.info.get("stopped")
+        said = f"stopped at step {run.steps} of {run.max_steps}{f': {why}' if why else ''}"
+        return Status("unfinished", said, run)
     return Status("finished", f"{run.steps} steps", run)
 
 
