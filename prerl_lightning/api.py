@@ -92,6 +92,14 @@ class Run:
 
         return pd.DataFrame(self.record.samples)
 
+    def plot(self, *columns: str) -> "Plot":
+        """Curves of columns of `metrics` over the steps, which a notebook shows."""
+        known = self.metrics.columns
+        for column in columns:
+            if column not in known:
+                raise InputError(f"plot: this run has no {column}.{nearest(column, known)}")
+        return Plot({column: self.record.column(column) for column in columns})
+
     @property
     def model(self) -> Path | None:
         """The trained model, a Hugging Face folder; None: none was exported."""
@@ -108,6 +116,35 @@ class Run:
         """Write the page that ``prerl report`` makes of it."""
         report_command([str(self.folder), "-o", str(path)])
         return Path(path)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture in SVG, of value by step of each curve."""
+
+    curves: Mapping[str, Mapping[int, float]]
+
+    def _repr_svg_(self) -> str:  # what Jupyter asks for
+        import vl_convert
+
+        points = [
+            {"step": step, "value": value, "curve": name}
+            for name, curve in self.curves.items()
+            for step, value in curve.items()
+        ]
+        return vl_convert.vegalite_to_svg(
+            {
+                "width": 420,
+                "height": 220,
+                "data": {"values": points},
+                "mark": {"type": "line", "point": len(points) < 40 * len(self.curves)},
+                "encoding": {
+                    "x": {"field": "step", "type": "quantitative"},
+                    "y": {"field": "value", "type": "quantitative", "title": None},
+                    "color": {"field": "curve", "type": "nominal", "title": None},
+                },
+            }
+        )
 
 
 def load_run(folder: str | os.PathLike) -> Run:

@@ -1,0 +1,211 @@
+"""Runs from Python: `prerl.fit`, a Trainer of one's own, the examples, a notebook."""
+
+import json
+import logging
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+
+import prerl_lightning as prerl
+from prerl_lightning.errors import InputError
+from prerl_lightning.settings import described
+
+ROOT = Path(__file__).parents[1]
+
+
+def small(**given):
+    options = {
+        "train": prerl.CountdownProblems("train", 64),
+        "val": prerl.CountdownProblems("held_out", 8),
+        "prompts_per_step": 4,
+        "sampling": prerl.Sampling(group_size=4, max_new_tokens=48),
+        "engine": prerl.VLLMEngine(max_model_len=64),
+        "val_greedy": False,
+    }
+    return prerl.RolloutDataModule(**(options | given))
+
+
+@pytest.fixture(scope="module")
+def quietly():
+    """The log and the environment as they were, behind runs in this process."""
+    log, environment = logging.getLogger("prerl_lightning"), dict(os.environ)
+    kept = log.handlers[:], log.propagate, log.level
+    yield
+    log.handlers[:], log.propagate, level = kept
+    log.setLevel(level)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory, quietly):
+    """Three steps in two lives, and the folder it ran in."""
+    folder = tmp_path_factory.mktemp("python")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        data = small()
+        run = prerl.fit(
+            prerl.NSRPreRL(model="embedded", lr=3e-4),
+            data,
+            [prerl.Life(2, prerl.GRPO(lr=3e-4), optimizer="reset")],
+            max_steps=3,
+            callbacks=[prerl.Thoughts(families={"wait": ["wait"]})],
+            val_check_interval=2,
+            name="mine",
+            seed=5,
+        )
+        assert data.engine._llm is None  # freed
+    return folder, run
+
+
+def test_a_run_leaves_what_the_command_leaves(fitted):
+    folder, run = fitted
+    assert run.folder == Path("runs/mine/version_0")
+    there = {path.name for path in (folder / run.folder).iterdir()}
+    files = {"metrics.csv", "config.yaml", "run.json", "samples.jsonl", "held_out.jsonl", "alignment.jsonl"}
+    assert files | {"checkpoints", "model"} <= there
+    record = json.loads((folder / run.folder / "run.json").read_text())
+    assert (record["status"], record["lives"], record["seed"]) == ("finished", [["NSRPreRL", 0], ["GRPO", 2]], 5)
+
+
+def test_what_it_gives_back(fitted, monkeypatch):
+    folder, run = fitted
+    monkeypatch.chdir(folder)
+    assert list(run.accuracies) == [0, 2, 3]
+    assert run.accuracy == run.accuracies[3]
+    assert run.status == "finished"
+    assert list(run.metrics.index) == [0, 1, 2, 3]
+    assert run.metrics["reward/mean"].notna().sum() == 3
+    assert run.metrics.loc[3, "val/avg@8"] == run.accuracy
+    assert set(run.samples.kind) >= {"held out"}
+    assert run.model.joinpath("model.safetensors").is_file()
+    assert run.checkpoint.is_file()
+    assert run.plot("reward/mean", "val/avg@8")._repr_svg_().startswith("<svg")
+    with pytest.raises(InputError, match=r"plot: this run has no reward/men\. Did you mean reward/mean"):
+        run.plot("reward/men")
+    page = run.report("page.html").read_text()
+    assert "NSR-PreRL" in page
+    assert prerl.load_run("runs/mine/version_0").accuracies == run.accuracies
+    with pytest.raises(InputError, match="no metrics"):
+        prerl.load_run("runs")
+
+
+def test_a_resume_is_compared(fitted, monkeypatch):
+    folder, _ = fitted
+    monkeypatch.chdir(folder)
+    lives = [prerl.Life(2, prerl.GRPO(lr=3e-4), optimizer="reset")]
+    with pytest.raises(InputError, match=r"(?s)model\.init_args\.lr: 0\.0003 in the checkpoint, 0\.001 now"):
+        prerl.fit(prerl.NSRPreRL(model="embedded", lr=1e-3), small(), lives, 4, name="mine", seed=5, ckpt_path="last")
+    with pytest.raises(InputError, match=r"data\.sampling\.group_size: 4 in the checkpoint, 8 now"):
+        data = small(sampling=prerl.Sampling(group_size=8, max_new_tokens=48))
+        prerl.fit(prerl.NSRPreRL(model="embedded", lr=3e-4), data, lives, 4, name="mine", seed=5, ckpt_path="last")
+
+
+def test_a_trainer_of_ones_own(fitted, monkeypatch, capsys):
+    """In the same process, with another engine; validated at step 0, watched, recorded, and read by the report."""
+    folder, _ = fitted
+    monkeypatch.chdir(folder)
+    trainer = L.Trainer(**prerl.trainer_defaults(max_steps=1), callbacks=prerl.run_callbacks())
+    data = small()
+    trainer.fit(prerl.GRPO(model="embedded", lr=3e-4), datamodule=data)
+    data.engine.stop()
+    run = prerl.load_run("runs/python/version_0")
+    assert list(run.accuracies) == [0, 1]
+    assert run.status == "finished"
+    assert len(run.samples)
+    said = capsys.readouterr()
+    assert "Epoch" not in said.out + said.err
+    assert said.out.count("step 1/1 ") == 1  # and not once for each run of this process
+    assert "watch it    prerl watch" in said.out
+    assert all(len(line) <= 100 for line in said.out.splitlines() if line.startswith(("step ", "held out")))
+    assert "Warning" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("call", "pattern"),
+    [
+        (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), max_stepz=3), "Trainer has no such argument"),
+        (lambda: prerl.fit(small(), small(), max_steps=3), "fit: objective is a RolloutDataModule"),
+        (lambda: prerl.fit(prerl.GRPO(model="embedded"), [], max_steps=3), "fit: data is a list"),
+        (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), max_steps=3, precision="16-mixed"), "precision"),
+        (lambda: prerl.fit(prerl.GRPO(), small(), max_steps=3), "model.init_args.model: missing"),
+        (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), max_steps=3, ckpt_path="none.ckpt"), "none.ckpt"),
+    ],
+)
+def test_what_cannot_be_is_refused(call, pattern, tmp_path, monkeypatch, quietly):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prerl.VLLMEngine, "start", lambda *args: pytest.fail("the engine was started"))
+    with pytest.raises(InputError, match=pattern):
+        call()
+    assert not list(tmp_path.rglob("metrics.csv"))
+
+
+def test_a_notebook_has_one_rank(tmp_path, monkeypatch, quietly):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with pytest.raises(InputError, match=r"trainer\.devices: a notebook trains on one device"):
+        prerl.fit(prerl.GRPO(model="embedded"), small(), max_steps=1, accelerator="cpu", devices=2)
+
+
+def test_described_as_a_configuration():
+    found = described(small())
+    assert found["class_path"] == "prerl_lightning.data.module.RolloutDataModule"
+    given = found["init_args"]
+    assert given["sampling"]["group_size"] == 4
+    assert given["train"]["init_args"] == {"split": "train", "size": 64, "seed": 0}
+    assert given["engine"]["init_args"]["max_model_len"] == 64
+    objective = described(prerl.GRPO(model="embedded", lr=1e-4))["init_args"]
+    assert (objective["model"], objective["lr"]) == ("embedded", 1e-4)
+    assert objective["optimizer"]["class_path"] == "torch.optim.adamw.AdamW"
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("room", ["", ".data", ".rollout", ".callbacks", ".metrics", ".policy", ".evaluation"])
+def test_a_room_shows_its_names(room):
+    from importlib import import_module
+
+    package = import_module(f"prerl_lightning{room}")
+    assert package.__all__
+    for name in package.__all__:
+        assert getattr(package, name).__doc__, name
+    with pytest.raises(AttributeError):
+        package.nonsense  # noqa: B018
+
+
+def test_the_import_loads_nothing_heavy():
+    code = "import sys, prerl_lightning; print({'torch', 'lightning', 'vllm', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_the_example_of_an_own_task(tmp_path, monkeypatch, refused, capsys):
+    """By its YAML, and by its Python."""
+    import shutil
+
+    from prerl_lightning.cli import main
+
+    shutil.copytree(ROOT / "examples" / "own_task", tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    main(["fit", "--config", "task.yaml", "--trainer.max_steps=1", "--data.prompts_per_step=4"])
+    assert prerl.load_run("runs/task/version_0").record.lives == [("DrGRPO", 0)]
+    script = tmp_path / "train.py"
+    script.write_text(script.read_text().replace("STEPS = 20", "STEPS = 1"))
+    runpy.run_path(str(script), run_name="__main__")
+    assert "of the held-out answers are right; the model is in runs/own_task" in capsys.readouterr().out
+    for name in ("objective", "rewards"):
+        sys.modules.pop(name)
+
+
+def test_the_notebook(tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(ROOT / "examples" / "first_run.ipynb", as_version=4)
+    settings = next(cell for cell in notebook.cells if "STEPS, SWITCH =" in cell.source)
+    settings.source = settings.source.replace("STEPS, SWITCH = 20, 5", "STEPS, SWITCH = 2, 1")
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/svg+xml" in output.get("data", {}) for output in outputs) == 2
+    assert not [output for output in outputs if output.output_type == "error"]
