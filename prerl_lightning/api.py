@@ -264,7 +264,7 @@ def fit(
     L.seed_everything(seed, workers=True, verbose=False)
     observe_ranks(watchdog.observe)
     shown = {k: v for k, v in made.items() if k not in ("logger", "callbacks", "default_root_dir")}
-    configuration = {"seed_everything": seed, "model": described(objective), "data": described(data)}
+    configuration = {"seed_everything": seed, "model": described(objective), "data": described(data)["init_args"]}
     configuration["trainer"] = described(shown | {"callbacks": [*lives, *own]})
     ours = _with_own(
         own, trainer.get("enable_progress_bar") is not False, made.get("enable_checkpointing") is not False

@@ -101,8 +101,8 @@ def test_a_resume_is_compared(fitted, monkeypatch):
     lives = [prerl.Life(2, prerl.GRPO(lr=3e-4), optimizer="reset")]
     with pytest.raises(InputError, match=r"(?s)model\.init_args\.lr: 0\.0003 in the checkpoint, 0\.001 now"):
         prerl.fit(prerl.NSRPreRL(model="embedded", lr=1e-3), small(), lives, 4, name="mine", seed=5, ckpt_path="last")
+    data = small(sampling=prerl.Sampling(group_size=8, max_new_tokens=48))
     with pytest.raises(InputError, match=r"data\.sampling\.group_size: 4 in the checkpoint, 8 now"):
-        data = small(sampling=prerl.Sampling(group_size=8, max_new_tokens=48))
         prerl.fit(prerl.NSRPreRL(model="embedded", lr=3e-4), data, lives, 4, name="mine", seed=5, ckpt_path="last")
 
 
