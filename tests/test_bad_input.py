@@ -336,8 +336,8 @@ CASES = [
         "trainer.max_time: it would not count beside the Timer of trainer.callbacks",
     ),
     (
-        "{trainer: {plugins: {class_path: lightning.pytorch.plugins.HalfPrecision, "
-        "init_args: {precision: bf16-true}}}}",
+        "{trainer: {plugins: {class_path: lightning.pytorch.plugins.MixedPrecision, "
+        "init_args: {precision: bf16-mixed, device: cpu}}}}",
         "trainer.precision: 32-true: ValueError: Received both",
     ),
     ("--trainer.callbacks=LearningRateMonitor", "trainer.callbacks: LearningRateMonitor: optim/lr is in each row"),
@@ -377,8 +377,7 @@ CASES = [
     ),
     (
         lives(2, objective="objectives_here.Hooked"),
-        r"PolicyReincarnation\.successor: Hooked\.on_train_batch_start would never be called: "
-        ".* Put it into a callback",
+        r"PolicyReincarnation\.successor: Hooked\.on_train_batch_start would never be called: .* into a callback",
     ),
     ("{model: {class_path: objectives_here.Stepping}}", r"model: Stepping\.optimizer_step: optimisation is manual"),
     (lives(2, successor={"prefix": "3*7"}), r"prefix: '3\*7' is 3 tokens"),

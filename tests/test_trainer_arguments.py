@@ -242,7 +242,7 @@ def test_what_works_works(tmp_path, model_folder, monkeypatch, caplog):
     run = tmp_path / "runs" / "small" / "version_0"
     names = (run / "metrics.csv").read_text().splitlines()[0]
     assert "DeviceStatsMonitor.on_train_batch_start" in names
-    assert "train|device/samples_per_sec" in names
+    assert "train/batches" in names
     assert list(column(run, "reward/mean")) == [1, 2]
     why = json.loads((run / "run.json").read_text())["stopped"]
     assert re.fullmatch(
