@@ -18,7 +18,7 @@ from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.callbacks.watcher import callbacks_of, run_folder
 from prerl_lightning.errors import InputError, RunError
 from prerl_lightning.objectives.base import PolicyModule
-from prerl_lightning.report import words
+from prerl_lightning.report import process, words
 from prerl_lightning.report.reading import read_run
 from prerl_lightning.secrets import hide_in_command
 from prerl_lightning.watchdog import watchdog
@@ -30,7 +30,7 @@ PACKAGES = ("prerl-lightning", "torch", "lightning", "transformers", "vllm", "vl
 
 class RunRecord(L.Callback):
     """Writes run.json into the run's folder when training starts, and again when it ends: ``status`` is running,
-    finished, interrupted or failed. What was killed stays running."""
+    finished, interrupted or failed. What was killed stays running; ``process`` shows its readers that it is not."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
@@ -51,6 +51,7 @@ class RunRecord(L.Callback):
             "ended": None,
             "status": "running",
             "error": None,
+            "process": process.identity(),
             "resumed_from": str(Path(trainer.ckpt_path).resolve()) if trainer.ckpt_path else None,
             "lives": [list(life) for life in pl_module.lives],
             "model": pl_module.model_name,
