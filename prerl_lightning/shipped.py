@@ -55,7 +55,7 @@ def in_arguments(args: Sequence[str]) -> list[str]:
 
 def hint(given: str) -> str:
     """For the end of a message that there is no such file."""
-    return f" The shipped ones, which `prerl configs` lists, go by name.{nearest(_name(given), names())}"
+    return f" The shipped ones, which `prerl configs` lists, go by name.{_nearest(given)}"
 
 
 def run_name(file: Path) -> str | None:
@@ -82,11 +82,17 @@ def configs(args: Sequence[str]) -> None:
     elif _name(own.name) in names():
         print(_text(_name(own.name)), end="")
     else:
-        raise InputError(f"prerl configs: {own.name}: none has this name.{nearest(_name(own.name), names())}")
+        raise InputError(f"prerl configs: {own.name}: none has this name.{_nearest(own.name)}")
 
 
 def _name(given: str) -> str:
     return given.removeprefix("configs/").removesuffix(".yaml")
+
+
+def _nearest(given: str) -> str:
+    name = _name(given)
+    in_folder = next((known for known in names() if known.endswith(f"/{name}")), None)
+    return f" Did you mean {in_folder}?" if in_folder else nearest(name, names())
 
 
 def _text(name: str) -> str:
