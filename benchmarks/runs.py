@@ -36,7 +36,7 @@ def measure(config: str, seed: int, more: list[str]) -> dict:
         if process.wait() != 0:
             sys.exit(f"{config} with seed {seed} failed")
         seconds = time.perf_counter() - start
-        with (Path(folder) / Path(config).name / "version_0" / "metrics.csv").open() as lines:
+        with next(Path(folder).glob("*/version_0/metrics.csv")).open() as lines:
             rows = list(csv.DictReader(lines))
 
     def column(name: str) -> list[float]:

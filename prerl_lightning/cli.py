@@ -25,6 +25,8 @@ USAGE = """usage: prerl {fit,validate,test} [--config FILE ...] [--KEY VALUE ...
        prerl compare FOLDER FOLDER
        prerl report RUN [RUN ...] -o report.html
        prerl watch [RUN]
+       prerl runs [FOLDER]
+       prerl configs [NAME]
        prerl study STUDY.yaml [--dry_run]
        prerl doctor [--config FILE ...] [--model MODEL] [--json]
        prerl pretrain --config FILE --out FOLDER
@@ -38,6 +40,8 @@ Reinforcement learning with verifiable rewards in pre-train and post-train space
   compare    two evaluations, problem by problem: differences, exact p, and what the set can show
   report     one HTML page on runs: curves, thoughts, alignment, samples; opens from disk, asks no network
   watch      a run's figures in the terminal, live, from another shell; default: the newest below runs/
+  runs       the runs below runs/, a line each: objective, model, steps, accuracy, state
+  configs    the configurations that come with the package; `prerl configs dsrl > mine.yaml` copies one
   study      arms x seeds of a YAML file, and a verdict for each of its claims; goes on where it was stopped
   doctor     does this machine run all this, and does that run fit? A self-test in under two minutes
   pretrain   a tiny model from scratch on a corpus of your own, such as the embedded one
@@ -57,6 +61,8 @@ COMMANDS = {
     "compare": "prerl_lightning.evaluation.command",
     "report": "prerl_lightning.report.page",
     "watch": "prerl_lightning.report.watch",
+    "runs": "prerl_lightning.report.listing",
+    "configs": "prerl_lightning.shipped",
     "study": "prerl_lightning.study.command",
     "doctor": "prerl_lightning.doctor",
     "pretrain": "prerl_lightning.data.tasks.pretrain",

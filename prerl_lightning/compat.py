@@ -2,11 +2,12 @@
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -100,3 +101,11 @@ def observe_ranks(observe: Callable[..., None]) -> None:
     """``observe`` is given the rank processes that Lightning's launcher has started; in place of its own observer,
     which kills all processes within five seconds of the first that ends with a status, and says nothing."""
     subprocess_script._launch_process_observer = observe
+
+
+def share_version(loggers: Sequence[Logger]) -> None:
+    """The files of one run in one version_N: by itself each logger counts on from the folders of those before it."""
+    first, *others = [one for one in loggers if isinstance(one, CSVLogger | TensorBoardLogger)] or [None]
+    for other in others:
+        if other._version is None and (other.save_dir, other.name) == (first.save_dir, first.name):
+            other._version = first.version

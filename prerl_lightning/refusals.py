@@ -12,7 +12,7 @@ import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from prerl_lightning import rewards
+from prerl_lightning import rewards, shipped
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.errors import InputError, in_one_line, nearest
 from prerl_lightning.objectives import PolicyModule
@@ -47,7 +47,7 @@ def check_file(file: str) -> None:
     path = Path(file)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else f"no such file (looked for from {Path.cwd()})"
-        raise InputError(f"--config: {file}: {what}. Give a YAML file.")
+        raise InputError(f"--config: {file}: {what}. Give a YAML file.{shipped.hint(file)}")
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), _Once)
     except InputError as error:

@@ -19,16 +19,17 @@ import prerl_lightning.data.readers
 import prerl_lightning.data.tasks.countdown
 import prerl_lightning.data.tasks.sums
 import prerl_lightning.strategies  # noqa: F401  (registers fsdp2)
-from prerl_lightning import refusals, resume
+from prerl_lightning import refusals, resume, shipped
 from prerl_lightning.callbacks.monitors import check_monitors
 from prerl_lightning.callbacks.reincarnation import PolicyReincarnation
 from prerl_lightning.callbacks.watcher import callbacks_of
-from prerl_lightning.compat import observe_ranks
+from prerl_lightning.compat import observe_ranks, share_version
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, said_by_us
 from prerl_lightning.objectives import PolicyModule
 from prerl_lightning.objectives.checks import check_trainer
 from prerl_lightning.objectives.trainer_arguments import LOGGERS
+from prerl_lightning.report.files import run_name
 from prerl_lightning.resume import KeepConfig
 from prerl_lightning.secrets import hidden_keys
 from prerl_lightning.signals import signals
@@ -36,6 +37,8 @@ from prerl_lightning.training import TRAINER_DEFAULTS, WATCHERS, default_precisi
 from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
+
+UNNAMED = {"CSVLogger": "lightning_logs", "TensorBoardLogger": "lightning_logs", "WandbLogger": None}  # their defaults
 
 
 class PrerlCLI(LightningCLI):
@@ -46,6 +49,7 @@ class PrerlCLI(LightningCLI):
     @classmethod
     def run(cls, args: list[str]) -> "PrerlCLI":
         observe_ranks(watchdog.observe)
+        args = shipped.in_arguments(args)
         files = _config_files(args)
         for file in files:
             refusals.check_file(file)
@@ -108,11 +112,14 @@ class PrerlCLI(LightningCLI):
             )
         trainer = self._get(self.config, "trainer")
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
-            name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
-            package = LOGGERS.get(name)
+            kind = str(getattr(logger, "class_path", "")).rpartition(".")[2]
+            package = LOGGERS.get(kind)
             if package and not find_spec(package):
                 pip = package.replace("_", "-")
-                raise InputError(f"trainer.logger: {name} needs the package {package}: pip install {pip}")
+                raise InputError(f"trainer.logger: {kind} needs the package {package}: pip install {pip}")
+            # one that is given no name has the run's, whichever file it stands in
+            if kind in UNNAMED and logger.init_args.get("name", kind) == UNNAMED[kind]:
+                logger.init_args.name = self.name
         check_trainer(trainer, trains=self.subcommand == "fit")
         if trainer.precision is None:
             model = getattr(self._get(self.config, "model"), "init_args", {}).get("model")
@@ -135,9 +142,11 @@ class PrerlCLI(LightningCLI):
         watchers = (self._get(self.config_init, k) for k in keys)
         extra = with_records(watchers, lines, config.get("enable_checkpointing") is not False)
         try:
-            return self._instantiate_trainer({**config, **kwargs}, extra)
+            trainer = self._instantiate_trainer({**config, **kwargs}, extra)
         except Exception as error:  # Lightning raises many kinds
             raise refusals.of_lightning(error, vars(self._get(self.config, "trainer"))) from error
+        share_version(trainer.loggers)
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         if self.trainer is None:  # `RunParts`
@@ -194,8 +203,12 @@ def _config_files(args: list[str]) -> list[str]:
 
 def _run_name(given: list[str]) -> str:
     """Runs lie in runs/NAME/version_N: the name of the last configuration file that says which objective the model has,
-    so that neither a shared file in front nor an overlay behind names a run; if none does, of the first file."""
-    return Path(next((file for file in reversed(given) if _says_objective(file)), [*given, "prerl"][0])).stem
+    so that neither a shared file in front nor an overlay behind names a run; if none does, of the first file. A run's
+    own config.yaml has the name of its run."""
+    file = Path(next((file for file in reversed(given) if _says_objective(file)), [*given, "prerl"][0]))
+    if file.name == "config.yaml" and (of_run := run_name(file.parent, {}))[1]:
+        return of_run[0]
+    return shipped.run_name(file) or file.stem
 
 
 def _says_objective(file: str) -> bool:

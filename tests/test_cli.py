@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from report_runs import write_run
 
 from prerl_lightning.errors import InputError
 
@@ -62,12 +63,14 @@ def parse(monkeypatch):
     return parsed
 
 
-def test_help_and_version_import_nothing_heavy():
+def test_help_and_lists_import_nothing_heavy(tmp_path):
+    write_run(tmp_path / "dsrl" / "version_0", steps=1)
     code = (
-        "import sys, prerl_lightning.cli as c; c.main(['--help']); c.main(['--version']); "
+        "import sys, prerl_lightning.cli as c; c.main(['--help']); c.main(['--version']); c.main(['configs']); "
+        "c.main(['runs', sys.argv[1]]); "
         "assert not {'torch', 'lightning', 'vllm', 'transformers'} & set(sys.modules), 'heavy'"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert "usage: prerl" in found.stdout
     assert "prerl 0." in found.stdout
 
@@ -126,6 +129,10 @@ def test_overlays_keep_the_callbacks(parse, overlay, monkeypatch):
         (["shared.yaml", "short.yaml", "missing.yaml"], "short"),
         (["arm.yaml", "other.yaml", "broken.yaml"], "other"),
         (["overlay.yaml", "shared.yaml"], "overlay"),
+        ([str(CONFIGS / "sums" / "dsrl.yaml"), "overlay.yaml"], "sums-dsrl"),  # not the runs of dsrl.yaml
+        ([str(CONFIGS / "dsrl.yaml")], "dsrl"),
+        (["runs/arm/version_3/config.yaml"], "arm"),
+        (["config.yaml"], "config"),
     ],
 )
 def test_the_file_with_the_objective_names_the_run(given, name, tmp_path, monkeypatch):
@@ -135,12 +142,26 @@ def test_the_file_with_the_objective_names_the_run(given, name, tmp_path, monkey
         "shared": "model: {init_args: {model: embedded}}", "arm": "model: {class_path: GRPO}", "short": "model: GRPO",
         "other": "model:\n  class_path: NSRPreRL", "overlay": "trainer: {strategy: ddp}", "broken": "model: {a: [",
     }  # fmt: skip
+    files |= {"runs/arm/version_3/config": files["arm"], "config": files["arm"]}
+    (tmp_path / "runs/arm/version_3").mkdir(parents=True)
     for stem, text in files.items():
         (tmp_path / f"{stem}.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
     ways = [[f"--config={file}" if i % 2 else f"--config {file}" for i, file in enumerate(given, k)] for k in (0, 1)]
     for way in ways:
         assert _run_name(_config_files(["fit", *" ".join(way).split(), "--trainer.max_steps=1"])) == name
+
+
+def test_loggers_without_a_name_have_the_run_s(parse, tmp_path, monkeypatch):
+    """Else `last` would find another experiment's checkpoint."""
+    monkeypatch.setattr("prerl_lightning.run.LOGGER_PACKAGES", {})
+    base = ("fit", "--config", CONFIGS / "dsrl.yaml", "--config")
+    for overlay in ("tensorboard", "wandb"):
+        loggers = parse(*base, CONFIGS / "logger" / f"{overlay}.yaml").trainer.logger
+        assert [logger.init_args.name for logger in loggers] == ["dsrl", "dsrl"]
+    own = tmp_path / "own.yaml"
+    own.write_text("trainer: {logger: {class_path: CSVLogger, init_args: {save_dir: runs, name: mine}}}")
+    assert parse(*base, own).trainer.logger.init_args.name == "mine"
 
 
 def test_overrides(parse):

@@ -8,13 +8,14 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from trainers import quiet_trainer
 
-from prerl_lightning.compat import note_stops, requeue_path, requeue_signal
+from prerl_lightning.compat import note_stops, requeue_path, requeue_signal, share_version
 
 
 def test_lightning_still_runs_validation_the_way_validate_now_does():
@@ -119,3 +120,19 @@ def test_who_sets_should_stop_is_noted_once_a_fit():
     for kind in (Timer, EarlyStopping):
         assert "trainer.should_stop = trainer.should_stop or should_stop" in inspect.getsource(kind)
     assert "self.should_stop = False" in inspect.getsource(Trainer.fit)
+
+
+def test_loggers_of_one_folder_share_its_number(tmp_path):
+    """As the Trainer does, which makes their folders one after the other."""
+
+    def folders(share):
+        loggers = [CSVLogger(tmp_path, "a"), TensorBoardLogger(tmp_path, "a"), CSVLogger(tmp_path, "a", version=7)]
+        if share:
+            share_version(loggers)
+        for logger in loggers[:2]:
+            _ = logger.experiment
+        return [logger.version for logger in loggers]
+
+    assert folders(share=True) == [0, 0, 7]
+    assert folders(share=False) == [1, 2, 7]  # or `share_version` is not needed any more
+    share_version([])

@@ -81,7 +81,7 @@ def test_a_checkpoint_s_weights_are_those_evaluated(whole, tmp_path):
     config = ["--config", ROOT / "configs" / "sums" / "dsrl.yaml"]
     small = ["--trainer.max_steps=1", "--model.init_args.lr=0.003", "--trainer.callbacks=null"]
     finish(start(tmp_path, "fit", *config, *small, "--data.val=null"))
-    run = tmp_path / "runs" / "dsrl" / "version_0"
+    run = tmp_path / "runs" / "sums-dsrl" / "version_0"
     found = {}
     for name, options in {
         "checkpoint": ["--ckpt_path", run / "checkpoints" / "last.ckpt"],

@@ -198,7 +198,7 @@ def test_a_ruined_run_s_exit_status(refused, tmp_path):
     (line,) = [line for line in said.splitlines() if line.startswith("prerl: error: ")]
     assert line.startswith("prerl: error: Step 1: the policy's weights are not finite any more")
     assert "Traceback" not in said
-    run = tmp_path / "runs" / "grpo" / "version_0"
+    run = tmp_path / "runs" / "sums-grpo" / "version_0"
     assert record(run)["status"] == "failed"
     assert not (run / "model").exists()
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from report_runs import HOSTILE, grow_old, info, sample, training_row, validation_row, write_metrics, write_run
@@ -13,7 +14,9 @@ from prerl_lightning.cli import main
 from prerl_lightning.errors import InputError
 from prerl_lightning.report import frame as picture
 from prerl_lightning.report.folders import find
+from prerl_lightning.report.listing import runs
 from prerl_lightning.report.metrics import MetricsFile
+from prerl_lightning.report.process import identity
 from prerl_lightning.report.watch import RunFiles, follow, last_lines
 
 
@@ -209,6 +212,85 @@ def test_finds_the_run_that_is_meant(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no run in it"):
         find("empty")
+
+
+def test_a_run_that_has_written_its_configuration_alone(tmp_path):
+    folder = write_run(tmp_path / "runs" / "dsrl" / "version_0")
+    for file in ("metrics.csv", "run.json", "samples.jsonl", "alignment.jsonl"):
+        (folder / file).unlink()
+    text = shown(read(find(str(folder.parent))))
+    assert "1970" not in text
+    assert "nothing but its configuration yet, written 20" in text
+
+
+def test_a_killed_run_is_not_running(tmp_path, capsys):
+    """A real process, killed; one that nobody has waited for yet is dead too."""
+    say = "import json; from prerl_lightning.report.process import identity; print(json.dumps(identity()), flush=True)"
+    child = subprocess.Popen([sys.executable, "-c", f"{say}; input()"], stdin=-1, stdout=-1, text=True)
+    process = json.loads(child.stdout.readline())
+    folder = write_run(tmp_path / "a" / "version_0", steps=20, status="running", max_steps=60, process=process)
+
+    def status():
+        return read(folder).run.status()
+
+    assert status() == ("running", "running, at step 20 of 60")
+    grow_old(folder, 3600)
+    assert status()[0] == "silent"
+    assert "though its process is there" in status()[1]
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert status() == ("killed", "killed at step 20 of 60: its process is gone and has not said why")
+    child.communicate()
+    assert status()[0] == "killed"
+    # the picture ends, as one of a run that has
+    follow(RunFiles(folder), Console(file=open(os.devnull, "w"), force_terminal=True), 1.0, pytest.fail)  # noqa: SIM115
+    # the number went to another process; another machine; what is no identity
+    for other, state in (
+        (process | {"pid": os.getpid()}, "killed"),
+        (process | {"where": "elsewhere"}, "silent"),
+        (process | {"pid": -1}, "silent"),
+        ({}, "silent"),
+    ):
+        write_run(folder, steps=20, status="running", max_steps=60, process=other)
+        grow_old(folder, 3600)
+        assert status()[0] == state
+
+
+def test_the_list_of_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        runs([])
+    lost = {"pid": 1, "started": -1, "where": identity()["where"]}
+    when = "2026-11-2{}T12:00:00+00:00".format
+    write_run(
+        Path("runs/grpo/version_0"), steps=20, switch=0, started=when(3), status="failed", error="no", max_steps=60
+    )
+    write_run(Path("runs/dsrl/version_0"), steps=30, started=when(1), status="running", process=lost, max_steps=60)
+    write_run(
+        Path("runs/dsrl/version_1"), first=21, started=when(4), status="interrupted", model="a/" * 20 + "model",
+        resumed_from="runs/dsrl/version_0/checkpoints/last.ckpt",
+    )  # fmt: skip
+    write_run(Path("runs/study/s/dsrl-seed-0/dsrl/version_0"), steps=9, started=when(2), lives=[["A", 0], ["B", 7]])
+    (write_run(Path("runs/bare/version_0"), files=("config.yaml",)) / "metrics.csv").unlink()
+    Path("runs/dsrl/version_0/checkpoints").mkdir()
+    Path("runs/empty/version_0").mkdir(parents=True)
+    runs([])
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in [head, *lines]] == [
+        *("run", "dsrl/version_0", "study/s/dsrl-seed-0/dsrl/version_0", "grpo/version_0", "dsrl/version_1"),
+        "bare/version_0",
+    ]
+    cells = [[cell.strip() for cell in line.split("  ") if cell] for line in lines]
+    two = "NSR-PreRL -> GRPO at 10"
+    assert cells[0][1:] == [two, "embedded", "30/60", "0.36 -> 0.55", "killed", "2026-11-21 12:00"]
+    assert cells[1][1:] == ["A -> B at 7", "embedded", "9/9", "0.36", "finished", "2026-11-22 12:00"]
+    assert cells[2][1:] == ["GRPO", "embedded", "20/60", "0.36 -> 0.52", "failed", "2026-11-23 12:00"]
+    assert cells[3][1:5] == [two, "...a/a/a/a/a/a/a/a/model", "60/60", "0.36 -> 0.66"]  # with its predecessor's
+    assert cells[4][1:6] == [two, "embedded", "0/60", "-", "unknown"]
+    runs(["runs/grpo/version_0"])
+    assert "runs/grpo/version_0  GRPO" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no run in runs/empty"):
+        runs(["runs/empty"])
 
 
 def test_reads_the_end_of_long_sample_files_alone(tmp_path):

@@ -18,6 +18,7 @@ from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.callbacks.watcher import callbacks_of, run_folder
 from prerl_lightning.errors import InputError, RunError
 from prerl_lightning.objectives.base import PolicyModule
+from prerl_lightning.report import process
 from prerl_lightning.secrets import hide_in_command
 from prerl_lightning.watchdog import watchdog
 
@@ -28,8 +29,8 @@ PACKAGES = ("prerl-lightning", "torch", "lightning", "transformers", "vllm", "vl
 
 class RunRecord(L.Callback):
     """Writes run.json into the run's folder when training starts, and again when it ends: ``status`` is running,
-    finished, interrupted or failed. What was killed stays running. ``stopped`` says what ended a finished run ahead of
-    its ``max_steps``."""
+    finished, interrupted or failed. What was killed stays running; ``process`` shows its readers that it is not.
+    ``stopped`` says what ended a finished run ahead of its ``max_steps``."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
@@ -51,6 +52,7 @@ class RunRecord(L.Callback):
             "status": "running",
             "error": None,
             "stopped": None,
+            "process": process.identity(),
             "resumed_from": str(Path(trainer.ckpt_path).resolve()) if trainer.ckpt_path else None,
             "lives": [list(life) for life in pl_module.lives],
             "model": pl_module.model_name,

@@ -34,7 +34,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
-from prerl_lightning import __version__
+from prerl_lightning import __version__, shipped
 from prerl_lightning.doctor.subject import Result, Subject, first_line, skipped
 from prerl_lightning.errors import ArgumentParser, InputError
 
@@ -93,9 +93,12 @@ def doctor(args: Sequence[str]) -> None:
         InputError: the configuration or the model is none.
     """
     own = _arguments().parse_args(args)
+    if own.json:
+        logging.getLogger("prerl_lightning").setLevel(logging.WARNING)  # its log goes to stdout
+    own.config = [shipped.path(file) for file in own.config]
     for file in own.config:
         if not Path(file).is_file():
-            raise InputError(f"prerl doctor: --config {file}: no such file.")
+            raise InputError(f"prerl doctor: --config {file}: no such file.{shipped.hint(file)}")
     debug = bool(os.environ.get("PRERL_DEBUG"))
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="prerl_doctor_", ignore_cleanup_errors=True) as folder:

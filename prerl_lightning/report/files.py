@@ -4,7 +4,7 @@ out with a note, so that nothing behind this module needs to ask."""
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -16,8 +16,21 @@ Line = dict[str, Any]
 INFO: dict[str, Any] = {
     "name": str, "command": list, "started": str, "status": str, "error": str, "resumed_from": str, "lives": list,
     "model": str, "parameters": int | float, "world_size": int, "max_steps": int, "thoughts": dict, "machine": dict,
-    "versions": dict, "warnings": list,
+    "versions": dict, "warnings": list, "process": dict,
 }  # fmt: skip
+
+
+FILES = ("metrics.csv", "run.json", "config.yaml")  # by any of which a run that is starting can be told
+
+
+def last_written(folder: Path, begun: bool) -> float:
+    """When metrics.csv was, seconds since 1970; of a run that has not ``begun`` to train also run.json, written at its
+    start; where there is neither, config.yaml. 0: there is none of them."""
+
+    def times(names: Sequence[str]) -> list[float]:
+        return [file.stat().st_mtime for name in names if (file := folder / name).is_file()]
+
+    return max(times(FILES[:1] if begun else FILES[:2]) or times(FILES), default=0.0)
 
 
 def is_number(value: Any) -> TypeGuard[float]:

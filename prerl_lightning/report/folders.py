@@ -1,12 +1,12 @@
 """Which folders a command line means: all versions for a report, the newest one to watch."""
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prerl_lightning.errors import InputError
-
-FILES = ("metrics.csv", "run.json", "config.yaml")  # by any of which a run that is starting can be told
+from prerl_lightning.report.files import FILES
 
 
 def expand(given: Sequence[str]) -> list[Path]:
@@ -57,6 +57,21 @@ def find(given: str | None) -> Path:
     if not numbered:
         raise InputError(f"{given}: no run in it: neither metrics.csv nor run.json, and no version_N that has one.")
     return numbered[-1]
+
+
+def below(folder: Path) -> list[Path]:
+    """All runs in a folder, itself included, however deep; nothing is looked for inside one.
+
+    Raises:
+        InputError: no such folder.
+    """
+    found = []
+    for name, inner, _ in os.walk(_folder(str(folder))):
+        path = Path(name)
+        if _has(path, FILES if re.fullmatch(r"version_\d+", path.name) else FILES[:2]):
+            found.append(path)
+            inner.clear()
+    return found
 
 
 def versions(path: Path, files: Sequence[str]) -> list[Path]:

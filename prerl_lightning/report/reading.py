@@ -9,6 +9,7 @@ from prerl_lightning.report.files import (
     is_held_out,
     is_measured,
     is_sample,
+    last_written,
     read_config,
     read_info,
     read_json_lines,
@@ -24,6 +25,13 @@ def read_run(folder: Path) -> Run:
     Raises:
         InputError: no metrics.csv.
     """
+    if not (folder / "metrics.csv").is_file():
+        raise InputError(f"{folder}: no metrics.csv in it. Give the folder of a run, e.g. runs/dsrl/version_0.")
+    return _read(folder, ())
+
+
+def read_begun(folder: Path) -> Run:
+    """As `read_run`, also of a run that has no rows yet."""
     return _read(folder, ())
 
 
@@ -41,8 +49,6 @@ def superseded(folders: Sequence[Path]) -> set[Path]:
 def _read(folder: Path, after: tuple[Path, ...]) -> Run:
     """``after``: folders that are read with this one as their predecessor."""
     metrics = MetricsFile(folder / "metrics.csv")
-    if not metrics.path.is_file():
-        raise InputError(f"{folder}: no metrics.csv in it. Give the folder of a run, e.g. runs/dsrl/version_0.")
     metrics.read()
     rows = metrics.rows
     info, notes = read_info(folder)
@@ -73,7 +79,8 @@ def _read(folder: Path, after: tuple[Path, ...]) -> Run:
     training, validation = (dict(sorted(r.items())) for r in (rows.training, rows.validation))
     run = Run(
         folder, *run_name(folder, info), info, config, text, training, validation, run_seconds(training),
-        samples, alignment, metrics.path.stat().st_mtime, tuple(notes), {line["step"]: line for line in held_out},
+        samples, alignment, last_written(folder, bool(training)), tuple(notes),
+        {line["step"]: line for line in held_out},
     )  # fmt: skip
     before = _predecessor(folder)
     if before is not None and before not in after:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from prerl_lightning.report import process
 from prerl_lightning.report.files import inside, is_number
 from prerl_lightning.report.metrics import Row
 
@@ -38,7 +39,7 @@ class Run:
     samples: tuple[Mapping[str, Any], ...]
     alignment: tuple[Mapping[str, Any], ...]
     touched: float
-    """When metrics.csv was last written, seconds since 1970."""
+    """When it last wrote, seconds since 1970: `files.last_written`."""
     notes: tuple[str, ...]
     """What a reader of its figures has to know."""
     held_out: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
@@ -104,7 +105,7 @@ class Run:
         return (best, last) if best in low and last in high and high[last] < low[best] else None
 
     def status(self, now: float | None = None) -> tuple[str, str]:
-        """One of finished, stopped (early), interrupted, failed, running, silent, unknown, and a sentence."""
+        """One of finished, stopped (early), interrupted, failed, running, killed, silent, unknown, and a sentence."""
         of = f" of {self.max_steps:,}" if self.max_steps else ""
         at = f"at step {self.steps:,}{of}"
         said = self.info.get("status")
@@ -117,11 +118,16 @@ class Run:
             return "interrupted", f"interrupted {at}"
         since = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.touched))
         if said == "running":
+            alive = process.lives(self.info.get("process"))
+            if alive is False:
+                return "killed", f"killed {at}: its process is gone and has not said why"
             if (time.time() if now is None else now) - self.touched > patience(self.seconds):
-                return "silent", f"no sign of life since {since}, {at}"
+                return "silent", f"no sign of life since {since}, {at}{', though its process is there' * bool(alive)}"
             return "running", f"running, {at}"
         if self.max_steps and self.steps >= self.max_steps:
             return "finished", f"reached its {self.max_steps:,} steps (no run.json)"
+        if not self.info and not self.training and not self.validation:
+            return "unknown", f"nothing but its configuration yet, written {since}"
         return "unknown", f"{at}; no run.json says how it ended; last written {since}"
 
 

@@ -4,8 +4,8 @@
     prerl watch runs/dsrl              # its newest version
     prerl watch runs/dsrl/version_0 --once
 
-Draws again when the files have changed, and ends by itself when run.json says that the run has. Only what is new in
-metrics.csv is read, and the end of samples.jsonl.
+Draws again when the files have changed, and ends by itself when run.json says that the run has, or its process is gone.
+Only what is new in metrics.csv is read, and the end of samples.jsonl.
 """
 
 import io
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.live import Live
 
 from prerl_lightning.errors import ArgumentParser, InputError
-from prerl_lightning.report.files import is_sample, parsed, read_config, read_info, run_name
+from prerl_lightning.report.files import is_sample, last_written, parsed, read_config, read_info, run_name
 from prerl_lightning.report.folders import find
 from prerl_lightning.report.frame import frame
 from prerl_lightning.report.metrics import MetricsFile
@@ -79,7 +79,7 @@ def follow(files: "RunFiles", console: Console, every: float, sleep: Callable[[f
             if changed or shown != (console.width, console.height, status):
                 live.update(frame(files.run, console.width, console.height), refresh=True)
                 shown = (console.width, console.height, status)
-            if files.run.info.get("status") in OVER:
+            if files.run.info.get("status") in OVER or status == "killed":
                 break
             sleep(every)
     console.print(frame(files.run, console.width, max(48, console.height)))
@@ -115,9 +115,7 @@ class RunFiles:
             parts["config"], parts["config_text"], _ = read_config(self.folder)
         if "samples.jsonl" in fresh:
             parts["samples"] = tuple(last_lines(self.folder / "samples.jsonl"))
-        # before the first step run.json, written at the start, tells, too, how long it has been silent
-        telling = ("metrics.csv",) if parts["training"] else ("metrics.csv", "run.json")
-        parts["touched"] = max((self._seen[name][1] for name in telling if name in self._seen), default=0.0)
+        parts["touched"] = last_written(self.folder, bool(parts["training"]))
         self.run = Run(**parts)
         return True
 

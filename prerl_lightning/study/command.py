@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from prerl_lightning import shipped
 from prerl_lightning.errors import ArgumentParser
 from prerl_lightning.report.words import figure
 from prerl_lightning.study.check import check_claims, facts
@@ -41,7 +42,7 @@ def study(args: Sequence[str]) -> list[Verdict]:
         InputError: anything in the file, or in an arm's configuration, before the first run starts.
     """
     own = _arguments().parse_args(args)
-    design = read_study(Path(own.study))
+    design = read_study(Path(shipped.path(own.study)))
     places = slots(design.jobs)
     plan = Plan(design)
     record = Record(plan.root / design.name / "study.json")

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from prerl_lightning import shipped
 from prerl_lightning.errors import InputError
 from prerl_lightning.report.files import is_number
 
@@ -112,10 +113,13 @@ def read_study(path: Path) -> Study:
         place = f"arms.{name}"
         _keys(_mapping(given, place), place, ("config",), ("set",))
         files = given["config"] if isinstance(given["config"], list) else [given["config"]]
-        configs = tuple(path.parent / str(file) for file in files)
+        configs = tuple(_config(path.parent, str(file)) for file in files)
         for config in configs:
             if not config.is_file():
-                raise InputError(f"{place}.config: there is no file {config}. Paths start at the study's own folder.")
+                raise InputError(
+                    f"{place}.config: there is no file {config}. Paths start at the study's own folder."
+                    f"{shipped.hint(config.name)}"
+                )
         if not configs:
             raise InputError(f"{place}.config: no file. Name one or more configurations of prerl fit.")
         arms[name] = Arm(name, configs, {**shared, **_settings(given.get("set"), f"{place}.set")})
@@ -133,6 +137,11 @@ def read_study(path: Path) -> Study:
     design = {key: value.get(key) for key in ("set", "seeds", "tuning")} | {"arms": value["arms"], "files": contents}
     name = _name(value.get("name", path.stem), "name")
     return Study(name, path, arms, seeds, jobs, tuning, claims, canonical(design))
+
+
+def _config(folder: Path, file: str) -> Path:
+    """A copy of a shipped study still finds what stood above it."""
+    return folder / file if (folder / file).is_file() else shipped.taken(file.removeprefix("../")) or folder / file
 
 
 def arguments(arm: Arm, *more: Settings) -> list[str]:

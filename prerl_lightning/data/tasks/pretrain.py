@@ -25,6 +25,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 import prerl_lightning.data.tasks.countdown
 import prerl_lightning.data.tasks.sums  # noqa: F401  (their corpora by class name)
+from prerl_lightning import shipped
 from prerl_lightning.data.tasks.corpus import Corpus
 from prerl_lightning.errors import InputError
 
@@ -182,7 +183,7 @@ def pretrain(args: Sequence[str]) -> None:
     parser.add_argument("--measure_every", type=int, default=0, help="steps; 0: at the end of each stage alone")
     parser.add_argument("--problems", type=int, default=128, help="held-out ones to measure with, 8 answers each")
     parser.add_argument("--stages", type=list[Stage], required=True, help="corpus, steps, tokens, lr, warmup of each")
-    own = parser.instantiate_classes(parser.parse_args(list(args)))
+    own = parser.instantiate_classes(parser.parse_args(shipped.in_arguments(args)))
     stages: list[Stage] = own.stages
     if not stages or any(set(stage.corpus.tokens) != set(stages[0].corpus.tokens) for stage in stages):
         raise InputError("prerl pretrain: stages: one at least, and corpora of the same tokens.")
