@@ -28,6 +28,7 @@ from prerl_lightning.terminal import printable_lines
 OURS = "prerl_lightning"
 REWARDS = f"{OURS}.rewards"
 OBJECTIVES = f"{OURS}.objectives"
+POLICY_MODULE = f"{OBJECTIVES}.PolicyModule"
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 
 # what LightningCLI has at a configuration's top level, and what stands below `data`
@@ -231,11 +232,11 @@ def page(kind: str) -> str:
         return "\n".join(line for name, of in VALUES.items() for line in _item(Argument(name, *of, ""), False))
     lines = []
     if kind == "objectives":
-        base = entry(f"{OBJECTIVES}.PolicyModule")
-        lines = [*_section(base, "What all objectives take", "", [*base.arguments]), ""]
+        base = entry(POLICY_MODULE)
+        lines = [*_section(base, "What all objectives take", "", base.arguments), ""]
     for name, path in topics()[kind].items():
         found = entry(path)
-        own = [a for a in found.arguments if a.owner != "PolicyModule"]
+        own = [a for a in found.arguments if a.owner not in _bases()]
         lines += [*_section(found, name, usage(found, name, kind), own, said=path != TRAINER), ""]
     return "\n".join(lines)
 
@@ -317,7 +318,13 @@ def _all(module: str) -> list[str]:
 
 
 def _is_objective(path: str) -> bool:
-    return any(argument.owner == "PolicyModule" for argument in entry(path).arguments)
+    return any(argument.owner in _bases() for argument in entry(path).arguments)
+
+
+@cache
+def _bases() -> set[str]:
+    """The classes that say what all objectives take."""
+    return {argument.owner for argument in entry(POLICY_MODULE).arguments}
 
 
 def _arguments_named(name: str) -> Iterator[tuple[str, Argument]]:
@@ -327,7 +334,7 @@ def _arguments_named(name: str) -> Iterator[tuple[str, Argument]]:
     for of_kind in topics().values():
         for topic, path in of_kind.items():
             for argument in entry(path).arguments if owner in ("", topic) else ():
-                where = "all objectives" if argument.owner == "PolicyModule" else topic
+                where = "all objectives" if argument.owner in _bases() else topic
                 if argument.name == last and (where, last) not in seen:
                     seen.add((where, last))
                     yield where, argument
