@@ -225,39 +225,44 @@ def _plain(text: str) -> str:
 
 
 def page(kind: str) -> str:
-    """Markdown on all topics of a kind, or on ``metrics``: what docs/conf.py puts in the place of a marker."""
+    """Markdown on all topics of a kind, on the ``trainer``'s arguments or on ``metrics``: what docs/conf.py puts in the
+    place of a marker. What Lightning says of its arguments is left to Lightning."""
     if kind == "metrics":
         return "\n".join(_glossary())
     if kind == "values":
-        return "\n".join(line for name, of in VALUES.items() for line in _item(Argument(name, *of, ""), False))
+        return "\n".join(line for name, of in VALUES.items() for line in _item(Argument(name, *of, "")))
+    if kind == "trainer":
+        bare = [replace(argument, text="") for argument in entry(TRAINER).arguments]
+        return "\n".join(line for argument in bare for line in _item(argument))
     lines = []
     if kind == "objectives":
         base = entry(POLICY_MODULE)
         lines = [*_section(base, "What all objectives take", "", base.arguments), ""]
     for name, path in topics()[kind].items():
-        found = entry(path)
-        own = [a for a in found.arguments if a.owner not in _bases()]
-        lines += [*_section(found, name, usage(found, name, kind), own, said=path != TRAINER), ""]
+        if path != TRAINER:
+            found = entry(path)
+            own = [a for a in found.arguments if a.owner not in _bases()]
+            lines += [*_section(found, name, usage(found, name, kind), own), ""]
     return "\n".join(lines)
 
 
-def _section(found: Entry, name: str, how: str, arguments: Sequence[Argument], said: bool = True) -> Iterator[str]:
+def _section(found: Entry, name: str, how: str, arguments: Sequence[Argument]) -> Iterator[str]:
     yield from (f"## {name}", "")
     if how:
         yield from (f"`{how}`", "")
     for block in _blocks(found.text):
         yield from (_marked(block), "")
     for argument in arguments:
-        yield from _item(argument, said)
+        yield from _item(argument)
 
 
-def _item(argument: Argument, said: bool = True) -> Iterator[str]:
+def _item(argument: Argument) -> Iterator[str]:
+    """In a list of definitions."""
     default = "required" if argument.default is None else f"`{argument.default}`"
     yield f"`{argument.name}` ({f'`{argument.type}`' if argument.type else 'any'}, {default})"
-    text = argument.text if said or not argument.owner else ""
-    paragraphs = _blocks(text) or [""]
-    yield f": {_marked(paragraphs[0])}" if paragraphs[0] else ":"
-    yield from (line for more in paragraphs[1:] for line in ("", f"  {_marked(more)}"))
+    first, *more = _blocks(argument.text) or [""]
+    yield f": {_marked(first)}".rstrip()
+    yield from (line for block in more for line in ("", f"  {_marked(block)}"))
     yield ""
 
 
