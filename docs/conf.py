@@ -1,0 +1,38 @@
+"""Sphinx: `make docs`. The reference is `prerl help`'s, put in the place of markers when a page is read."""
+
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from prerl_lightning import __version__
+from prerl_lightning.manual import page
+
+project, release, html_title = "prerl-lightning", __version__, f"prerl-lightning {__version__}"
+extensions = ["myst_parser"]
+myst_enable_extensions = ["deflist"]
+myst_heading_anchors = 3
+html_theme = "furo"
+exclude_patterns = ["_build", "figures.py"]
+html_show_sphinx = html_show_copyright = False
+html_copy_source = False
+KINDS = (
+    *("objectives", "keys", "values", "problems", "engines", "rewards", "callbacks", "strategies"),
+    *("trainer", "metrics"),
+)
+
+
+def fill(app: object, name: str, source: list[str]) -> None:
+    for kind in KINDS:
+        marker = f"<!-- prerl help: {kind} -->"
+        if marker in source[0]:
+            source[0] = source[0].replace(marker, page(kind))
+    if "<!-- Lightning's flags -->" in source[0]:  # run as a file: its package imports torch
+        table = runpy.run_path(str(ROOT / "prerl_lightning" / "objectives" / "trainer_arguments.py"))["table"]
+        source[0] = source[0].replace("<!-- Lightning's flags -->", table())
+
+
+def setup(app) -> None:
+    app.connect("source-read", fill)

@@ -1,0 +1,248 @@
+"""What a class or function says of itself, as records read from its source. Nothing is imported: `prerl help` answers
+at once, and the documentation is built without torch."""
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+Definition = ast.ClassDef | ast.FunctionDef | ast.Assign | ast.AnnAssign
+FOREIGN = ("abc", "collections", "torch", "typing")  # packages whose bases bring no arguments of ours
+_FACTORIES = {"list": "[]", "dict": "{}"}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """``type`` and ``default`` as Python writes them; default None: required. ``owner``: the class that declares it."""
+
+    name: str
+    type: str
+    default: str | None
+    text: str
+    owner: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """``text``: the docstring but for its arguments. ``unread``: bases whose source is not to be found."""
+
+    name: str
+    path: str
+    is_class: bool
+    text: str
+    arguments: tuple[Argument, ...] = ()
+    unread: tuple[str, ...] = ()
+
+
+def read(path: str) -> Entry | None:
+    """Of a class or function by import path, re-exported ones too; None: there is no source of such."""
+    module, _, name = path.rpartition(".")
+    found = _definition(module, name) if module else None
+    home, node = found or ("", None)
+    if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return None
+    text = _sections(ast.get_docstring(node) or "")[0]
+    if isinstance(node, ast.FunctionDef):
+        return Entry(name, path, False, text)
+    unread: list[str] = []
+    arguments = _arguments(home, node, unread)
+    return Entry(name, path, True, text, tuple(arguments.values()), tuple(unread))
+
+
+def constant(module: str, name: str) -> ast.expr:
+    """The value that a module gives a name, as a tree."""
+    found = _definition(module, name)
+    if found is None or not isinstance(found[1], ast.Assign | ast.AnnAssign) or found[1].value is None:
+        raise KeyError(f"{module} has no {name}")
+    return found[1].value
+
+
+# ---------------------------------------------------------------------- where things are
+
+
+@cache
+def _file(module: str) -> Path | None:
+    first, *rest = module.split(".")
+    try:
+        spec = find_spec(first)  # which imports nothing where there is no dot
+    except (ImportError, ValueError):
+        return None
+    if spec is None:
+        return None
+    if not rest:
+        return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+    for folder in spec.submodule_search_locations or ():
+        base = Path(folder, *rest)
+        for file in (base.parent / f"{base.name}.py", base / "__init__.py"):
+            if file.is_file():
+                return file
+    return None
+
+
+@cache
+def _source(module: str) -> tuple[str, ast.Module] | None:
+    file = _file(module)
+    if file is None:
+        return None
+    text = file.read_text(encoding="utf-8")
+    return text, ast.parse(text)
+
+
+@cache
+def _definition(module: str, name: str) -> tuple[str, Definition] | None:
+    """The module and the statement that a module's name comes from."""
+    source = _source(module)
+    if source is None:
+        return None
+    for node in source[1].body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            return module, node
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if isinstance(node, ast.Assign | ast.AnnAssign) and any(getattr(t, "id", "") == name for t in targets):
+            return module, node
+    for each in ast.walk(source[1]):
+        if isinstance(each, ast.ImportFrom):
+            for alias in each.names:
+                if (alias.asname or alias.name) == name and (origin := _origin(module, each)) != module:
+                    return _definition(origin, alias.name)
+    return None
+
+
+def _origin(module: str, node: ast.ImportFrom) -> str:
+    """The absolute name of what is imported from."""
+    if not node.level:
+        return node.module or ""
+    file = _file(module)
+    parts = module.split(".") + ([""] if file and file.name == "__init__.py" else [])
+    return ".".join([*parts[: -node.level], *([node.module] if node.module else [])])
+
+
+def _named(module: str, node: ast.expr) -> tuple[str, Definition] | None:
+    """Of ``Name`` or ``alias.Name``."""
+    if isinstance(node, ast.Name):
+        return _definition(module, node.id)
+    source = _source(module)
+    if isinstance(node, ast.Attribute) and source is not None:
+        package = ast.unparse(node.value)
+        for each in ast.walk(source[1]):
+            for alias in each.names if isinstance(each, ast.Import) else ():
+                if (alias.asname or alias.name) == package:
+                    return _definition(alias.name, node.attr)
+    return None
+
+
+def _bases(module: str, node: ast.ClassDef, unread: list[str]) -> Iterator[tuple[str, ast.ClassDef]]:
+    """The class, then its bases, in the order of depth."""
+    yield module, node
+    for base in node.bases:
+        found = _named(module, base)
+        if found is not None and isinstance(found[1], ast.ClassDef):
+            if found[0].partition(".")[0] not in FOREIGN:
+                yield from _bases(found[0], found[1], unread)
+        elif found is None and ast.unparse(base).rpartition(".")[2] not in ("ABC", "object", "Generic", "Module"):
+            unread.append(ast.unparse(base))
+
+
+# ---------------------------------------------------------------------- arguments
+
+
+def _arguments(module: str, node: ast.ClassDef, unread: list[str]) -> dict[str, Argument]:
+    """Its own, then those that it hands on to its bases."""
+    chain = list(_bases(module, node, unread))
+    texts: dict[str, str] = {}
+    for _, each in reversed(chain):
+        for documented in (each, _init(each)):
+            texts |= _sections(ast.get_docstring(documented) or "")[1] if documented else {}
+    found: dict[str, Argument] = {}
+    for home, each in chain:
+        if (init := _init(each)) is not None:
+            for name, argument in _of_signature(home, each.name, init, texts).items():
+                found.setdefault(name, argument)
+            if init.args.kwarg is None:
+                break
+        elif any("dataclass" in ast.unparse(d) for d in each.decorator_list):
+            found |= _of_fields(home, each, texts)
+    return found
+
+
+def _init(node: ast.ClassDef) -> ast.FunctionDef | None:
+    return next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+
+
+def _of_signature(module: str, owner: str, init: ast.FunctionDef, texts: dict[str, str]) -> dict[str, Argument]:
+    a = init.args
+    plain = [*a.posonlyargs, *a.args][1:]
+    defaults: list[ast.expr | None] = [*[None] * (len(plain) - len(a.defaults)), *a.defaults[-len(plain) or None :]]
+    pairs = [*zip(plain, defaults, strict=True), *zip(a.kwonlyargs, a.kw_defaults, strict=True)]
+    return {
+        arg.arg: Argument(arg.arg, _type(module, arg.annotation), _text(module, default), texts.get(arg.arg, ""), owner)
+        for arg, default in pairs
+    }
+
+
+def _of_fields(module: str, node: ast.ClassDef, texts: dict[str, str]) -> dict[str, Argument]:
+    found = {}
+    for field in node.body:
+        if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+            continue
+        name, default = field.target.id, _text(module, field.value)
+        if isinstance(field.value, ast.Call) and ast.unparse(field.value.func).rpartition(".")[2] == "field":
+            options = {k.arg: ast.unparse(k.value) for k in field.value.keywords}
+            if options.get("init") == "False":
+                continue
+            made = options.get("default_factory")
+            default = options.get("default", _FACTORIES.get(made or "", "made anew" if made else None))
+        found[name] = Argument(name, _type(module, field.annotation), default, texts.get(name, ""), node.name)
+    return found
+
+
+def _text(module: str, node: ast.expr | None) -> str | None:
+    """As its author wrote it: 1e-6, not 1e-06."""
+    source = _source(module)
+    if node is None or source is None:
+        return None
+    return " ".join((ast.get_source_segment(source[0], node) or ast.unparse(node)).split())
+
+
+def _type(module: str, node: ast.expr | None) -> str:
+    """With the choices that an alias stands for: 'k1' | 'k3'."""
+    if node is None:
+        return ""
+
+    def spelled(match: re.Match[str]) -> str:
+        found = _definition(module, match[0])
+        value = found[1].value if found and isinstance(found[1], ast.Assign) else None
+        text = ast.unparse(value) if value is not None else ""
+        return text if text.startswith("Literal[") else match[0]
+
+    text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ast.unparse(node)
+    text = re.sub(r"(?<![\w.'])[A-Z]\w*\b(?!')", spelled, text)
+    return re.sub(r"Literal\[([^\]]*)\]", lambda match: match[1].replace(", ", " | "), text)
+
+
+# ---------------------------------------------------------------------- docstrings
+
+
+def _sections(docstring: str) -> tuple[str, dict[str, str]]:
+    """What is not of arguments, and each argument's text, as one line a paragraph."""
+    lines = inspect.cleandoc(docstring).splitlines()
+    start = next((i for i, line in enumerate(lines) if line.strip() == "Args:"), None)
+    if start is None:
+        return "\n".join(lines), {}
+    end = next((i for i in range(start + 1, len(lines)) if lines[i] and not lines[i].startswith(" ")), len(lines))
+    inner = inspect.cleandoc("\n" + "\n".join(lines[start + 1 : end])).splitlines()
+    found: dict[str, str] = {}
+    name = ""
+    for line in inner:
+        if match := re.match(r"((?:\*{0,2}\w+(?:, )?)+)(?: \([^)]*\))?:(?: (.*)|$)", line):
+            name = match[1].lstrip("*")
+            found[name] = match[2] or ""
+        elif name:
+            found[name] = f"{found[name]} {line.strip()}".strip() if line.strip() else f"{found[name]}\n\n"
+    texts = {key: re.sub(r"\n+ *", "\n\n", text).strip() for key, text in found.items()}
+    rest = "\n".join([*lines[:start], *lines[end:]]).strip()
+    return rest, {one: text for names, text in texts.items() for one in names.split(", ")}

@@ -1,0 +1,345 @@
+"""``prerl help [TOPIC]``: objectives, configuration keys, problem sets, engines, rewards, callbacks and metrics, in the
+words of their docstrings; the documentation's reference of every key is made of the same records.
+
+    prerl help
+    prerl help GRPO
+    prerl help data.sampling
+    prerl help lr                        # every place that has such an argument
+    prerl help rollout/entropy           # a column of metrics.csv
+    prerl help my_module.MyObjective     # a class of your own, by its path
+"""
+
+import ast
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+
+from prerl_lightning.docstrings import Argument, Entry, constant, read
+from prerl_lightning.errors import InputError, nearest
+from prerl_lightning.metrics.glossary import Column, column, glossary
+from prerl_lightning.terminal import printable_lines
+
+OURS = "prerl_lightning"
+REWARDS = f"{OURS}.rewards"
+OBJECTIVES = f"{OURS}.objectives"
+POLICY_MODULE = f"{OBJECTIVES}.PolicyModule"
+TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+
+# what LightningCLI has at a configuration's top level, and what stands below `data`
+KEYS = {
+    "data": f"{OURS}.data.module.RolloutDataModule",
+    "data.sampling": f"{OURS}.rollout.engine.Sampling",
+    "data.val_sampling": f"{OURS}.rollout.engine.HeldOutSampling",
+    "data.format": f"{OURS}.data.prompts.PromptFormat",
+    "data.verification": f"{OURS}.rewards.pool.Verification",
+    "trainer": TRAINER,
+    "checkpoint": f"{OURS}.callbacks.saving.RunCheckpoint",
+    "export": f"{OURS}.callbacks.saving.ExportModel",
+    "thoughts": f"{OURS}.callbacks.thoughts.Thoughts",
+    "alignment": f"{OURS}.callbacks.alignment.GradientAlignment",
+    "weights": f"{OURS}.callbacks.weights.WeightChange",
+    "samples": f"{OURS}.callbacks.samples.Samples",
+    "health": f"{OURS}.callbacks.health.RunHealth",
+    "watchdog": f"{OURS}.callbacks.watchdog.Watchdog",
+}
+# single values at the top level, which no class of ours takes
+VALUES = {
+    "config": ("path", None, "a YAML file; may be given several times: later ones win."),
+    "seed_everything": ("int", "0", "of all generators, of the prompts' order and of sampling."),
+    "ckpt_path": (
+        "str",
+        "None",
+        "resume from this checkpoint; ``last``: from the newest whole one of this name's runs; ``best``: from the best "
+        "by ``checkpoint.monitor``.",
+    ),
+    "weights_only": (
+        "bool",
+        "None",
+        "False: a checkpoint may run the code that is in it; for files of your own alone.",
+    ),
+    "allow_changes": (
+        "bool",
+        "False",
+        "resume also where the order of the data or the meaning of a step is another than in the checkpoint's "
+        "configuration; what differs is listed.",
+    ),
+}
+TITLES = {
+    "objectives": ("Objectives", "model: {{class_path: {}, init_args: {{...}}}}"),
+    "keys": ("Configuration keys", "{}: {{...}}"),
+    "values": ("Single values", "--{} VALUE"),
+    "problems": ("Problem sets", "data.train: {{class_path: {}, init_args: {{...}}}}"),
+    "engines": ("Engines", "data.engine: {{class_path: {}, init_args: {{...}}}}"),
+    "rewards": ("Rewards", "data.reward: {}"),
+    "callbacks": ("Callbacks", "trainer.callbacks: [{{class_path: {}, init_args: {{...}}}}]"),
+    "strategies": ("Strategies", "trainer.strategy: {}"),
+}
+
+
+@cache
+def topics() -> Mapping[str, Mapping[str, str]]:
+    """By kind: topic -> import path."""
+    objectives = [name for name in _all(OBJECTIVES) if name != "PolicyModule"]
+    rewards = [name for name in _all(REWARDS) if name not in ("Reward", "Score")]
+    readers, tasks = f"{OURS}.data.readers", f"{OURS}.data.tasks"
+    return {
+        "objectives": {name: f"{OBJECTIVES}.{name}" for name in objectives},
+        "keys": KEYS,
+        "problems": {
+            "CountdownProblems": f"{tasks}.countdown.CountdownProblems",
+            "ArithmeticProblems": f"{tasks}.sums.ArithmeticProblems",
+            "TwoDigitSums": f"{tasks}.sums.TwoDigitSums",
+            "Files": f"{readers}.Files",
+            "HubDataset": f"{readers}.HubDataset",
+            "NamedProblems": f"{OURS}.data.named.NamedProblems",
+            "ReasoningGym": f"{OURS}.data.procedural.ReasoningGym",
+        },
+        "engines": {"VLLMEngine": f"{OURS}.rollout.vllm_engine.VLLMEngine"},
+        "rewards": {name: f"{REWARDS}.{name}" for name in rewards}
+        | {"math_verify_reward": f"{REWARDS}.symbolic.math_verify_reward"}
+        | {"reasoning_gym_reward": f"{REWARDS}.gym.reasoning_gym_reward"},
+        "callbacks": {"PolicyReincarnation": f"{OURS}.callbacks.reincarnation.PolicyReincarnation"},
+        "strategies": {"fsdp2": f"{OURS}.strategies.FSDP2Strategy"},
+    }
+
+
+def entry(path: str) -> Entry:
+    """Raises InputError where there is no source of it."""
+    found = read(path)
+    if found is None:
+        raise InputError(f"{path}: no class or function of this path is found from here. Give MODULE.NAME.")
+    if path == TRAINER:
+        ours = ast.literal_eval(constant(f"{OURS}.run", "TRAINER_DEFAULTS"))
+        arguments = [replace(a, default=repr(ours[a.name])) if a.name in ours else a for a in found.arguments]
+        text = "Lightning's Trainer, whose arguments these are; the defaults are those of `prerl fit`."
+        return replace(found, text=text, arguments=tuple(arguments))
+    return found
+
+
+def help(args: Sequence[str]) -> None:
+    """The command. Raises InputError for what is no topic."""
+    if len(args) > 1 or (args and args[0].startswith("-")):
+        raise InputError(f"prerl help: give one topic, or none for the list, not {' '.join(args)}.")
+    lines = _contents() if not args else _about(args[0])
+    with suppress(BrokenPipeError):  # `| head`
+        print(printable_lines("\n".join(lines)))
+        sys.stdout.flush()
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
+
+
+# ---------------------------------------------------------------------- in the terminal
+
+
+def _contents() -> Iterator[str]:
+    yield "prerl help TOPIC: one of these, a class of your own by its path, any argument or column of metrics.csv."
+    yield "A command's own options: prerl COMMAND --help."
+    for kind, of_kind in topics().items():
+        yield f"\n{TITLES[kind][0]}"
+        yield from _wrapped(", ".join(of_kind), "  ")
+    yield f"\n{TITLES['values'][0]}"
+    yield from _wrapped(", ".join(VALUES), "  ")
+    yield "\nmetrics"
+    yield from _wrapped("every column of metrics.csv, with its unit", "  ")
+
+
+def _about(topic: str) -> Iterator[str]:
+    for kind, of_kind in topics().items():
+        for name, path in of_kind.items():
+            if topic in (name, path):
+                return _entry(entry(path), name, kind)
+    if topic in VALUES:
+        type_, default, text = VALUES[topic]
+        return _argument(Argument(topic, type_, default, text, ""), "")
+    if topic == "metrics":
+        return (line for of_group in glossary().items() for line in _group(*of_group))
+    if (found := column(topic)) is not None:
+        return _column(found)
+    if matches := list(_arguments_named(topic)):
+        return (line for where, argument in matches for line in ("", f"{where}:", *_argument(argument, "  ")))
+    if "." in topic:
+        return _entry(entry(topic), topic, "objectives" if _is_objective(topic) else "")
+    names = [name for of_kind in topics().values() for name in of_kind]
+    raise InputError(f"{topic}: no such topic.{nearest(topic, [*names, *VALUES, 'metrics'])} prerl help lists them.")
+
+
+def _entry(found: Entry, name: str, kind: str) -> Iterator[str]:
+    yield f"{name}    {usage(found, name, kind)}".rstrip()
+    yield ""
+    yield from _prose(found.text)
+    yield from (f"\n{base}, which it is derived from, could not be read: its arguments are missing here."
+                for base in found.unread)  # fmt: skip
+    for argument in found.arguments:
+        yield ""
+        yield from _argument(argument, "  ")
+    below = [key for key in KEYS if key.startswith(f"{name}.")]
+    if below:
+        yield ""
+        yield from _wrapped(f"See also: prerl help {', '.join(below)}.", "")
+
+
+def _argument(argument: Argument, indent: str) -> Iterator[str]:
+    default = "required" if argument.default is None else f"default {argument.default}"
+    yield from _wrapped(f"{argument.name}    {argument.type or 'any'}, {default}", indent, indent + "    ")
+    yield from _prose(argument.text, indent + "    ")
+
+
+def _group(group: str, of_group: tuple[str, tuple[Column, ...]]) -> Iterator[str]:
+    yield from ("", group, *_wrapped(_plain(of_group[0]), ""))
+    for each in of_group[1]:
+        yield from ("", *_column(each, "  "))
+
+
+def _column(found: Column, indent: str = "") -> Iterator[str]:
+    yield from _wrapped(f"{found.name}    {found.unit}", indent, indent + "    ")
+    yield from _wrapped(_plain(found.text + (f" With {found.when}." if found.when else "")), indent + "    ")
+
+
+def _prose(text: str, indent: str = "") -> Iterator[str]:
+    """Paragraphs and lists, wrapped anew."""
+    for i, block in enumerate(_blocks(text)):
+        if block.startswith("- "):
+            yield from _wrapped(_plain(block), indent, indent + "  ")
+        else:
+            yield from [""] * (i > 0)
+            yield from _wrapped(_plain(block), indent)
+
+
+def _wrapped(text: str, indent: str, then: str | None = None) -> list[str]:
+    width = min(100, shutil.get_terminal_size().columns)
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent if then is None else then,
+                         break_long_words=False, break_on_hyphens=False)  # fmt: skip
+
+
+def _plain(text: str) -> str:
+    return text.replace("``", "").replace("`", "")
+
+
+# ---------------------------------------------------------------------- in the documentation
+
+
+def page(kind: str) -> str:
+    """Markdown on all topics of a kind, on the ``trainer``'s arguments or on ``metrics``: what docs/conf.py puts in the
+    place of a marker. What Lightning says of its arguments is left to Lightning."""
+    if kind == "metrics":
+        return "\n".join(_glossary())
+    if kind == "values":
+        return "\n".join(line for name, of in VALUES.items() for line in _item(Argument(name, *of, "")))
+    if kind == "trainer":
+        bare = [replace(argument, text="") for argument in entry(TRAINER).arguments]
+        return "\n".join(line for argument in bare for line in _item(argument))
+    lines = []
+    if kind == "objectives":
+        base = entry(POLICY_MODULE)
+        lines = [*_section(base, "What all objectives take", "", base.arguments), ""]
+    for name, path in topics()[kind].items():
+        if path != TRAINER:
+            found = entry(path)
+            own = [a for a in found.arguments if a.owner not in _bases()]
+            lines += [*_section(found, name, usage(found, name, kind), own), ""]
+    return "\n".join(lines)
+
+
+def _section(found: Entry, name: str, how: str, arguments: Sequence[Argument]) -> Iterator[str]:
+    yield from (f"## {name}", "")
+    if how:
+        yield from (f"`{how}`", "")
+    for block in _blocks(found.text):
+        yield from (_marked(block), "")
+    for argument in arguments:
+        yield from _item(argument)
+
+
+def _item(argument: Argument) -> Iterator[str]:
+    """In a list of definitions."""
+    default = "required" if argument.default is None else f"`{argument.default}`"
+    yield f"`{argument.name}` ({f'`{argument.type}`' if argument.type else 'any'}, {default})"
+    first, *more = _blocks(argument.text) or [""]
+    yield f": {_marked(first)}".rstrip()
+    yield from (line for block in more for line in ("", f"  {_marked(block)}"))
+    yield ""
+
+
+def _glossary() -> Iterator[str]:
+    for group, (about, columns) in glossary().items():
+        yield from (f"## {group}", "", about, "", "| column | unit | |", "| --- | --- | --- |")
+        for each in columns:
+            when = f" With `{each.when}`." if each.when else ""
+            name, text = (t.replace("|", "\\|") for t in (each.name, each.text + when))
+            yield f"| `{name}` | {each.unit} | {text} |"
+        yield ""
+
+
+def _marked(text: str) -> str:
+    """The docstring's ``x`` as Markdown's `x`."""
+    text = text.replace("``", "`")
+    return re.sub(r"(?<=[\w)])\|(?=\w)", r"\\|", text) if "`" not in text else text
+
+
+# ---------------------------------------------------------------------- shared
+
+
+def usage(found: Entry, name: str, kind: str) -> str:
+    """How it stands in a configuration, in one line of YAML; nothing for a kind that is not known."""
+    if not kind:
+        return ""
+    if kind == "rewards":
+        return (
+            f"data.reward: {{class_path: {found.path}, init_args: {{...}}}}"
+            if found.is_class
+            else (f"data.reward: {found.path}")
+        )
+    return TITLES[kind][1].format(name)
+
+
+def _blocks(text: str) -> list[str]:
+    """Paragraphs and items of a docstring, each in one line."""
+    found: list[str] = []
+    new = True
+    for line in text.splitlines():
+        words = line.strip()
+        if not words:
+            new = True
+            continue
+        indented, after_head = line.startswith("    "), bool(found) and found[-1].endswith(":")
+        if indented and (after_head or found[-1].startswith("- ")) and re.match(r"    \S", line):
+            found.append(f"- {words}")  # what is raised
+        elif new or words.startswith("- "):
+            found.append(words)
+        else:
+            found[-1] += f" {words}"
+        new = False
+    return found
+
+
+def _all(module: str) -> list[str]:
+    return [str(name) for name in ast.literal_eval(constant(module, "__all__"))]
+
+
+def _is_objective(path: str) -> bool:
+    return any(argument.owner in _bases() for argument in entry(path).arguments)
+
+
+@cache
+def _bases() -> set[str]:
+    """The classes that say what all objectives take."""
+    return {argument.owner for argument in entry(POLICY_MODULE).arguments}
+
+
+def _arguments_named(name: str) -> Iterator[tuple[str, Argument]]:
+    """Every topic's argument of this name; ``data.sampling.top_p`` has one place."""
+    owner, _, last = name.rpartition(".")
+    seen = set()
+    for of_kind in topics().values():
+        for topic, path in of_kind.items():
+            for argument in entry(path).arguments if owner in ("", topic) else ():
+                where = "all objectives" if argument.owner in _bases() else topic
+                if argument.name == last and (where, last) not in seen:
+                    seen.add((where, last))
+                    yield where, argument
