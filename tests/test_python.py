@@ -82,7 +82,7 @@ def test_what_it_gives_back(fitted, monkeypatch):
     assert list(run.metrics.index) == [0, 1, 2, 3]
     assert run.metrics["reward/mean"].notna().sum() == 3
     assert run.metrics.loc[3, "val/avg@8"] == run.accuracy
-    assert set(run.samples.kind) >= {"held out"}
+    assert set(run.samples.kind) >= {"held_out"}
     assert run.model.joinpath("model.safetensors").is_file()
     assert run.checkpoint.is_file()
     assert run.plot("reward/mean", "val/avg@8")._repr_svg_().startswith("<svg")
