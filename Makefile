@@ -9,7 +9,7 @@ CONFIG ?= configs/dsrl.yaml
 # shows the command as one would type it with .venv active
 in_venv = @echo '$(subst ','\'',$(strip $(1)))'; PATH="$(CURDIR)/.venv/bin:$$PATH" $(1)
 
-.PHONY: help setup demo test check soak FORCE
+.PHONY: help setup demo test check docs soak FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ check: setup ## ruff and mypy
 	$(call in_venv,ruff check)
 	$(call in_venv,ruff format --check)
 	$(call in_venv,mypy)
+
+docs: setup ## the documentation, into docs/_build/html
+	$(call in_venv,python -m sphinx -W --keep-going -q -b html docs docs/_build/html)
 
 # a PYTHON that is named may differ from the one in .venv: then the script looks, whatever the stamp says
 .venv/.ready-$(EXTRA): pyproject.toml $(if $(PYTHON),FORCE)

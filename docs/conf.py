@@ -7,8 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from prerl_lightning import __version__
-from prerl_lightning.manual import page
+from prerl_lightning import __version__  # noqa: E402
+from prerl_lightning.manual import page  # noqa: E402
 
 project, release, html_title = "prerl-lightning", __version__, f"prerl-lightning {__version__}"
 extensions = ["myst_parser"]

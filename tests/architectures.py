@@ -1,6 +1,6 @@
 """Tiny models with random weights of many families, made by one rule, and what `Policy` is to make of them.
 
-python tests/architectures.py        # writes the README's table anew
+python tests/architectures.py        # writes the table of docs/guides/models.md anew
 """
 
 import sys
@@ -168,7 +168,7 @@ def make(family: str, **more: Any) -> PreTrainedModel:
 
 
 def table() -> str:
-    """For the README."""
+    """For docs/guides/models.md."""
     by_outcome: dict[str, list[str]] = {}
     for family, (outcome, _) in FAMILIES.items():
         by_outcome.setdefault(outcome, []).append(family)
@@ -185,9 +185,9 @@ def table() -> str:
 START, END = "<!-- tests/architectures.py -->\n", "\n<!-- end -->"
 
 if __name__ == "__main__":
-    readme = Path(__file__).parents[1] / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    page = Path(__file__).parents[1] / "docs" / "guides" / "models.md"
+    text = page.read_text(encoding="utf-8")
     if START not in text or END not in text:
-        sys.exit(f"README.md lacks {START.strip()} or {END.strip()}")
+        sys.exit(f"{page} lacks {START.strip()} or {END.strip()}")
     before, _, rest = text.partition(START)
-    readme.write_text(before + START + table() + END + rest.partition(END)[2], encoding="utf-8")
+    page.write_text(before + START + table() + END + rest.partition(END)[2], encoding="utf-8")

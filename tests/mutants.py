@@ -904,7 +904,7 @@ def main() -> int:
         return 0
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("prerl_lightning", "tests", "configs", "README.md", "pyproject.toml"):
+        for name in ("prerl_lightning", "tests", "configs", "docs", "README.md", "pyproject.toml"):
             whole = ROOT / name
             (shutil.copytree if whole.is_dir() else shutil.copy)(whole, Path(folder) / name)
         print("fault | noticed by | seconds", flush=True)

@@ -1,7 +1,7 @@
 """Problem sets by name, each with its prompt, its answer, its verifier and its licence.
 
 Hub ids, columns and licences are as published; no hub was in reach where this was written, so that only the local
-files were read by us (README, "What has run where").
+files were read by us (README, "What is proven where").
 """
 
 import re

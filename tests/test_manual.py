@@ -1,0 +1,171 @@
+"""`prerl help` and the glossary of metrics: read from source, and held here against what is really there."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prerl_lightning import manual
+from prerl_lightning.docstrings import read
+from prerl_lightning.errors import InputError
+from prerl_lightning.metrics.glossary import column, glossary
+
+PACKAGE = Path(manual.__file__).parent
+TOPICS = {name: path for of_kind in manual.topics().values() for name, path in of_kind.items()}
+
+
+def show(capsys, *topic) -> str:
+    manual.help(topic)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_is_answered_without_what_is_heavy():
+    code = (
+        "import sys; from prerl_lightning.cli import main; main(['help', 'GRPO']); main(['help', 'data']); "
+        "assert not {'torch', 'lightning', 'vllm', 'transformers'} & set(sys.modules), 'heavy'"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "GRPO    model: {class_path: GRPO, init_args: {...}}" in found
+    assert "  lr    float, default 1e-6\n      peak learning rate of this life" in found
+    assert "  prompts_per_step    int, default 16\n      P over all ranks" in found
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_what_is_read_is_what_python_sees(topic):
+    """Names, order of what is required, defaults, and a word on each."""
+    found = manual.entry(TOPICS[topic])
+    module, _, name = TOPICS[topic].rpartition(".")
+    there = getattr(importlib.import_module(module), name)
+    assert found.text or topic == "trainer"
+    if not inspect.isclass(there):
+        return
+    seen: dict[str, inspect.Parameter] = {}
+    for base in there.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()
+            kinds = {p.kind for p in parameters}
+            seen |= {p.name: p for p in list(parameters)[1:] if p.name not in seen}
+            if inspect.Parameter.VAR_KEYWORD not in kinds:
+                break
+    seen = {n: p for n, p in seen.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    assert {a.name for a in found.arguments} == seen.keys()
+    for argument in found.arguments:
+        default = seen[argument.name].default
+        assert argument.text, argument
+        assert argument.type, argument
+        assert (argument.default is None) == (default is inspect.Parameter.empty), argument
+        try:
+            written = ast.literal_eval(argument.default or "None")
+        except ValueError:  # a call or a lambda
+            continue
+        if topic != "trainer" and default is not inspect.Parameter.empty and "factory" not in repr(default):
+            assert written == default, argument
+
+
+def test_every_class_that_a_configuration_may_name_is_a_topic():
+    from prerl_lightning.data.problems import ProblemSet
+    from prerl_lightning.objectives import PolicyModule
+    from prerl_lightning.refusals import _below
+
+    importlib.import_module("prerl_lightning.run")
+    classes = [kind for base in (PolicyModule, ProblemSet) for kind in _below(base)]
+    names = {kind.__name__ for kind in classes if kind.__module__.startswith("prerl_lightning.")}
+    assert names - TOPICS.keys() <= {"DrawnProblems", "RowProblems", "Columns"}  # bases
+
+
+def test_help_in_words(capsys):
+    found = show(capsys)
+    assert all(name in found for name in (*TOPICS, *manual.VALUES, "metrics"))
+    assert "init_args: {...}} GRPO's loss + pretrain_coefficient * a pre-train-space loss" in show(capsys, "MixedRL")
+    assert "importance_sampling 'none' | 'token' | 'sequence-mask', default \"none\"" in show(capsys, "MixedRL")
+    found = show(capsys, "data")
+    assert "train ProblemSet, required the problems to train on." in found
+    assert found.endswith("See also: prerl help data.sampling, data.val_sampling, data.format, data.verification.")
+    assert "data.sampling: top_p float, default 1.0" in show(capsys, "top_p")
+    assert "data.val_sampling: top_p float | None, default None" in show(capsys, "top_p")
+    assert show(capsys, "data.sampling.group_size") == (
+        "data.sampling: group_size int, default 8 G, responses a prompt."
+    )
+    assert "max_epochs Optional[int], default -1" in show(capsys, "trainer")  # ours, not Lightning's
+    assert "class_path: prerl_lightning.rewards.DenyList" in show(capsys, "DenyList")
+    assert "data.reward: prerl_lightning.rewards.boxed_reward" in show(capsys, "boxed_reward")
+    assert show(capsys, "rollout/entropy").startswith("rollout/entropy nats a token Of the policy, estimated")
+    assert "time/optimizer s Its steps." in show(capsys, "metrics")
+
+
+def test_a_class_of_one_s_own(capsys, tmp_path, monkeypatch):
+    """By its path, through whatever it is derived from, and without running its module."""
+    (tmp_path / "mine.py").write_text(
+        "import prerl_lightning.objectives as o\n"
+        "class Mine(o.MixedRL):\n"
+        '    """What it is.\n\n    Args:\n        beta: of mine.\n    """\n'
+        "    def __init__(self, beta: float = 0.5, **kwargs):\n        super().__init__(**kwargs)\n"
+        "class More(Mine):\n    pass\n"
+        "def reward(prompt, response, ground_truth, extra):\n    '''A word.'''\n"
+        "raise RuntimeError('not to be run')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("Mine", "More"):
+        found = show(capsys, f"mine.{name}")
+        assert f"model: {{class_path: mine.{name}, init_args: {{...}}}}" in found
+        assert "beta float, default 0.5 of mine. pretrain_coefficient float, default 0.01" in found
+        assert "kl_coefficient float, default 0.0 of a KL penalty" in found
+    assert show(capsys, "mine.reward") == "mine.reward A word."
+
+
+@pytest.mark.parametrize(
+    ("topic", "said"),
+    [
+        (["GRPP"], "GRPP: no such topic. Did you mean GRPO?"),
+        (["nowhere.Thing"], "nowhere.Thing: no class or function of this path"),
+        (["prerl_lightning.objectives.Nothing"], "no class or function of this path"),
+        (["GRPO", "data"], "give one topic"),
+    ],
+)
+def test_what_is_no_topic_is_refused(topic, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        manual.help(topic)
+
+
+def test_a_base_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "far.py").write_text("from not_there import Base\nclass Far(Base):\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert read("far.Far").unread == ("Base",)
+
+
+# ---------------------------------------------------------------------- metrics
+
+
+def test_columns_are_found_by_their_names():
+    same = {
+        "val/avg@8": ["val/avg@8/low", "test/avg@4", "val/aime24/avg@8/high", "test/aime24/avg@8"],
+        "val/thoughts/wait_ratio/low": ["val/thoughts/seal/reflection_ratio/high"],
+        "thoughts/wait_per_1k": ["thoughts/seal/transition_per_1k", "val/thoughts/wait_per_1k"],
+        "alignment/position/1_of_4": ["alignment/position/4_of_4"],
+    }
+    for name, others in same.items():
+        assert column(name) is not None
+        assert all(column(other) is column(name) for other in others), name
+    assert column("val/what") is column("rollout/entropies") is None
+
+
+def test_a_switched_on_column_is_one_that_the_code_names():
+    source = "".join(path.read_text() for path in PACKAGE.rglob("*.py") if path.name != "glossary.py")
+    for _, columns in glossary().values():
+        for each in columns:
+            last = each.name.split("/{")[0].rpartition("/")[2] if each.when else ""
+            assert last in source
+            assert not each.when or manual._about(each.when.removeprefix("model.init_args."))
+
+
+def test_the_report_says_what_a_figure_s_columns_are():
+    from prerl_lightning.report.figures import Figure
+    from prerl_lightning.report.html import figure
+
+    shown = figure(Figure("entropy", "health", "Entropy", (("", "rollout/entropy"),)))
+    assert f"rollout/entropy: {column('rollout/entropy').text} (nats a token)" in shown
