@@ -1,4 +1,4 @@
-"""README.md and docs/: every command and every YAML is parsed, links lead somewhere, and it builds without a warning."""
+"""README.md and docs/: commands and YAML are parsed, links lead somewhere, and all of it builds without a warning."""
 
 import importlib
 import re
