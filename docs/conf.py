@@ -22,6 +22,7 @@ KINDS = (
     *("objectives", "keys", "values", "problems", "engines", "rewards", "callbacks", "strategies"),
     *("trainer", "metrics"),
 )
+FLAGS = "<!-- Lightning's flags -->"
 
 
 def fill(app: object, name: str, source: list[str]) -> None:
@@ -29,9 +30,9 @@ def fill(app: object, name: str, source: list[str]) -> None:
         marker = f"<!-- prerl help: {kind} -->"
         if marker in source[0]:
             source[0] = source[0].replace(marker, page(kind))
-    if "<!-- Lightning's flags -->" in source[0]:  # run as a file: its package imports torch
-        table = runpy.run_path(str(ROOT / "prerl_lightning" / "objectives" / "trainer_arguments.py"))["table"]
-        source[0] = source[0].replace("<!-- Lightning's flags -->", table())
+    flags = ROOT / "prerl_lightning" / "objectives" / "trainer_arguments.py"
+    if FLAGS in source[0] and flags.is_file():  # run as a file: its package imports torch
+        source[0] = source[0].replace(FLAGS, runpy.run_path(str(flags))["table"]())
 
 
 def setup(app) -> None:

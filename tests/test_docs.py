@@ -1,19 +1,18 @@
-"""README.md and docs/: every command and every YAML is parsed, links lead somewhere, and it builds without a warning."""
+"""README.md and docs/: commands and YAML are parsed, links lead somewhere, and all of it builds without a warning."""
 
 import importlib
 import re
 import shlex
 import subprocess
 import sys
+from argparse import ArgumentError
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from prerl_lightning import cli
-from prerl_lightning.errors import InputError
+from prerl_lightning import cli, manual
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -42,7 +41,7 @@ def fenced(language):
 
 
 def commands():
-    """Those of `sh` blocks, and those in backticks that begin with prerl and an option of it."""
+    """Those of `sh` blocks, those in backticks that begin with prerl and have an option, and a key with a value."""
     found = []
     for page, _, text in fenced("sh"):
         lines = text.replace("\\\n", " ").splitlines()
@@ -50,6 +49,8 @@ def commands():
     for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
         found += [(page, " ".join(code.split())) for code in re.findall(r"`(prerl [^`]*--[^`]*)`", text)]
+        settings = [" ".join(code.split()) for code in re.findall(r"`(--[a-z_]+\.[^`\s]*\s[^`]+)`", text)]
+        found += [(page, f"prerl fit --config my.yaml {setting}") for setting in settings]
     return sorted({(page.relative_to(ROOT).as_posix(), line) for page, line in found})
 
 
@@ -80,17 +81,18 @@ def folder(tmp_path_factory):
 def here(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setattr("sys.argv", ["prerl"])
     return folder
 
 
-def parse(monkeypatch, *args):
-    """As `prerl` does, without building anything or looking at a model."""
+@pytest.fixture(scope="module")
+def parser():
+    """`prerl`'s, made once: nothing is built, and no model is looked at."""
     from prerl_lightning.run import PrerlCLI
 
-    monkeypatch.setattr("prerl_lightning.run.load_config", lambda model: SimpleNamespace(hidden_size=128))
+    class ParserOnly(PrerlCLI):
+        def before_instantiate_classes(self):
+            pass
 
-    class ParsedOnly(PrerlCLI):
         def instantiate_classes(self):
             pass
 
@@ -100,7 +102,7 @@ def parse(monkeypatch, *args):
         def _run_subcommand(self, subcommand):
             pass
 
-    ParsedOnly.run(list(args))
+    return ParserOnly.run(["fit", "--config", str(ROOT / "configs" / "dsrl.yaml")]).parser
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,7 @@ def options():
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=identified(COMMANDS))
-def test_commands(page, line, here, options, monkeypatch, capsys):
+def test_commands(page, line, here, options, parser, capsys):
     words = shlex.split(line, comments=True)
     words = words[1:] if words[0] == "srun" else words
     if words[0] == "make":
@@ -132,7 +134,7 @@ def test_commands(page, line, here, options, monkeypatch, capsys):
         command, args = words[1], words[2:]
         if command in cli.FITS:
             rest = ["my.yaml" if a == "FILE" else a for a in args if a not in ("--print_config", "--help")]
-            parse(monkeypatch, command, *rest)
+            parser.parse_args([command, *rest])
         elif command == "help":
             from prerl_lightning.manual import help
 
@@ -154,7 +156,7 @@ YAMLS = [(page.relative_to(ROOT).as_posix(), text) for page, _, text in fenced("
 
 
 @pytest.mark.parametrize(("page", "text"), YAMLS, ids=identified(YAMLS))
-def test_yaml(page, text, here, tmp_path, monkeypatch):
+def test_yaml(page, text, here, tmp_path, parser):
     found = yaml.safe_load(text)
     if "arms" in found:
         from prerl_lightning.study.design import read_study
@@ -170,10 +172,10 @@ def test_yaml(page, text, here, tmp_path, monkeypatch):
     (tmp_path / "some.yaml").write_text(text)
     whole = {"model", "data"} <= found.keys()
     base = [] if whole else ["--config", "my.yaml"]
-    parse(monkeypatch, "fit", *base, "--config", str(tmp_path / "some.yaml"))
+    parser.parse_args(["fit", *base, "--config", str(tmp_path / "some.yaml")])
     (tmp_path / "wrong.yaml").write_text(text.replace(next(iter(found)), "modell", 1))
-    with pytest.raises(InputError, match="modell"):  # so it is really read
-        parse(monkeypatch, "fit", *base, "--config", str(tmp_path / "wrong.yaml"))
+    with pytest.raises(ArgumentError, match="modell"):  # so it is really read
+        parser.parse_args(["fit", *base, "--config", str(tmp_path / "wrong.yaml")])
 
 
 PYTHON = [(page.relative_to(ROOT).as_posix(), before, text) for page, before, text in fenced("python")]
@@ -192,6 +194,20 @@ def test_python(page, before, text, here):
         assert not {name for name in names if not hasattr(prerl_lightning, name)}, page
     else:
         exec(code, {"__name__": "documentation"})
+
+
+@pytest.mark.parametrize("page", ["trl", "verl"])
+def test_our_names_beside_theirs_are_ours(page):
+    text = (ROOT / "docs" / "coming-from" / f"{page}.md").read_text()
+    rows = [line.split("|")[2] for line in text.splitlines() if line.startswith("| `")]
+    assert len(rows) > 20
+    topics = {name: path for of_kind in manual.topics().values() for name, path in of_kind.items()}
+    known = {f"{topic}.{a.name}" for topic, path in topics.items() for a in manual.entry(path).arguments}
+    for row in rows:
+        for name in re.findall(r"`([\w.]*\w)`", row):
+            last = name.rpartition(".")[2]  # `.top_p` stands behind the name of another of its group
+            full = not name.startswith((".", "model.", "data.engine.")) and "." in name
+            assert name in known if full else last in topics or any(k.endswith(f".{last}") for k in known), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -67,6 +67,17 @@ def test_what_a_run_shows_and_leaves(whole):
     assert max(v for _, v in rows(run, "mismatch/log_prob_difference")) < 1e-4
 
 
+def test_the_glossary_has_every_column_and_no_other(whole):
+    from prerl_lightning.metrics.glossary import column, glossary
+
+    folder, _ = whole
+    with (folder / "runs" / "dsrl" / "version_0" / "metrics.csv").open() as file:
+        names = next(csv.reader(file))
+    assert not [name for name in names if column(name) is None]
+    not_seen = {each for _, columns in glossary().values() for each in columns} - {column(name) for name in names}
+    assert not [each.name for each in not_seen if not each.when]  # but what is only there when it is asked for
+
+
 def test_the_exported_model_loads_and_validates_alike(whole, tmp_path):
     from transformers import AutoModelForCausalLM
 
