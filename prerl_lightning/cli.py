@@ -12,6 +12,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable
 from importlib import import_module
+from signal import SIGPIPE
 from typing import Any
 
 from prerl_lightning import __version__
@@ -106,6 +107,9 @@ def main(argv: list[str] | None = None) -> None:
         raise
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough; what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + SIGPIPE)
     except Exception as error:
         said = None if debug else _said(error)
         lost = None if said or debug else watchdog.lost(0.0)  # RunRecord has waited for it to be seen
@@ -133,6 +137,7 @@ def _command(args: list[str], debug: bool) -> None:
     if not debug:
         quiet_lightning()
     run(args)
+    sys.stdout.flush()
 
 
 def _said(error: Exception) -> Exception | None:

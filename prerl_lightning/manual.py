@@ -10,13 +10,10 @@ words of their docstrings; the documentation's reference of every key is made of
 """
 
 import ast
-import os
 import re
 import shutil
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 
@@ -115,7 +112,7 @@ def entry(path: str) -> Entry:
     if found is None:
         raise InputError(f"{path}: no class or function of this path is found from here. Give MODULE.NAME.")
     if path == TRAINER:
-        ours = ast.literal_eval(constant(f"{OURS}.run", "TRAINER_DEFAULTS"))
+        ours = ast.literal_eval(constant(f"{OURS}.training", "TRAINER_DEFAULTS"))
         arguments = [replace(a, default=repr(ours[a.name])) if a.name in ours else a for a in found.arguments]
         text = "Lightning's Trainer, whose arguments these are; the defaults are those of `prerl fit`."
         return replace(found, text=text, arguments=tuple(arguments))
@@ -127,11 +124,7 @@ def help(args: Sequence[str]) -> None:
     if len(args) > 1 or (args and args[0].startswith("-")):
         raise InputError(f"prerl help: give one topic, or none for the list, not {' '.join(args)}.")
     lines = _contents() if not args else _about(args[0])
-    with suppress(BrokenPipeError):  # `| head`
-        print(printable_lines("\n".join(lines)))
-        sys.stdout.flush()
-        return
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
+    print(printable_lines("\n".join(lines)))
 
 
 # ---------------------------------------------------------------------- in the terminal

@@ -224,3 +224,10 @@ def test_lines_are_logged_once_however_often_main_is_called(refused):
     for _ in range(3):
         refused("compare", "one", "two")
     assert len(log.handlers) == 1
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m prerl_lightning.cli help metrics | head -n 1"
+    found = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert found.stderr == ""
+    assert len(found.stdout.splitlines()) == 1
