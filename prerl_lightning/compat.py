@@ -105,7 +105,7 @@ def observe_ranks(observe: Callable[..., None]) -> None:
 
 def share_version(loggers: Sequence[Logger]) -> None:
     """The files of one run in one version_N: by itself each logger counts on from the folders of those before it."""
-    first, *others = [one for one in loggers if isinstance(one, CSVLogger | TensorBoardLogger)] or [None]
-    for other in others:
-        if other._version is None and (other.save_dir, other.name) == (first.save_dir, first.name):
-            other._version = first.version
+    writers = [one for one in loggers if isinstance(one, CSVLogger | TensorBoardLogger)]
+    for other in writers[1:]:
+        if other._version is None and (other.save_dir, other.name) == (writers[0].save_dir, writers[0].name):
+            other._version = writers[0].version
