@@ -44,6 +44,7 @@ def model_path(model: str) -> str:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Of a Hugging Face folder or hub id, or an embedded model. Raises InputError where there is none."""
     return _load(AutoTokenizer, model)
 
 
