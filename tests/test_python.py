@@ -205,7 +205,7 @@ def test_the_notebook(tmp_path):
     notebook = nbformat.read(ROOT / "examples" / "first_run.ipynb", as_version=4)
     settings = next(cell for cell in notebook.cells if "STEPS, SWITCH =" in cell.source)
     settings.source = settings.source.replace("STEPS, SWITCH = 20, 5", "STEPS, SWITCH = 2, 1")
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/svg+xml" in output.get("data", {}) for output in outputs) == 2
     assert not [output for output in outputs if output.output_type == "error"]

@@ -65,14 +65,12 @@ class StepLines(L.Callback):
         shown = []
         for key in (k for k in metrics if k.startswith("val/") and "avg@" in k and not k.endswith(BOUNDS)):
             name, measure = key.removeprefix("val/").rpartition("/")[::2]  # of `data.val_more`'s sets
-            found = {k: metrics[f"{key.rpartition('/')[0]}/{k}"] for k in ("problems", "length", "truncated")}
-            low, high = (metrics[f"{key}{end}"] for end in BOUNDS)
-            said = [f"{measure} {metrics[key]:.3f} [{low:.3f}, {high:.3f}] of {found['problems']:.0f}"]
+            (low, high), of = (metrics[f"{key}{end}"] for end in BOUNDS), key.rpartition("/")[0]
+            said = [f"{measure} {metrics[key]:.3f} [{low:.2f}, {high:.2f}] of {metrics[f'{of}/problems']:.0f}"]
             for more in (measure.replace("avg", "pass"), measure.replace("avg", "maj"), "greedy"):
-                if (value := metrics.get(f"{key.rpartition('/')[0]}/{more}")) is not None:
+                if (value := metrics.get(f"{of}/{more}")) is not None:
                     said.append(f"{more} {value:.2f}")
-            said.append(f"length {found['length']:.0f}")
-            said += [f"truncated {found['truncated']:.0%}"] if found["truncated"] else []
+            said += [f"cut {cut:.0%}"] if (cut := metrics[f"{of}/truncated"]) else []
             shown.append(f"{name}: {', '.join(said)}" if name else ", ".join(said))
         log.info("held out at step %d: %s", trainer.global_step, "; ".join(shown))
 
