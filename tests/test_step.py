@@ -127,7 +127,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(model_folder, monke
 
     def poisoned(self, *args, **kwargs):
         jobs = plain(self, *args, **kwargs)
-        seen.append(weights(self.module))
+        seen.append(weights(model))
         if len(seen) == 2:  # of three steps
             next(p for p in self.policy.parameters() if p.grad is not None).grad.view(-1)[0] = float("nan")
         return jobs

@@ -286,7 +286,7 @@ def validated(thoughts, module, trainer, texts, step, fn="fit"):
         thoughts.on_validation_batch_end(trainer, module, {"samples": [group]})
     thoughts.on_validation_batch_end(trainer, module, {"samples": []})
     thoughts.on_validation_epoch_end(trainer, module)
-    return {k: v for k, v in module._row.items() if k.startswith("val/thoughts/")}
+    return {k: v for k, v in module.row.values.items() if k.startswith("val/thoughts/")}
 
 
 @pytest.mark.parametrize(("fn", "step", "expected"), [("fit", 0, 1.0), ("fit", 5, 0.5), ("validate", 0, 0.5)])
@@ -309,7 +309,7 @@ def test_held_out_ratios_have_an_interval_over_problems(measured, caplog):
     validated(thoughts, module, trainer, texts, step=0)
     again = Thoughts()  # resumed
     again.load_state_dict(thoughts.state_dict())
-    module._row.clear()
+    module.row.values.clear()
     with caplog.at_level("INFO"):
         found = validated(again, module, trainer, ["wait check " * n for n in after], step=5)
     assert found["val/thoughts/transition_ratio"] == pytest.approx(15 / 7)
@@ -325,7 +325,7 @@ def test_held_out_ratios_have_an_interval_over_problems(measured, caplog):
     assert "thoughts/reflection 2.5 (x75.00 [" not in caplog.text
     assert "reflection 2.5 (x75.00 [" in caplog.text
     assert "inf] of 0.0333)" in caplog.text
-    module._row.clear()
+    module.row.values.clear()
     found = validated(again, module, trainer, ["wait"] * 29, step=6)  # other problems
     assert "val/thoughts/transition_ratio" in found
     assert "val/thoughts/transition_ratio/low" not in found
@@ -344,7 +344,7 @@ def test_seal_s_labels_beside_the_phrases(measured):
     assert found["thoughts/seal/reflection_per_1k"] == pytest.approx(32_000 / tokens)
     assert {"thoughts/seal/reflection/right", "thoughts/seal/execution_per_1k/wrong"} <= set(found)
     assert not [key for key in Thoughts().watch(trainer, module) if "seal" in key]
-    module._row.clear()
+    module.row.values.clear()
     held_out = validated(Thoughts(rule="seal"), module, trainer, [text] * 3, step=0)
     assert held_out["val/thoughts/seal/transition"] == 1
     assert held_out["val/thoughts/seal/transition_ratio/low"] == 1
