@@ -764,8 +764,8 @@ FAULTS = [
     Fault(
         "the-end-not-saved",
         "callbacks/saving.py",
-        "if trainer.global_step not in written and",
-        "if trainer.global_step < 0 and",
+        "return trainer.global_step not in written and",
+        "return trainer.global_step < 0 and",
         "test_saving.py::test_one_write_a_save",
     ),
     Fault(
@@ -778,8 +778,8 @@ FAULTS = [
     Fault(
         "oldest-for-newest",
         "resume.py",
-        "return found[-1]",
-        "return found[0]",
+        "p.stat().st_mtime, reverse=True)",
+        "p.stat().st_mtime)",
         "test_resume.py::test_last_is_the_newest_file",
     ),
     Fault(

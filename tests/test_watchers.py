@@ -143,7 +143,7 @@ def test_an_excerpt_does_not_begin_inside_a_special_token(token):
         assert len(part) <= most
         assert part == "4" or token in part
     shown = terminal_line(sample(prompt=text), 3).plain
-    assert "truth 4: '4' -> 5 wait" in shown
+    assert "truth 4: '4' -> 5 w" in shown
 
 
 def test_new_words():

@@ -21,7 +21,7 @@ CHARACTERS = 1500
 
 def show_first(key: str, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
     """The first prompt, special tokens and all, and its truth."""
-    text, half = tokenizer.decode(list(prompts[0].token_ids)), CHARACTERS // 2
+    text, half = str(tokenizer.decode(list(prompts[0].token_ids))), CHARACTERS // 2
     if len(text) > CHARACTERS:
         end = last_part(text, half)
         text = f"{text[:half]} [... {len(text) - half - len(end)} characters] {end}"

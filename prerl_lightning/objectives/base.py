@@ -165,8 +165,8 @@ class PolicyModule(Objective, RunState):
         """With a Trainer through its precision plugin and strategy."""
         if self.is_attached:
             wrapped = self.trainer.strategy.model
-            ddp = isinstance(wrapped, DistributedDataParallel)
-            how = {"backward": self.manual_backward, "no_sync": wrapped.no_sync if ddp else nullcontext} | how
+            no_sync = wrapped.no_sync if isinstance(wrapped, DistributedDataParallel) else nullcontext
+            how = {"backward": self.manual_backward, "no_sync": no_sync} | how
         return super().make_update(rollout, **how)
 
     def _learning_rates(self, version: int) -> list[float]:
