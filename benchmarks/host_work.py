@@ -24,7 +24,7 @@ from machine import describe
 from prerl_lightning import ranks
 from prerl_lightning.metrics.rollout import rollout_statistics
 from prerl_lightning.metrics.thoughts import ThoughtFinder, load_families
-from prerl_lightning.objectives.update import gathered
+from prerl_lightning.objectives.passes import gathered
 from prerl_lightning.policy.packing import families, micro_batches
 from prerl_lightning.types import Prompt, Response, Rollout, Sequences
 

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from prerl_lightning.objectives import GRPO, NSRPreRL, PolicyModule
 from prerl_lightning.objectives.advantages import group_advantages
-from prerl_lightning.objectives.update import Update
 from prerl_lightning.types import Prompt, Response, Rollout
 
 RESULTS = Path(__file__).parent / "results" / "paper_arithmetic.json"
@@ -109,8 +108,8 @@ def part(model: torch.nn.Module, contexts: list, responses: list, cut: range) ->
 
 
 def our_step(module: PolicyModule, rollout: Rollout) -> None:
-    update = Update(module, rollout)
-    update.backward([update._work(t) for t in module.terms], torch.ones(len(rollout)).bool(), True)
+    update = module.make_update(rollout)
+    update.backward([update.work(t) for t in module.terms], torch.ones(len(rollout)).bool(), True)
 
 
 def flat_gradient(module: torch.nn.Module) -> Tensor:

@@ -25,7 +25,6 @@ def rank_main(args: argparse.Namespace) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     from prerl_lightning.objectives import GRPO, NSRPreRL
-    from prerl_lightning.objectives.update import Update
 
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
@@ -39,15 +38,6 @@ def rank_main(args: argparse.Namespace) -> None:
     policy = modules[1].policy = modules[0].live_policy
     wrapped = DistributedDataParallel(policy) if world > 1 else None
 
-    class Reduced(Update):
-        """DDP as the Trainer would wrap it: the policy's forward goes through the wrapper's hooks."""
-
-        def _gradient_sync(self, last):
-            return wrapped.no_sync() if wrapped is not None and not last else super()._gradient_sync(last)
-
-        def _forward(self, batch):
-            return (wrapped or policy)(batch.to(self.device), self.rollout.temperature)
-
     found = {}
     for module in modules:
         times = []
@@ -55,8 +45,10 @@ def rank_main(args: argparse.Namespace) -> None:
             if world > 1:
                 dist.barrier()
             start = time.perf_counter()
-            update = Reduced(module, rollout)
-            update.backward([update._work(t) for t in module.terms], torch.ones(len(rewards)).bool(), True)
+            update = module.make_update(rollout, **({"no_sync": wrapped.no_sync} if wrapped else {}))
+            if wrapped:  # DDP's hooks are in its forward
+                update.passes.forward = lambda batch, entropy=False: wrapped(batch, rollout.temperature)[0]
+            update.backward([update.work(t) for t in module.terms], torch.ones(len(rewards)).bool(), True)
             times.append(time.perf_counter() - start)
         found[type(module).__name__] = times[1:]
     if os.environ["RANK"] == "0":

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from prerl_lightning.metrics.utilisation import peak_flops
 from prerl_lightning.objectives import GRPO
-from prerl_lightning.objectives.update import Update
 from prerl_lightning.policy.model import Policy
 from prerl_lightning.types import Prompt, Response, Rollout
 
@@ -90,8 +89,8 @@ def main() -> None:
     for _ in range(args.repeats + 1):
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
-            update = Update(module, rollout)
-            passes = update.backward([update._work(t) for t in module.terms], everything, on_policy=True)
+            update = module.make_update(rollout)
+            passes = update.backward([update.work(t) for t in module.terms], everything, on_policy=True)
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         policy.zero_grad(set_to_none=True)
@@ -105,7 +104,7 @@ def main() -> None:
     found = {
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "precision": "bf16-mixed" if on_gpu else "32-true",
-        "attention": update.kernel,
+        "attention": update.passes.kernel,
         "parameters": sum(p.numel() for p in policy.parameters()),
         "response_tokens": int(rollout.lengths.sum()),
         "forwarded_tokens": int(sums["train/tokens"]),

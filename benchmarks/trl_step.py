@@ -175,7 +175,6 @@ def our_batch(model: str, folder: Path) -> None:
     import torch
 
     from prerl_lightning.objectives import GRPO
-    from prerl_lightning.objectives.update import Update
     from prerl_lightning.policy.model import load_tokenizer
     from prerl_lightning.types import Prompt, Response, Rollout
 
@@ -193,11 +192,11 @@ def our_batch(model: str, folder: Path) -> None:
     )
     module = GRPO(model=model)
     module.configure_model()
-    update = Update(module, rollout)
+    update = module.make_update(rollout)
     everything = torch.ones(len(responses), dtype=torch.bool)
-    current = update.log_probs("post-train", everything)
+    current = update.passes.log_probs("post-train", everything)
     old = current + 0.3 * torch.randn(len(current), generator=generator)
-    work = replace(update._work(module.terms[0]), old=old)
+    work = replace(update.work(module.terms[0]), old=old)
     contexts = [rollout.prompts[int(g)].token_ids for g in rollout.group_ids]
     batch = {"prompts": contexts, "responses": responses, "advantages": work.advantages}
     torch.save({**batch, "old": list(old.split(lengths))}, folder / "batch.pt")

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -47,18 +47,15 @@ def path_of(value: Any) -> str:
 
 
 def _arguments(value: Any) -> Iterator[tuple[str, Any]]:
-    held = vars(value) if hasattr(value, "__dict__") else {}
-    options = held.get("options")
+    own = vars(value) if hasattr(value, "__dict__") else {}
+    groups = [vars(held) for held in own.values() if is_dataclass(held)]  # an objective's
+    options = own.get("options")  # an engine's
+    places = [own, {name.removeprefix("_"): held for name, held in own.items()}, *groups, options or {}]
     for name in _names(type(value)):
-        for key in (name, f"_{name}"):
-            if key in held:
-                found = held[key]
-                # it is made of parameters, and says more than the name of what makes it
-                yield name, found([Parameter(zeros(1))]) if name == "optimizer" and callable(found) else found
-                break
-        else:
-            if isinstance(options, Mapping) and name in options:  # VLLMEngine's
-                yield name, options[name]
+        for held in (place[name] for place in places if name in place):
+            # it is made of parameters, and says more than the name of what makes it
+            yield name, held([Parameter(zeros(1))]) if name == "optimizer" and callable(held) else held
+            break
 
 
 def _names(kind: type) -> list[str]:

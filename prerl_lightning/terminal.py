@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import unicodedata
 import warnings
@@ -10,6 +11,8 @@ from typing import Any
 from prerl_lightning.signals import first_rank
 
 STEERING = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # Unicode's categories of what has no picture of its own
+# what tokenizers' special tokens look like: <|im_end|>, <s>, <start_of_turn>, [INST]
+SPECIAL = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 
 
 def printable(text: str) -> str:
@@ -20,6 +23,13 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """The same of each line."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def last_part(text: str, most: int) -> str:
+    """Its last characters, ``most`` or a few less: it does not begin inside a special token."""
+    begin = max(0, len(text) - most)
+    inside = (token.end() for token in SPECIAL.finditer(text) if token.start() < begin < token.end())
+    return text[next(inside, begin) :]
 
 
 class _Printable(logging.Formatter):

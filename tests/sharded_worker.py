@@ -10,14 +10,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from prerl_lightning.objectives import GRPO, NSRPreRL
-from prerl_lightning.objectives.update import Update, gathered
+from prerl_lightning.objectives.passes import gathered
 from prerl_lightning.strategies import FSDP2Strategy
 from prerl_lightning.types import Rollout
 
 
 def gradient(module, rollout):
-    update = Update(module, rollout)
-    works = [update._work(term) for term in module.terms]
+    update = module.make_update(rollout)
+    works = [update.work(term) for term in module.terms]
     update.backward(works, torch.ones(len(rollout), dtype=torch.bool), on_policy=True)
     parts = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in module.policy.parameters()]
     return torch.cat([g.flatten() for g in parts]).double(), sum(int(w.own.sum()) for w in works)

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from report_runs import write_run
 
+from prerl_lightning.cli import COMMANDS
 from prerl_lightning.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +75,21 @@ def test_help_and_lists_import_nothing_heavy(tmp_path):
     found = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert "usage: prerl" in found.stdout
     assert "prerl 0." in found.stdout
+
+
+@pytest.mark.parametrize("command", ["fit", *COMMANDS])
+def test_help_holds_no_escapes(command, monkeypatch, capsys):
+    """argparse formats an argument's help and leaves a description as it is, where a doubled percent sign shows."""
+    from prerl_lightning.run import PrerlCLI
+
+    monkeypatch.setattr(sys, "argv", ["prerl"])
+    run = getattr(import_module(COMMANDS[command]), command) if command in COMMANDS else PrerlCLI.run
+    with pytest.raises(SystemExit):
+        run(["--help"] if command in COMMANDS else [command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--help" in shown
+    assert "%%" not in shown
+    assert command != "evaluate" or "with 95 % intervals" in shown
 
 
 @pytest.mark.parametrize("config", RUNS, ids=lambda p: p.stem)

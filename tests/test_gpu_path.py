@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import prerl_lightning
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives import GRPO, MixedRL, NSRPreRL
-from prerl_lightning.objectives.update import Update
 from prerl_lightning.policy import attention, packing
 from prerl_lightning.policy.attention import Segment, VarlenPlan, plan_attention
 from prerl_lightning.policy.model import Policy, model_path
@@ -478,31 +477,25 @@ def test_no_shape_in_a_pass_depends_on_values(model_folder, make_rollout, monkey
     if kernel == "varlen":
         monkeypatch.setattr(attention.varlen, "varlen_attn", lambda q, k, v, *args, **kwargs: q * (k.sum() + v.sum()))
     module = attached(GRPO, model_folder("qwen3-untied"), **options)
-    update = Update(module, make_rollout(6, 4))
-    (work,) = [update._work(term) for term in module.terms]
-    batches = update._micro_batches("post-train", work.own)
+    update = module.make_update(make_rollout(6, 4))
+    (work,) = [update.work(term) for term in module.terms]
+    batches = update.passes.micro_batches("post-train", work.own)
     assert any(b.plan is not None for b in batches)
     monkeypatch.setattr(update, "_count_work", lambda batch: None)  # on the host, of the batch as it was made
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake(mode, module.policy)
         update.sums.totals = mode.from_tensor(update.sums.totals)
-        update.engine_log_probs = mode.from_tensor(update.engine_log_probs)
+        update.passes.engine_log_probs = mode.from_tensor(update.passes.engine_log_probs)
         for batch in batches:
-            update._loss(batch, work, 10.0, on_policy=True).backward()
+            update.loss_of(batch, work, 10.0, on_policy=True).backward()
     assert all(p.grad is not None for p in module.policy.parameters())
 
 
 def test_a_step_leaves_no_gradients_behind(model_folder, make_rollout):
     """They would take as much memory as the weights, all through the next rollout."""
     module = attached(GRPO, model_folder("llama-tied"))
-    optimizer = module.make_optimizer()
-    module._trainer = SimpleNamespace(global_step=0, max_steps=9, world_size=1)
-    module._trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"), model=None)
-    module.backward_pass = lambda loss: loss.backward()
-    module.optimizers = lambda: optimizer
     before = [p.detach().clone() for p in module.policy.parameters()]
-    update = Update(module, make_rollout())
-    update.run()
+    module.make_update(make_rollout()).run(module.make_optimizer(), [1e-3])
     assert all(p.grad is None for p in module.policy.parameters())
     assert not all(torch.equal(p, b) for p, b in zip(module.policy.parameters(), before, strict=True))
 
@@ -522,11 +515,11 @@ def test_distinct_shapes_of_a_step(make_rollout):
 
 def test_each_life_has_its_own_packs_and_the_host_s_where_it_says_nothing(model_folder, make_rollout):
     host, successor = attached(GRPO, model_folder("llama-tied")), GRPO(max_tokens_per_microbatch=33)
-    successor.policy, successor._host = host.policy, (host,)
-    host._pack_tokens = 77
-    assert [Update(m, make_rollout()).max_tokens for m in (host, successor)] == [77, 33]
-    successor.max_tokens_per_microbatch = None
-    assert Update(successor, make_rollout()).max_tokens == 77
+    host._pack_tokens, host._trainer = 77, SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    for module, tokens in ((host, 77), (successor, 33), (GRPO(), 77)):
+        if module is not host:
+            host.hand_over(module)
+        assert module.make_passes(make_rollout()).max_tokens == tokens
 
 
 @pytest.mark.parametrize(("free", "tokens", "recomputed"), [(79, 16384, False), (40, 11264, False), (16, 16384, True)])

@@ -6,7 +6,6 @@ from conftest import SHAPES
 from test_update import attached, close, gradient
 
 from prerl_lightning.objectives import GRPO, MixedRL, NSRPreRL
-from prerl_lightning.objectives.update import Update
 from prerl_lightning.policy import packing
 from prerl_lightning.policy.attention import Segment, plan_attention
 from prerl_lightning.policy.packing import families, micro_batches
@@ -25,8 +24,9 @@ def test_packed_equals_alone(model_folder, make_rollout, shape, space):
     everything = torch.ones(len(rollout), dtype=torch.bool)
     module = attached(GRPO, model_folder(shape))
     assert module.policy.can_pack
-    packed = Update(module, rollout).log_probs(space, everything)
-    alone = Update(attached(GRPO, model_folder(shape), packing=False, micro_batch_size=1), rollout)
+    packed = module.make_passes(rollout, module.prefix_id).log_probs(space, everything)
+    one_by_one = attached(GRPO, model_folder(shape), packing=False, micro_batch_size=1)
+    alone = one_by_one.make_passes(rollout, module.prefix_id)
     torch.testing.assert_close(packed, alone.log_probs(space, everything), rtol=1e-5, atol=1e-5)
 
 
@@ -71,10 +71,10 @@ def test_a_pack_cut_by_its_positions_alone(model_folder, make_rollout):
     rollout = make_rollout(4, 3)
     everything = torch.ones(len(rollout), dtype=torch.bool)
     module = attached(GRPO, model_folder("qwen3-untied"))
-    expected = Update(module, rollout).log_probs("post-train", everything)
+    expected = module.make_passes(rollout).log_probs("post-train", everything)
     module.policy.can_share = False
     module.policy.model.set_attn_implementation("sdpa")
-    found = Update(module, rollout).log_probs("post-train", everything)
+    found = module.make_passes(rollout).log_probs("post-train", everything)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from test_watchers import sample
 
 from prerl_lightning import secrets
-from prerl_lightning.callbacks.samples import terminal_line
+from prerl_lightning.callbacks.sample_views import terminal_line
 from prerl_lightning.cli import main
 from prerl_lightning.data.prompts import PromptFormat
 from prerl_lightning.errors import InputError

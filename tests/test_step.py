@@ -15,7 +15,10 @@ from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.data.tasks.sums import ArithmeticProblems
 from prerl_lightning.objectives import GRPO, NSRPreRL
 from prerl_lightning.objectives.advantages import group_advantages
+from prerl_lightning.objectives.passes import Passes
+from prerl_lightning.objectives.settings import BatchSettings, LossSettings
 from prerl_lightning.objectives.update import Update
+from prerl_lightning.policy.model import Policy
 from prerl_lightning.rewards.pool import Verification
 from prerl_lightning.rollout.engine import Sampling
 
@@ -121,13 +124,43 @@ def test_a_step_is_that_of_a_plain_loop(model_folder, objective, minibatches, ep
         assert float(trainer.callback_metrics["optim/clipped"]) > 0
 
 
+def test_an_update_needs_no_module(model_folder, make_rollout):
+    """A policy, an objective's terms, settings and torch's optimizer: the step of a plain loop."""
+    folder, rollout = model_folder("llama-untied"), make_rollout(P, G, rewards=[1, 0, 0, 1, 0, 1, 1, 1])
+    settings = LossSettings(
+        loss_coefficient=1.0,
+        clip_low=0.02,
+        clip_high=0.02,
+        clip_dual=10.0,
+        aggregation="token-mean",
+        kl_coefficient=0.0,
+        kl_estimator="k3",
+        importance_sampling="none",
+        importance_cap=2.0,
+    )
+    batching = BatchSettings(2, 2, None, None, packing=True, share_prompts=True)
+    policy, terms = Policy.from_pretrained(folder), GRPO.terms
+    before = torch.cat([p.detach().flatten() for p in policy.parameters()]).double()
+    update = Update(Passes(rollout, policy, batching), terms, settings)
+    found = update.run(SGD(policy.parameters(), lr=9.0), [0.05] * 4, gradient_clip=0.05)
+    expected, norms = plain_update(folder, rollout, GRPO, 0.05, 2, 2, 0.02, 0.05)
+    moved = torch.cat([p.detach().flatten() for p in policy.parameters()]).double() - before
+    should = expected - before
+    assert should.norm() > 1e-4
+    assert float((moved - should).norm() / should.norm()) < 1e-3
+    assert found["optim/grad_norm"] == pytest.approx(norms[-1], rel=1e-3)
+    assert found["optim/lr"] == 0.05
+    with pytest.raises(ValueError, match="shorter"):
+        update.run(SGD(policy.parameters(), lr=9.0), [0.05])
+
+
 def test_a_step_whose_gradient_is_not_finite_changes_nothing(model_folder, monkeypatch):
     folder = model_folder("llama-untied")
     plain, seen = Update.backward, []
 
     def poisoned(self, *args, **kwargs):
         jobs = plain(self, *args, **kwargs)
-        seen.append(weights(self.module))
+        seen.append(weights(model))
         if len(seen) == 2:  # of three steps
             next(p for p in self.policy.parameters() if p.grad is not None).grad.view(-1)[0] = float("nan")
         return jobs

@@ -7,7 +7,6 @@ from transformers import AutoModelForCausalLM
 
 from prerl_lightning.objectives import GRPO, NSRRL, PSRRL, MixedRL, NSRPreRL, PreRL, PSRPreRL
 from prerl_lightning.objectives.advantages import group_advantages
-from prerl_lightning.objectives.update import Update
 
 OBJECTIVES = [GRPO, NSRPreRL, PSRPreRL, PreRL, NSRRL, PSRRL, MixedRL]
 
@@ -21,8 +20,8 @@ def attached(cls, folder, **options):
 
 def gradient(module, rollout, n_expected=None):
     """The gradient of one minibatch over the whole rollout, as one vector in fp64."""
-    update = Update(module, rollout)
-    works = [update._work(term) for term in module.terms]
+    update = module.make_update(rollout)
+    works = [update.work(term) for term in module.terms]
     passes = update.backward(works, torch.ones(len(rollout), dtype=torch.bool), on_policy=True)
     if n_expected is not None:
         assert passes == n_expected
@@ -48,10 +47,10 @@ def close(a, b, tolerance=1e-5):
 @pytest.mark.parametrize("shape", ["llama-tied", "qwen2-tied", "qwen3-untied"])
 def test_log_probs_equal_a_plain_forward(model_folder, make_rollout, shape):
     module, rollout = attached(GRPO, model_folder(shape)), make_rollout()
-    update = Update(module, rollout)
+    passes = module.make_passes(rollout, module.prefix_id)
     everything = torch.ones(len(rollout), dtype=torch.bool)
     for space, context in (("post-train", None), ("pre-train", (module.prefix_id,))):
-        found = by_response(update.log_probs(space, everything), rollout)
+        found = by_response(passes.log_probs(space, everything), rollout)
         for i, response in enumerate(rollout.responses):
             prompt = rollout.prompts[int(rollout.group_ids[i])].token_ids
             expected = plain_log_probs(model_folder(shape), context or prompt, response.token_ids, 0.7)
@@ -62,8 +61,8 @@ def test_log_probs_equal_a_plain_forward(model_folder, make_rollout, shape):
 def test_entropy_is_that_of_plain_forwards(model_folder, make_rollout, objective):
     """GRPO: of what it forwards anyway; NSR-PreRL: of the responses that compare engine and trainer."""
     module, rollout = attached(objective, model_folder("llama-tied"), entropy=True, mismatch_samples=2), make_rollout()
-    update = Update(module, rollout)
-    works = [update._work(term) for term in module.terms]
+    update = module.make_update(rollout)
+    works = [update.work(term) for term in module.terms]
     update.backward(works, torch.ones(len(rollout), dtype=torch.bool), on_policy=True)
     if objective is NSRPreRL:
         update._measure_mismatch()
@@ -83,11 +82,11 @@ def test_log_p_y_does_not_see_the_prompt(model_folder, make_rollout):
     module, rollout = attached(PreRL, model_folder("llama-tied")), make_rollout()
     other = tuple(replace(p, token_ids=(1, 9, 9, 9, 9)) for p in rollout.prompts)
     everything = torch.ones(len(rollout), dtype=torch.bool)
-    a = Update(module, rollout).log_probs("pre-train", everything)
-    b = Update(module, replace(rollout, prompts=other)).log_probs("pre-train", everything)
+    a = module.make_passes(rollout).log_probs("pre-train", everything)
+    b = module.make_passes(replace(rollout, prompts=other)).log_probs("pre-train", everything)
     assert torch.equal(a, b)
-    c = Update(module, replace(rollout, prompts=other)).log_probs("post-train", everything)
-    d = Update(module, rollout).log_probs("post-train", everything)
+    c = module.make_passes(replace(rollout, prompts=other)).log_probs("post-train", everything)
+    d = module.make_passes(rollout).log_probs("post-train", everything)
     assert not torch.allclose(c[: rollout.lengths[0]], d[: rollout.lengths[0]])
 
 
@@ -126,12 +125,12 @@ def test_nothing_is_forwarded_without_a_gradient(model_folder, make_rollout):
     folder = model_folder("llama-tied")
     all_equal = make_rollout(2, 4, rewards=[1, 1, 1, 1, 0, 0, 0, 0])
     for objective in OBJECTIVES:
-        update = Update(attached(objective, folder), all_equal)
-        assert update.backward([update._work(t) for t in update.module.terms], torch.ones(8).bool(), True) == 0
+        update = attached(objective, folder).make_update(all_equal)
+        assert update.backward([update.work(t) for t in update.terms], torch.ones(8).bool(), True) == 0
     mixed = make_rollout(2, 4, rewards=[1, 0, 0, 1, 0, 0, 0, 0])
     for objective, count in ((GRPO, 4), (NSRPreRL, 2), (PSRPreRL, 2)):
-        update = Update(attached(objective, folder), mixed)
-        assert int(update._work(update.module.terms[0]).selected.sum()) == count
+        update = attached(objective, folder).make_update(mixed)
+        assert int(update.work(update.terms[0]).selected.sum()) == count
 
 
 def test_rewards_whose_float_mean_misses_them_have_no_advantage():
@@ -243,8 +242,11 @@ def test_importance_sampling_reaches_the_gradient(model_folder, make_rollout, ob
     from dataclasses import replace
 
     folder, rollout = model_folder("llama-tied"), make_rollout()
-    update = Update(attached(objective, folder), rollout)
-    true = update.log_probs("post-train", torch.ones(len(rollout), dtype=torch.bool))
+    true = (
+        attached(objective, folder)
+        .make_passes(rollout)
+        .log_probs("post-train", torch.ones(len(rollout), dtype=torch.bool))
+    )
     shift = torch.tensor(2.0).log()
     corrected = attached(objective, folder, importance_sampling="token", importance_cap=3.0)
     plain = gradient(attached(objective, folder), rollout)
@@ -328,15 +330,15 @@ def test_masked_responses_stay_in_the_denominator(model_folder, make_rollout):
     from dataclasses import replace
 
     folder, rollout = model_folder("llama-tied"), make_rollout(1, 4, rewards=[1, 0, 0, 1])
-    true = Update(attached(GRPO, folder), rollout).log_probs("post-train", torch.ones(4, dtype=torch.bool))
+    true = attached(GRPO, folder).make_passes(rollout).log_probs("post-train", torch.ones(4, dtype=torch.bool))
     first = int(rollout.lengths[0])
     off = true.clone()
     off[:first] -= 5.0  # the engine's of one response, beyond any cap
     masked = gradient(attached(GRPO, folder, importance_sampling="sequence-mask"), replace(rollout, log_probs=off))
     whole = gradient(attached(GRPO, folder), rollout)
     alone = attached(GRPO, folder)
-    update = Update(alone, rollout)
-    work = update._work(GRPO.terms[0])
+    update = alone.make_update(rollout)
+    work = update.work(GRPO.terms[0])
     one = torch.tensor([True, False, False, False])
     update.backward([replace(work, own=one, selected=one)], torch.ones(4, dtype=torch.bool), on_policy=True)
     close(masked, whole - torch.cat([p.grad.flatten() for p in alone.policy.parameters()]).double())

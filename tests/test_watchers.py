@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from prerl_lightning.callbacks.alignment import GradientAlignment, chosen
 from prerl_lightning.callbacks.record import RunRecord
-from prerl_lightning.callbacks.samples import _to_loggers, best_and_worst, new_words, terminal_line
+from prerl_lightning.callbacks.sample_views import new_words, terminal_line, to_loggers
+from prerl_lightning.callbacks.samples import best_and_worst
 from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.callbacks.watcher import run_folder
 from prerl_lightning.errors import InputError
@@ -131,6 +132,20 @@ def test_a_sample_in_the_terminal():
     assert "(cut off)" in terminal_line(sample(truncated=True, kind="worst"), 3).plain
 
 
+@pytest.mark.parametrize("token", ["<|im_end|>", "</s>", "<start_of_turn>", "<\uff5cUser\uff5c>", "[/INST]"])
+def test_an_excerpt_does_not_begin_inside_a_special_token(token):
+    from prerl_lightning.terminal import last_part
+
+    text = f"What is 1<2?{token}4"
+    for most in range(1, len(text) + 9):
+        part = last_part(text, most)
+        assert text.endswith(part)
+        assert len(part) <= most
+        assert part == "4" or token in part
+    shown = terminal_line(sample(prompt=text), 3).plain
+    assert "truth 4: '4' -> 5 w" in shown
+
+
 def test_new_words():
     assert new_words("a b c", "a x  c a") == [(2, 3), (7, 8)]
     assert new_words("", "a") == [(0, 1)]
@@ -144,7 +159,7 @@ def test_samples_as_a_table_in_loggers(tmp_path):
     with_tables = SimpleNamespace(log_table=lambda **table: tables.append(table))  # as W&B's, which is not installed
     board = TensorBoardLogger(tmp_path)
     rows = [sample(), sample(response="a|b <script>\n2", previous={"step": 1, "response": "x", "reward": 0.0})]
-    _to_loggers(SimpleNamespace(loggers=[with_tables, board]), rows)
+    to_loggers([with_tables, board], rows)
     assert tables[0]["step"] == 3
     assert [len(line) for line in tables[0]["data"]] == [len(tables[0]["columns"])] * 2
     assert tables[0]["data"][1][-1] == "at step 1: x"
@@ -286,7 +301,7 @@ def validated(thoughts, module, trainer, texts, step, fn="fit"):
         thoughts.on_validation_batch_end(trainer, module, {"samples": [group]})
     thoughts.on_validation_batch_end(trainer, module, {"samples": []})
     thoughts.on_validation_epoch_end(trainer, module)
-    return {k: v for k, v in module._row.items() if k.startswith("val/thoughts/")}
+    return {k: v for k, v in module.row.values.items() if k.startswith("val/thoughts/")}
 
 
 @pytest.mark.parametrize(("fn", "step", "expected"), [("fit", 0, 1.0), ("fit", 5, 0.5), ("validate", 0, 0.5)])
@@ -309,7 +324,7 @@ def test_held_out_ratios_have_an_interval_over_problems(measured, caplog):
     validated(thoughts, module, trainer, texts, step=0)
     again = Thoughts()  # resumed
     again.load_state_dict(thoughts.state_dict())
-    module._row.clear()
+    module.row.values.clear()
     with caplog.at_level("INFO"):
         found = validated(again, module, trainer, ["wait check " * n for n in after], step=5)
     assert found["val/thoughts/transition_ratio"] == pytest.approx(15 / 7)
@@ -325,7 +340,7 @@ def test_held_out_ratios_have_an_interval_over_problems(measured, caplog):
     assert "thoughts/reflection 2.5 (x75.00 [" not in caplog.text
     assert "reflection 2.5 (x75.00 [" in caplog.text
     assert "inf] of 0.0333)" in caplog.text
-    module._row.clear()
+    module.row.values.clear()
     found = validated(again, module, trainer, ["wait"] * 29, step=6)  # other problems
     assert "val/thoughts/transition_ratio" in found
     assert "val/thoughts/transition_ratio/low" not in found
@@ -344,7 +359,7 @@ def test_seal_s_labels_beside_the_phrases(measured):
     assert found["thoughts/seal/reflection_per_1k"] == pytest.approx(32_000 / tokens)
     assert {"thoughts/seal/reflection/right", "thoughts/seal/execution_per_1k/wrong"} <= set(found)
     assert not [key for key in Thoughts().watch(trainer, module) if "seal" in key]
-    module._row.clear()
+    module.row.values.clear()
     held_out = validated(Thoughts(rule="seal"), module, trainer, [text] * 3, step=0)
     assert held_out["val/thoughts/seal/transition"] == 1
     assert held_out["val/thoughts/seal/transition_ratio/low"] == 1

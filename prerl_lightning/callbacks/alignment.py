@@ -19,7 +19,6 @@ from prerl_lightning.metrics.evaluation import is_right
 from prerl_lightning.metrics.sketch import usable_size
 from prerl_lightning.objectives.advantages import group_advantages
 from prerl_lightning.objectives.base import PolicyModule
-from prerl_lightning.objectives.update import Update
 from prerl_lightning.types import Rollout
 
 log = logging.getLogger(__name__)
@@ -161,11 +160,11 @@ class GradientAlignment(Watcher):
         right = is_right(rollout.rewards)
         some = torch.zeros(len(rollout), dtype=torch.bool)
         some[chosen(rollout, right.long() * 2 - 1, self.likelihoods)] = True
-        update = Update(module.acting, rollout)
+        passes = module.acting.make_passes(rollout, module.acting.prefix_id)
         sums = torch.zeros(2, 2, dtype=torch.float64)  # wrong and right: log-probs, tokens
-        own = update.share("pre-train", some)
+        own = passes.share("pre-train", some)
         kind, of_own = (x.repeat_interleave(rollout.lengths) for x in (right.long(), own))
-        log_probs = update.log_probs("pre-train", own).cpu().double()[of_own]
+        log_probs = passes.log_probs("pre-train", own).cpu().double()[of_own]
         sums.index_add_(0, kind[of_own], torch.stack([log_probs, torch.ones_like(log_probs)], 1))
         sums = ranks.all_reduce(sums)
         names = ("wrong", "right")

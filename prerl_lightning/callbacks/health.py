@@ -135,9 +135,7 @@ class RunHealth(L.Callback):
         metrics, rollout, acting = trainer.callback_metrics, pl_module.whole_rollout, pl_module.acting
         assert rollout is not None
         skipped, not_finite = (int(metrics[f"optim/{key}"]) for key in ("skipped", "non_finite"))
-        self.skipped_in_a_row = (
-            0 if skipped < acting.minibatches * acting.epochs else self.skipped_in_a_row + not_finite
-        )
+        self.skipped_in_a_row = 0 if skipped < acting.batching.steps else self.skipped_in_a_row + not_finite
         if not pl_module.live_policy.is_finite():
             self._ruined(trainer, pl_module, rollout, "the policy's weights are not finite any more")
         if self.skipped_in_a_row >= self.skipped:

@@ -1,31 +1,25 @@
-"""Completions to read: in the terminal, as JSON lines beside the run, and as a table in W&B and TensorBoard."""
+"""Completions to read: which are chosen, and where they go; `sample_views` shows them."""
 
 import logging
 from collections.abc import Sequence
-from difflib import SequenceMatcher
-from html import escape
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
-from rich.text import Text
 
 from prerl_lightning import ranks
 from prerl_lightning.callbacks.progress import StepBar
+from prerl_lightning.callbacks.sample_views import terminal_line, to_loggers
 from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.callbacks.watcher import Watcher, append_lines, callbacks_of, run_folder
 from prerl_lightning.errors import check_bounds
 from prerl_lightning.metrics.thoughts import ThoughtFinder, load_families
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.rollout.sampler import Group
-from prerl_lightning.terminal import printable, printable_lines
 from prerl_lightning.types import Prompt, Response, Rollout
 
 log = logging.getLogger(__name__)
-
-COLUMNS = ("step", "life", "kind", "row", "reward", "prompt", "response", "ground_truth", "change")
 
 
 class Samples(Watcher):
@@ -127,7 +121,7 @@ class Samples(Watcher):
                 bars[0].progress.console.print(line)
             else:
                 log.info("%s", line.plain)
-        _to_loggers(trainer, rows)
+        to_loggers(trainer.loggers, rows)
 
 
 def best_and_worst(rollout: Rollout, n: int) -> list[tuple[int, str]]:
@@ -142,55 +136,3 @@ def best_and_worst(rollout: Rollout, n: int) -> list[tuple[int, str]]:
         seen.add(group[i])
         found.append((i, "worst" if turn % 2 else "best"))
     return found
-
-
-def terminal_line(row: dict[str, Any], max_characters: int) -> Text:
-    """One sample for a terminal: thoughts bold, what is new in the answer underlined; ``.plain`` for a file."""
-    kind = {"held_out": "held out", "best": "best of batch", "worst": "worst of batch"}[row["kind"]]
-    cut = " (cut off)" if row["truncated"] else ""
-    truth = printable(str(row["ground_truth"]))
-    line = Text(f"  sample, {kind}: reward {row['reward']:.2f}{cut}, truth {truth}: ")
-    line.append(repr(row["prompt"][-max_characters:]) + " -> ")
-    # rich leaves escape sequences in; line ends are written out below
-    answer = Text(printable_lines(row["response"][:max_characters]))
-    for start, end, _ in row["thoughts"]:
-        answer.stylize("bold yellow", start, end)
-    if previous := row["previous"]:
-        for start, end in new_words(previous["response"], row["response"]):
-            answer.stylize("underline", start, end)
-    for part in answer.split("\n", include_separator=True):
-        line.append_text(part[:-1] + Text("\\n") if part.plain.endswith("\n") else part)
-    if previous:
-        same = previous["response"] == row["response"]
-        line.append(f" ({'as' if same else 'changed since'} at step {previous['step']})", style="dim")
-    return line
-
-
-def new_words(before: str, after: str) -> list[tuple[int, int]]:
-    """(start, end) in ``after`` of what a comparison word by word does not find in ``before``."""
-    old, new = before.split(), after.split()
-    positions, at = [], 0
-    for word in new:
-        at = after.index(word, at)
-        positions.append((at, at + len(word)))
-        at += len(word)
-    changes = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
-    return [(positions[j1][0], positions[j2 - 1][1]) for tag, _, _, j1, j2 in changes if tag != "equal" and j2 > j1]
-
-
-def _to_loggers(trainer: L.Trainer, rows: Sequence[dict[str, Any]]) -> None:
-    """A table where the logger has such: W&B by ``log_table``, TensorBoard as text."""
-    data = []
-    for row in rows:
-        previous = row["previous"]
-        change = "" if previous is None else f"at step {previous['step']}: {previous['response']}"
-        data.append([*(row[c] for c in COLUMNS[:-1]), change])
-    step = rows[0]["step"]
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_table"):
-            logger.log_table(key="samples", columns=list(COLUMNS), data=data, step=step)
-        elif isinstance(logger, TensorBoardLogger):
-            cells = [[escape(str(c)).replace("|", "&#124;").replace("\n", "<br>") for c in line] for line in data]
-            lines = [COLUMNS, ["---"] * len(COLUMNS), *cells]
-            text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-            cast(Any, logger.experiment).add_text("samples", text, global_step=step)

@@ -9,6 +9,7 @@ from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.rewards.pool import RewardPool, Verdict
 from prerl_lightning.rollout.engine import Sampling
 from prerl_lightning.rollout.sampler import item
+from prerl_lightning.terminal import last_part
 from prerl_lightning.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -20,11 +21,13 @@ CHARACTERS = 1500
 
 def show_first(key: str, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
     """The first prompt, special tokens and all, and its truth."""
-    text, half = tokenizer.decode(list(prompts[0].token_ids)), CHARACTERS // 2
-    cut = text if len(text) <= CHARACTERS else f"{text[:half]} [... {len(text) - 2 * half} characters] {text[-half:]}"
+    text, half = str(tokenizer.decode(list(prompts[0].token_ids))), CHARACTERS // 2
+    if len(text) > CHARACTERS:
+        end = last_part(text, half)
+        text = f"{text[:half]} [... {len(text) - half - len(end)} characters] {end}"
     log.info(
         "%s: %d problems. What the model sees of the first: %r. Its truth: %r.",
-        *(key, len(prompts), cut, prompts[0].ground_truth),
+        *(key, len(prompts), text, prompts[0].ground_truth),
     )
 
 

@@ -19,8 +19,9 @@ from prerl_lightning.doctor.machine import available_memory
 from prerl_lightning.doctor.ranks_worker import STAGES
 from prerl_lightning.doctor.subject import GIB, Result, Subject, result, skipped
 from prerl_lightning.errors import InputError
-from prerl_lightning.objectives.base import CPU_PACK_TOKENS, PolicyModule
+from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.objectives.memory import keeps_reference
+from prerl_lightning.objectives.passes import CPU_PACK_TOKENS
 from prerl_lightning.policy.model import load_config, model_path
 from prerl_lightning.rollout.engine import Engine
 from prerl_lightning.rollout.vllm_engine import Dtype, VLLMEngine
@@ -137,7 +138,7 @@ def _on_gpus(
             longest,
             *terms,
             checkpointing=module.gradient_checkpointing,
-            max_tokens=module.max_tokens_per_microbatch,
+            max_tokens=module.batching.max_tokens_per_microbatch,
         )
     except InputError as error:
         return Room(free, where, (awake, asleep), reserve=RESERVED, problem=str(error))
@@ -151,7 +152,7 @@ def _on_host(
 ) -> Room:
     """Of a pack a bound: the head's blocks are smaller on a CPU."""
     strategy, _, precision, _ = terms
-    tokens = max(module.max_tokens_per_microbatch or CPU_PACK_TOKENS, longest)
+    tokens = max(module.batching.max_tokens_per_microbatch or CPU_PACK_TOKENS, longest)
     recompute = bool(module.gradient_checkpointing)
     pack = pack_bytes(subject.shape, tokens, precision, recompute, strategy == "fsdp2", padded=True)
     taken = 0

@@ -68,8 +68,8 @@ def evaluate(
         checkpoint: a training checkpoint whose weights are taken instead of those in ``model``.
         endpoint: URL of a server that speaks OpenAI's API, asked instead of loading the model.
         reward: a verifier instead of the sets' own.
-        datamodule: whose engine, sampling, prompt format and verification are used; its engine must not have been
-            started. None: their defaults.
+        datamodule: whose engine, sampling, prompt format, verification and seed are used; its engine must not have
+            been started. None: their defaults.
 
     Returns:
         for each set the measures of `evaluation.measures.measures`; the interval of x is x/low and x/high.

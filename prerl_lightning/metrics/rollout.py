@@ -11,7 +11,7 @@ NGRAM = 4  # tokens
 
 
 def rollout_statistics(rollout: Rollout) -> dict[str, float]:
-    """Of the rollout of all ranks (`objectives.update.gathered`), the same on all of them. Right is a reward of 1 or
+    """Of the rollout of all ranks (`objectives.passes.gathered`), the same on all of them. Right is a reward of 1 or
     more; what there is nothing of is left out.
 
     - rollout/entropy: of the policy in nats a token, estimated by the mean of -log p of the sampled tokens;

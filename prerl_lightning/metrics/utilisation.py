@@ -4,6 +4,7 @@ Needed are the forward and twice that for the backward pass; recomputing for gra
 head, is not (PaLM's definition, arXiv 2204.02311, appendix B). Tokens are those forwarded, without padding.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -73,6 +74,17 @@ class TrainingFlops:
             + 6.0 * self.head * n_targets
             + 12.0 * self.attention * float(attended.sum())
         )
+
+
+def rates(metrics: Mapping[str, float], seconds: Mapping[str, float], peak: float | None) -> dict[str, float]:
+    """Of a step: time/... of each stage, tokens a second, and train/mfu where the ``peak`` FLOP/s of all devices is
+    known."""
+    found = {f"time/{stage}": value for stage, value in seconds.items()}
+    found["rollout/tokens_per_second"] = metrics["rollout/tokens"] / seconds["rollout"]
+    found["train/tokens_per_second"] = metrics["train/tokens"] / seconds["forward_backward"]
+    if peak:
+        found["train/mfu"] = metrics["train/flops"] / seconds["forward_backward"] / peak
+    return found
 
 
 def attended_tokens(batch: MicroBatch) -> Tensor:

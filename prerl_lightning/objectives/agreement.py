@@ -14,7 +14,7 @@ import torch
 
 from prerl_lightning import ranks
 from prerl_lightning.errors import InputError, in_one_line
-from prerl_lightning.objectives.update import Update, gathered
+from prerl_lightning.objectives.passes import gathered
 from prerl_lightning.rollout.sampler import mixed_seed
 from prerl_lightning.types import Response, Rollout
 
@@ -29,8 +29,8 @@ BOUND_FP32, BOUND_16_BITS = 0.01, 0.2  # mean |difference| in nats a token
 
 def mismatch_bound(module: "PolicyModule") -> float:
     """``mismatch_bound``, or what fits the coarser of engine and trainer."""
-    if module.mismatch_bound is not None:
-        return module.mismatch_bound
+    if module.measuring.mismatch_bound is not None:
+        return module.measuring.mismatch_bound
     exact = module.data.engine.weights_dtype == torch.float32 and str(module.trainer.precision).startswith("32")
     return BOUND_FP32 if exact else BOUND_16_BITS
 
@@ -68,16 +68,16 @@ def check(module: "PolicyModule") -> None:
         temperature=sampling.temperature,
     )
     with strategy.precision_plugin.forward_context():
-        update = Update(module, gathered(rollout))
-        own = update.share("post-train", torch.ones(len(update.lengths), dtype=torch.bool))
-        trainer = update.log_probs("post-train", own)
-    apart = (trainer - update.engine_log_probs).abs().cpu()
-    response = torch.arange(len(own)).repeat_interleave(update.lengths)
+        passes = module.make_passes(gathered(rollout))
+        own = passes.share("post-train", torch.ones(len(passes.lengths), dtype=torch.bool))
+        trainer = passes.log_probs("post-train", own)
+    apart = (trainer - passes.engine_log_probs).abs().cpu()
+    response = torch.arange(len(own)).repeat_interleave(passes.lengths)
     sums = torch.zeros(len(own), dtype=torch.float64).index_add_(
         0, response, torch.where(own[response], apart, 0.0).double()
     )
     sums = ranks.all_reduce(sums)
-    of_rank = sums.view(-1, len(prompts)).sum(1) / update.lengths.view(-1, len(prompts)).sum(1)
+    of_rank = sums.view(-1, len(prompts)).sum(1) / passes.lengths.view(-1, len(prompts)).sum(1)
     worst, bound = float(of_rank.max()), mismatch_bound(module)
     if worst <= bound:  # not NaN
         return

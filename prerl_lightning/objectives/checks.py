@@ -132,19 +132,17 @@ def check_run(host: "PolicyModule", data: RolloutDataModule, trainer: L.Trainer)
     _check_successors(host, switches, isinstance(trainer.strategy, ModelParallelStrategy))
     for module in modules:
         endless = module.end_step is None and trainer.max_steps < 0
-        if endless and module.lr_schedule != "constant":
-            raise InputError(
-                f"{type(module).__name__}.lr_schedule: {module.lr_schedule} needs an end: set trainer.max_steps."
-            )
+        if endless and (schedule := module.optimization.lr_schedule) != "constant":
+            raise InputError(f"{type(module).__name__}.lr_schedule: {schedule} needs an end: set trainer.max_steps.")
     if data.sampling.group_size < 2:
         raise InputError(
             "data.sampling.group_size: 1. A response's advantage is its reward less the mean of its prompt's group, "
             "and a group of one has nothing to compare it with. Write 2 or more."
         )
     for module in modules:
-        if module.minibatches > data.prompts_per_step:
+        if (minibatches := module.batching.minibatches) > data.prompts_per_step:
             raise InputError(
-                f"{type(module).__name__}.minibatches: {module.minibatches} are more than data.prompts_per_step "
+                f"{type(module).__name__}.minibatches: {minibatches} are more than data.prompts_per_step "
                 f"({data.prompts_per_step}), by which a rollout is split: some would be empty. Write fewer minibatches."
             )
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which has a max_steps of its own
@@ -211,6 +209,6 @@ def _check_successors(host: "PolicyModule", switches: Sequence[Any], sharded: bo
 def _optimizer(module: "PolicyModule") -> type:
     """Its class. Raises InputError where it does not take its arguments."""
     try:
-        return type(module.optimizer([torch.nn.Parameter(torch.zeros(1))]))
+        return type(module.optimization.optimizer([torch.nn.Parameter(torch.zeros(1))]))
     except Exception as error:
         raise InputError(f"{type(module).__name__}.optimizer: {in_one_line(error)}") from error

@@ -35,7 +35,7 @@ def check_steps(host: "PolicyModule", max_steps: int) -> None:
     """Raises InputError where a life's end falls into the middle of a rollout's optimizer steps."""
     for module in (host, *host.successors):
         first, end, key = module.first_step, module.end_step, "PolicyReincarnation.at_step"
-        name, rollout_steps = type(module).__name__, module.minibatches * module.epochs
+        name, rollout_steps = type(module).__name__, module.batching.steps
         if 0 < max_steps <= first:
             log.warning("%s, from step %d, never begins: trainer.max_steps is %d.", name, first, max_steps)
             continue
@@ -57,10 +57,44 @@ def end_life(host: "PolicyModule", step: int) -> bool:
     if acting.life > len(host.successors):
         return False
     following = host.successors[acting.life - 1]
-    candidates = range(step, following.first_step + 1, acting.minibatches * acting.epochs)
+    candidates = range(step, following.first_step + 1, acting.batching.steps)
     end = following.end_step if following.end_step is not None else max(host.trainer.max_steps, 0)
-    fits = (s for s in candidates if not end or (end - s) % (following.minibatches * following.epochs) == 0)
+    fits = (s for s in candidates if not end or (end - s) % following.batching.steps == 0)
     steps = [first for _, first in host.lives]
     steps[acting.life] = next(fits, following.first_step)
     arrange([host, *host.successors], steps)
     return True
+
+
+def state(host: "PolicyModule") -> dict[str, Any]:
+    """For a checkpoint. Collective where a life keeps a reference."""
+    reference = host.acting.reference
+    return {
+        "schedule": [list(life) for life in host.planned_lives],
+        "began": [first for _, first in host.lives],
+        "alive": host.acting.life,
+        "reference": reference.state_dict(host.live_policy) if reference is not None else None,
+    }
+
+
+def resume(host: "PolicyModule", found: dict[str, Any]) -> None:
+    """Of a checkpoint's `state` what is the host's; a successor takes its own (`PolicyReincarnation`).
+
+    Raises:
+        InputError: it is of other lives than the configuration's.
+    """
+    if found["schedule"] != [list(life) for life in host.planned_lives]:
+        raise InputError(
+            f"The checkpoint's lives are {_described(found['schedule'])}, the configuration's "
+            f"{_described(host.planned_lives)}. Resume with the configuration it was made with (config.yaml beside "
+            "its run), or start a new run from its exported model folder."
+        )
+    arrange([host, *host.successors], found["began"])
+    if found["alive"] == 1:
+        host.restore_reference(found["reference"])
+
+
+def _described(lives: Sequence[Sequence[Any]] | None) -> str:
+    if not lives:
+        return "none (it is not one of ours)"
+    return ", then ".join(f"{name} from step {step}" for name, step in lives)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def keeps_reference(module: "PolicyModule", callbacks: Iterable[Any]) -> bool:
     """Whether any life of a run keeps a copy of the weights for a KL penalty."""
     modules = [module, *(c.successor for c in reincarnations(callbacks))]
-    return any(life.kl_coefficient > 0 for life in modules)
+    return any(life.loss.kl_coefficient > 0 for life in modules)
 
 
 def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: int) -> PackChoice | None:
@@ -55,7 +55,7 @@ def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: 
         precision=str(trainer.precision),
         reference=keeps_reference(module, trainer.callbacks),  # type: ignore[attr-defined]
         checkpointing=module.gradient_checkpointing,
-        max_tokens=module.max_tokens_per_microbatch,
+        max_tokens=module.batching.max_tokens_per_microbatch,
     )
     log.info(
         "GPU memory, of %.1f GiB free: %.1f in a rollout, %.1f in a training step with packs of %d tokens%s.",

@@ -138,6 +138,14 @@ def empty_model(model: str) -> PreTrainedModel:
         return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
 
 
+def given_prefix(prefix: str | int | None) -> str | int | None:
+    """As it was meant on a command line: digits are an id, double quotes around a text are not part of it."""
+    if isinstance(prefix, str) and prefix.isdecimal():
+        return int(prefix)
+    quoted = isinstance(prefix, str) and len(prefix) > 2 and prefix[0] == prefix[-1] == '"'
+    return prefix[1:-1] if isinstance(prefix, str) and quoted else prefix
+
+
 def prefix_token(tokenizer: PreTrainedTokenizerBase, prefix: str | int | None) -> int:
     """The id of the token in front of y in log p(y).
 

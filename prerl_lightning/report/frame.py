@@ -17,7 +17,7 @@ from prerl_lightning.report import words
 from prerl_lightning.report.figures import TIMES, families
 from prerl_lightning.report.files import is_right, spans
 from prerl_lightning.report.runs import Run, chain, finite
-from prerl_lightning.terminal import printable
+from prerl_lightning.terminal import last_part, printable
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 LIVES = ("magenta", "cyan", "green", "yellow")  # a life's colour, in turn
@@ -210,7 +210,7 @@ def _samples(run: Run, number: int, width: int) -> list[RenderableType]:
         asked = printable(str(sample.get("prompt", ""))).strip("↵ ")
         truth = printable(str(sample.get("ground_truth", "")))[:60]
         head.append(f"step {sample.get('step')} {kind}  ", style="dim")
-        head.append(asked if len(asked) <= 60 else f"…{asked[-60:]}")
+        head.append(asked if len(asked) <= 60 else f"…{last_part(asked, 60)}")
         head.append(f"  truth {truth}", style="dim")
         shown += [head, Padding(_response(sample, names), (0, 0, 0, 2), expand=False)]
     return [Text(), Rule("newest samples", align="left", style="bright_black"), *shown] if shown else []

@@ -1,0 +1,81 @@
+"""What a module knows of the run that it is in: its place among the lives, what was measured, what is owed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+
+from prerl_lightning.objectives.evaluations import Evaluations
+from prerl_lightning.objectives.interruptions import Interruptions
+from prerl_lightning.objectives.stops import Stops
+from prerl_lightning.objectives.validations import Validations
+from prerl_lightning.types import Rollout
+
+
+class Row:
+    """What a step or an evaluation has measured, until the loggers get it.
+
+    Not by Lightning's ``log``, which goes on repeating the last value of what a step did not measure, and counts steps
+    otherwise in training and at a validation. What monitors and bars look at is given to both.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def write(self, trainer: L.Trainer) -> None:
+        values, self.values = self.values, {}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+            logger.save()
+
+
+class RunState(L.LightningModule):
+    """Beside `Objective` a base of `PolicyModule`, whose arguments are the objective's alone.
+
+    Attributes:
+        successors: of the host, in order.
+        lives: objective and first step, all of the run's.
+        planned_lives: by the configuration; `objectives.lives.end_life` may end one ahead of it.
+        life: this module's place among them, from 1.
+        first_step: of this life, in optimizer steps of the run.
+        end_step: likewise; None: the run's end.
+        agreed: this life's weights were seen to be those that the engine samples from.
+        rollout: for callbacks, this rank's last one.
+        whole_rollout: that of all ranks (`gathered`).
+        watched_seconds: that callbacks took for it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # in tuples, because a LightningModule as an attribute would be registered as a submodule
+        self._host: tuple[Any] = (self,)
+        self._acting: tuple[Any] = (self,)
+        self.successors: tuple[Any, ...] = ()
+        self.lives: list[tuple[str, int]] = [(type(self).__name__, 0)]
+        self.planned_lives = self.lives
+        self.life, self.first_step = 1, 0
+        self.end_step: int | None = None
+        self.agreed = self.warned_of_mismatch = False
+        self.rollout: Rollout | None = None
+        self.whole_rollout: Rollout | None = None
+        self.watched_seconds = self._started = 0.0
+        self.row = Row()
+        self.evaluations = Evaluations()
+        self.validations = Validations()
+        self.interruptions = Interruptions()
+        self.stops = Stops()
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Into the row that the loggers get at the end of this step or evaluation."""
+        self.row.values |= metrics
+
+    def due(self, every_n_steps: int) -> bool:
+        """Whether something is to be done after this step: the run's first, each n-th, and the last of each life; with
+        0 never."""
+        assert self.rollout is not None
+        step, before = self.trainer.global_step, self.rollout.policy_version  # a batch may make several steps
+        if every_n_steps <= 0:
+            return False
+        ends = [*(first for _, first in self.lives[1:]), self.trainer.max_steps]
+        passed = before == 0 or step // every_n_steps > before // every_n_steps
+        return passed or any(before < end <= step for end in ends)
