@@ -49,7 +49,16 @@ def test_what_a_run_shows_and_leaves(whole):
     assert "sample, best of batch: reward" in output
     assert "sample, held out: reward" in output
     assert "gradients of log p(y) and log p(y|x): cosine" in output
-    assert re.search(r"^From first to last: avg@8 0\.\d\d -> 0\.\d\d(, \w+ \S+ -> \S+ a response.*)?$", output, re.M)
+    opening, closing = (
+        output.index(text) for text in ("\nobjective   NSR-PreRL, GRPO from step 3; 6 steps", "\nfinished ")
+    )
+    assert opening < output.index("held out at step 0") < closing
+    assert "\ntraining    CountdownProblems, 4,096 problems; 8 prompts x 8 responses a step\n" in output
+    ends = r"^held out    avg@8 0\.\d\d -> 0\.\d\d of 16 problems: [+-]0\.\d\d \[[+-]0\.\d\d, [+-]0\.\d\d\]"
+    assert re.search(ends, output[closing:], re.M)
+    assert "\nmodel       runs/dsrl/version_0/model\n" in output[closing:]
+    told = re.compile(r"(step|held out|thoughts|model|objective|training|engine|time|finished)\b")
+    assert max(len(line) for line in output.splitlines() if told.match(line)) <= 100
     noise = [line for line in output.splitlines() if "WARNING" in line or "Loading" in line or "INFO" in line]
     assert not noise
     assert [step for step, _ in rows(run, "val/avg@8")] == [0, 2, 4, 6]
