@@ -85,8 +85,8 @@ def here(folder, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def parser():
-    """`prerl`'s, made once: nothing is built, and no model is looked at."""
+def fit():
+    """`prerl fit`, made once: nothing is built, and no model is looked at."""
     from prerl_lightning.run import PrerlCLI
 
     class ParserOnly(PrerlCLI):
@@ -102,7 +102,15 @@ def parser():
         def _run_subcommand(self, subcommand):
             pass
 
-    return ParserOnly.run(["fit", "--config", str(ROOT / "configs" / "dsrl.yaml")]).parser
+    return ParserOnly.run(["fit", "--config", str(ROOT / "configs" / "dsrl.yaml")])
+
+
+def test_every_key_of_the_command_line_is_described_and_no_other(fit):
+    there = {action.dest for action in fit._parser("fit")._actions} - {"help", "print_config"}
+    there = {dest for dest in there if not dest.endswith(".help")}
+    described = {f"{key}.{a.name}" for key, path in manual.KEYS.items() for a in manual.entry(path).arguments}
+    assert {dest for dest in there if "." in dest} - manual.KEYS.keys() == described - manual.KEYS.keys()
+    assert {dest for dest in there if "." not in dest} - manual.KEYS.keys() == {*manual.VALUES, "model"}
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +130,7 @@ def options():
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=identified(COMMANDS))
-def test_commands(page, line, here, options, parser, capsys):
+def test_commands(page, line, here, options, fit, capsys):
     words = shlex.split(line, comments=True)
     words = words[1:] if words[0] == "srun" else words
     if words[0] == "make":
@@ -134,7 +142,7 @@ def test_commands(page, line, here, options, parser, capsys):
         command, args = words[1], words[2:]
         if command in cli.FITS:
             rest = ["my.yaml" if a == "FILE" else a for a in args if a not in ("--print_config", "--help")]
-            parser.parse_args([command, *rest])
+            fit.parser.parse_args([command, *rest])
         elif command == "help":
             from prerl_lightning.manual import help
 
@@ -156,7 +164,7 @@ YAMLS = [(page.relative_to(ROOT).as_posix(), text) for page, _, text in fenced("
 
 
 @pytest.mark.parametrize(("page", "text"), YAMLS, ids=identified(YAMLS))
-def test_yaml(page, text, here, tmp_path, parser):
+def test_yaml(page, text, here, tmp_path, fit):
     found = yaml.safe_load(text)
     if "arms" in found:
         from prerl_lightning.study.design import read_study
@@ -172,10 +180,10 @@ def test_yaml(page, text, here, tmp_path, parser):
     (tmp_path / "some.yaml").write_text(text)
     whole = {"model", "data"} <= found.keys()
     base = [] if whole else ["--config", "my.yaml"]
-    parser.parse_args(["fit", *base, "--config", str(tmp_path / "some.yaml")])
+    fit.parser.parse_args(["fit", *base, "--config", str(tmp_path / "some.yaml")])
     (tmp_path / "wrong.yaml").write_text(text.replace(next(iter(found)), "modell", 1))
     with pytest.raises(ArgumentError, match="modell"):  # so it is really read
-        parser.parse_args(["fit", *base, "--config", str(tmp_path / "wrong.yaml")])
+        fit.parser.parse_args(["fit", *base, "--config", str(tmp_path / "wrong.yaml")])
 
 
 PYTHON = [(page.relative_to(ROOT).as_posix(), before, text) for page, before, text in fenced("python")]

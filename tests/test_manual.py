@@ -78,36 +78,6 @@ def test_every_class_that_a_configuration_may_name_is_a_topic():
     assert names - TOPICS.keys() <= {"DrawnProblems", "RowProblems", "Columns"}  # bases
 
 
-def test_every_key_of_the_command_line_is_described():
-    """And no other: by the parser of `prerl fit` itself."""
-    from prerl_lightning.run import PrerlCLI
-
-    class ParserOnly(PrerlCLI):
-        def before_instantiate_classes(self):
-            pass
-
-        def instantiate_classes(self):
-            pass
-
-        def after_instantiate_classes(self):
-            pass
-
-        def _run_subcommand(self, subcommand):
-            pass
-
-    config = PACKAGE.parent / "configs" / "dsrl.yaml"
-    cli = ParserOnly.run(["fit", "--config", str(config), "--data.engine", "VLLMEngine"])
-    there = {action.dest for action in cli._parser("fit")._actions} - {"help", "print_config"}
-    described = {f"{key}.{a.name}" for key, path in manual.KEYS.items() for a in manual.entry(path).arguments}
-    assert {dest for dest in there if "." in dest} - described == set()
-    groups = {key for key in described if key.rpartition(".")[0] in there or "." in key}
-    assert groups == described
-    assert {dest for dest in there if "." not in dest} - manual.KEYS.keys() - {"model"} == manual.VALUES.keys()
-    assert (
-        described - there == {f"data.{name}" for name in ("sampling", "val_sampling", "format", "verification")} - there
-    )
-
-
 def test_help_in_words(capsys):
     found = show(capsys)
     assert all(name in found for name in (*TOPICS, *manual.VALUES, "metrics"))
