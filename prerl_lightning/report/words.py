@@ -113,7 +113,7 @@ def machine(run: Run) -> str | None:
     gpus = [str(inside(g).get("name", g)) for g in listed] if isinstance(listed, list) else []
     parts = [", ".join(f"{gpus.count(g)} \u00d7 {g}" for g in dict.fromkeys(gpus))] if gpus else []
     parts += [str(said["cpu"])] if said.get("cpu") else []
-    parts += [f"{said['cores']} cores"] if said.get("cores") else []
+    parts += [some(said["cores"], "core")] if is_number(said.get("cores")) else []
     parts += [f"{said['memory_gib']:.3g} GiB"] if is_number(said.get("memory_gib")) else []
     return ", ".join(parts) or None
 

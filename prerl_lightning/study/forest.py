@@ -8,7 +8,7 @@ from html import escape
 from prerl_lightning.report.html import tag
 from prerl_lightning.report.words import figure
 
-LABEL, PLOT, SAID, ROW = 270, 400, 250, 30  # pixels
+LABEL, PLOT, SAID, ROW = 270, 400, 300, 30  # pixels
 
 
 @dataclass(frozen=True)
