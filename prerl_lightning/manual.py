@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import cache
 
 from prerl_lightning.docstrings import Argument, Entry, constant, read
-from prerl_lightning.errors import InputError, nearest
+from prerl_lightning.errors import ArgumentParser, InputError, nearest
 from prerl_lightning.metrics.glossary import Column, column, glossary
 from prerl_lightning.terminal import printable_lines
 
@@ -121,9 +121,10 @@ def entry(path: str) -> Entry:
 
 def help(args: Sequence[str]) -> None:
     """The command. Raises InputError for what is no topic."""
-    if len(args) > 1 or (args and args[0].startswith("-")):
-        raise InputError(f"prerl help: give one topic, or none for the list, not {' '.join(args)}.")
-    lines = _contents() if not args else _about(args[0])
+    parser = ArgumentParser("prerl help", description="What there is to configure, in the words of its docstrings.")
+    parser.add_argument("topic", nargs="?", metavar="TOPIC", help="default: a list of them")
+    topic = parser.parse_args(args).topic
+    lines = _contents() if topic is None else _about(topic)
     print(printable_lines("\n".join(lines)))
 
 

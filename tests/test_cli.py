@@ -45,7 +45,7 @@ def parse(monkeypatch):
     from prerl_lightning.run import PrerlCLI
 
     # nor looking at the model
-    monkeypatch.setattr("prerl_lightning.run.load_config", lambda model: SimpleNamespace(hidden_size=128))
+    monkeypatch.setattr("prerl_lightning.training.load_config", lambda model: SimpleNamespace(hidden_size=128))
 
     class ParsedOnly(PrerlCLI):
         def instantiate_classes(self):
@@ -114,7 +114,7 @@ def test_the_readme_shows_the_dsrl_config_as_it_is():
 def test_bf16_is_the_default_where_it_is_faster(parse, monkeypatch, hidden, amx, accelerator, expected):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": amx})
-    monkeypatch.setattr("prerl_lightning.run.load_config", lambda model: SimpleNamespace(hidden_size=hidden))
+    monkeypatch.setattr("prerl_lightning.training.load_config", lambda model: SimpleNamespace(hidden_size=hidden))
     args = ("fit", "--config", CONFIGS / "dsrl.yaml", f"--trainer.accelerator={accelerator}")
     assert parse(*args).trainer.precision == expected
     assert parse(*args, "--trainer.precision=32-true").trainer.precision == "32-true"
@@ -171,7 +171,7 @@ def test_the_file_with_the_objective_names_the_run(given, name, tmp_path, monkey
 
 def test_loggers_without_a_name_have_the_run_s(parse, tmp_path, monkeypatch):
     """Else `last` would find another experiment's checkpoint."""
-    monkeypatch.setattr("prerl_lightning.run.LOGGER_PACKAGES", {})
+    monkeypatch.setattr("prerl_lightning.run.LOGGERS", {})
     base = ("fit", "--config", CONFIGS / "dsrl.yaml", "--config")
     for overlay in ("tensorboard", "wandb"):
         loggers = parse(*base, CONFIGS / "logger" / f"{overlay}.yaml").trainer.logger

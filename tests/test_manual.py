@@ -124,7 +124,7 @@ def test_a_class_of_one_s_own(capsys, tmp_path, monkeypatch):
         (["GRPP"], "GRPP: no such topic. Did you mean GRPO?"),
         (["nowhere.Thing"], "nowhere.Thing: no class or function of this path"),
         (["prerl_lightning.objectives.Nothing"], "no class or function of this path"),
-        (["GRPO", "data"], "give one topic"),
+        (["GRPO", "data"], "unrecognized arguments: data"),
     ],
 )
 def test_what_is_no_topic_is_refused(topic, said):

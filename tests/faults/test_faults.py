@@ -59,7 +59,7 @@ def test_one_process(tmp_path):
     assert f"SLURM requeues job 77, which goes on from {hpc}" in run.output
     assert run.end(run.start(resume=False)) == 0, run.output
     assert "step 9/" not in run.output
-    assert "held out    avg@8" in run.output
+    assert "held out    avg@2" in run.output
 
     assert differences(alone, run)[0] == 0
     assert not left(run)
