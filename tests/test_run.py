@@ -149,7 +149,7 @@ def test_two_processes_by_lightning_s_own_launcher(whole, tmp_path, strategy):
     overlay = f"--config={ROOT / 'configs' / 'strategy' / f'{strategy}.yaml'}"
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     output = finish(start(tmp_path, "fit", *SMALL, overlay, "--trainer.max_steps=4", env=env, start_new_session=True))
-    assert "step 4/4 | life 2 GRPO" in output
+    assert "step 4/4  life 2 GRPO" in output
     run = tmp_path / "runs" / "dsrl" / "version_0"
     assert (run / "model" / "model.safetensors").is_file()
     for column in ("reward/mean", "val/avg@8", "optim/grad_norm"):

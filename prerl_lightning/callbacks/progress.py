@@ -57,7 +57,7 @@ class StepLines(L.Callback):
     ) -> None:
         of = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         parts = [f"{k} {v}" for k, v in figures(trainer, pl_module).items() if not k.startswith("held-out")]
-        log.info("step %d%s | %s", trainer.global_step, of, " | ".join(parts))
+        log.info("step %d%s  %s", trainer.global_step, of, "  ".join(parts))
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
