@@ -994,7 +994,7 @@ def test_one_run_after_one_step_and_a_failed_one(tmp_path, opened):
     bare = write_run(tmp_path / "bare", files=())
     write_metrics(bare, [])
     main(["report", str(bare), "-o", str(tmp_path / "bare.html")])
-    assert "at step 0" in opened(tmp_path / "bare.html").locator("header").inner_text()
+    assert "nothing but its configuration yet" in opened(tmp_path / "bare.html").locator("header").inner_text()
 
 
 def test_fifty_runs_are_below_five_megabytes(tmp_path, opened):

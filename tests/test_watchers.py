@@ -327,6 +327,7 @@ def test_held_out_ratios_have_an_interval_over_problems(measured, caplog):
     module.row.values.clear()
     with caplog.at_level("INFO"):
         found = validated(again, module, trainer, ["wait check " * n for n in after], step=5)
+        again.on_validation_end(trainer, module)
     assert found["val/thoughts/transition_ratio"] == pytest.approx(15 / 7)
     drawn = torch.randint(30, (20_000, 30), generator=torch.Generator().manual_seed(1))
     counts = [torch.tensor(c, dtype=torch.float64)[drawn].sum(1) for c in (after, before)]
@@ -339,7 +340,7 @@ def test_held_out_ratios_have_an_interval_over_problems(measured, caplog):
     assert "val/thoughts/reflection_ratio/high" not in found
     assert "thoughts/reflection 2.5 (x75.00 [" not in caplog.text
     assert "reflection 2.5 (x75.00 [" in caplog.text
-    assert "inf] of 0.0333)" in caplog.text
+    assert "inf])" in caplog.text
     module.row.values.clear()
     found = validated(again, module, trainer, ["wait"] * 29, step=6)  # other problems
     assert "val/thoughts/transition_ratio" in found
