@@ -239,7 +239,7 @@ def test_what_works_works(tmp_path, model_folder, monkeypatch, caplog):
         "on_load_checkpoint",
     }
     assert "LambdaCallback" in called
-    run = tmp_path / "runs" / "small" / "version_0"
+    run = tmp_path / "runs" / "works" / "version_0"
     names = (run / "metrics.csv").read_text().splitlines()[0]
     assert "DeviceStatsMonitor.on_train_batch_start" in names
     assert "train/batches" in names
