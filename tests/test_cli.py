@@ -42,24 +42,14 @@ def prerl(*args, cwd=None, **env):
 @pytest.fixture
 def parse(monkeypatch):
     """Parse a command line as `prerl` does, without building anything."""
-    from prerl_lightning.run import PrerlCLI
+    from parsing import Parsed
 
     # nor looking at the model
     monkeypatch.setattr("prerl_lightning.training.load_config", lambda model: SimpleNamespace(hidden_size=128))
 
-    class ParsedOnly(PrerlCLI):
-        def instantiate_classes(self):
-            pass
-
-        def after_instantiate_classes(self):
-            pass
-
-        def _run_subcommand(self, subcommand):
-            pass
-
     def parsed(*args):
         monkeypatch.setattr(sys, "argv", ["prerl"])
-        cli = ParsedOnly.run(list(map(str, args)))
+        cli = Parsed.run(list(map(str, args)))
         return cli.config.fit
 
     return parsed

@@ -86,19 +86,10 @@ def here(folder, monkeypatch):
 @pytest.fixture(scope="module")
 def fit():
     """`prerl fit`, made once: nothing is built, and no model is looked at."""
-    from prerl_lightning.run import PrerlCLI
+    from parsing import Parsed
 
-    class ParserOnly(PrerlCLI):
+    class ParserOnly(Parsed):
         def before_instantiate_classes(self):
-            pass
-
-        def instantiate_classes(self):
-            pass
-
-        def after_instantiate_classes(self):
-            pass
-
-        def _run_subcommand(self, subcommand):
             pass
 
     return ParserOnly.run(["fit", "--config", str(ROOT / "configs" / "dsrl.yaml")])
