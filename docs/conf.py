@@ -30,8 +30,8 @@ def fill(app: object, name: str, source: list[str]) -> None:
         marker = f"<!-- prerl help: {kind} -->"
         if marker in source[0]:
             source[0] = source[0].replace(marker, page(kind))
-    flags = ROOT / "prerl_lightning" / "objectives" / "trainer_arguments.py"
-    if FLAGS in source[0] and flags.is_file():  # run as a file: its package imports torch
+    if FLAGS in source[0]:  # run as a file: its package imports torch
+        flags = ROOT / "prerl_lightning" / "objectives" / "trainer_arguments.py"
         source[0] = source[0].replace(FLAGS, runpy.run_path(str(flags))["table"]())
 
 

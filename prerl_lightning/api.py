@@ -21,7 +21,7 @@ from prerl_lightning.callbacks.monitors import check_monitors
 from prerl_lightning.callbacks.reincarnation import PolicyReincarnation
 from prerl_lightning.callbacks.saving import RunCheckpoint
 from prerl_lightning.callbacks.watcher import callbacks_of, run_folder
-from prerl_lightning.compat import observe_ranks
+from prerl_lightning.compat import observe_ranks, share_version
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, nearest
 from prerl_lightning.objectives.base import PolicyModule
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """finished, interrupted, failed, running, silent or unknown."""
+        """finished, stopped (early), interrupted, failed, running, killed, silent or unknown."""
         return self.record.status()[0]
 
     @property
@@ -255,12 +255,15 @@ def fit(
     for what, given, kind in (("objective", objective, PolicyModule), ("data", data, RolloutDataModule)):
         if not isinstance(given, kind):
             raise InputError(f"fit: {what} is a {type(given).__name__}, not a {kind.__name__}.")
+    if made["logger"] is False or trainer.get("fast_dev_run"):
+        raise InputError("fit: such a run leaves no folder to give back. Leave logger=False and fast_dev_run out.")
+    if _in_a_notebook():
+        made["devices"] = _one_device(made)
     defaults = {k: p.default for k, p in inspect.signature(L.Trainer.__init__).parameters.items() if k != "self"}
     configured = SimpleNamespace(**(defaults | made))
     check_trainer(configured, trains=True)
     if configured.precision is None:
         made["precision"] = default_precision(configured.accelerator, objective._model)
-    _one_rank_in_a_notebook(configured)
     L.seed_everything(seed, workers=True, verbose=False)
     observe_ranks(watchdog.observe)
     shown = {k: v for k, v in made.items() if k not in ("logger", "callbacks", "default_root_dir")}
@@ -273,6 +276,7 @@ def fit(
         runs = L.Trainer(**made, callbacks=[*lives, _KeepSettings(configuration), *ours])
     except Exception as error:  # Lightning raises many kinds
         raise refusals.of_lightning(error, vars(configured)) from error
+    share_version(runs.loggers)
     check_monitors(runs, chain, data)
     data.check(objective, runs, "fit")
     keeps = next(iter(callbacks_of(runs, RunCheckpoint)), RunCheckpoint())
@@ -293,18 +297,21 @@ def fit(
         watchdog.finish(60.0)
         signals.restore()
     folder = run_folder(runs)
-    if folder is None:
-        raise InputError("fit: without a logger a run leaves no folder. Leave logger=False out.")
+    assert folder is not None  # there is a logger
     return load_run(folder)
 
 
-def _one_rank_in_a_notebook(trainer: Any) -> None:
-    """Raises InputError: a notebook cannot be started once a rank."""
-    if not (hasattr(sys, "ps1") or "ipykernel" in sys.modules):
-        return
-    if trainer.strategy != "auto" or trainer.num_nodes != 1 or trainer.devices not in ("auto", 1, "1", [0]):
+def _in_a_notebook() -> bool:
+    return hasattr(sys, "ps1") or "ipykernel" in sys.modules
+
+
+def _one_device(trainer: Mapping[str, Any]) -> Any:
+    """``devices`` where the process cannot be started once a rank. Raises InputError where several are asked for."""
+    devices = trainer.get("devices", "auto")
+    alone = trainer.get("strategy", "auto") == "auto" and trainer.get("num_nodes", 1) == 1
+    if not alone or devices not in ("auto", 1, "1", [0]):
         raise InputError(
             "trainer.devices: a notebook trains on one device, since the other ranks would have to start it anew. "
             "Leave devices and strategy out here, or put the call into a script: python train.py"
         )
-    trainer.devices = 1
+    return 1 if devices == "auto" else devices

@@ -60,7 +60,7 @@ def log_to_stdout() -> None:
 
 def quiet() -> None:
     """Start-up noise of the libraries; a variable that the user has set wins."""
-    quiet: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CONFIGURE_LOGGING": "1",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -69,7 +69,7 @@ def quiet() -> None:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    for key, value in quiet.items():
+    for key, value in settings.items():
         os.environ.setdefault(key, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

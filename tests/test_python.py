@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 
 import prerl_lightning as prerl
+from prerl_lightning import api
 from prerl_lightning.errors import InputError
 from prerl_lightning.settings import described
 
@@ -59,7 +60,7 @@ def fitted(tmp_path_factory, quietly):
             name="mine",
             seed=5,
         )
-        assert data.engine._llm is None  # freed
+        assert data.engine._llm is data.engine.weights_dtype is None  # freed, as if it had never been started
     return folder, run
 
 
@@ -134,6 +135,7 @@ def test_a_trainer_of_ones_own(fitted, monkeypatch, capsys):
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), [], max_steps=3), "fit: data is a list"),
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), max_steps=3, precision="16-mixed"), "precision"),
         (lambda: prerl.fit(prerl.GRPO(), small(), max_steps=3), "model.init_args.model: missing"),
+        (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), max_steps=3, logger=False), "leaves no folder"),
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), max_steps=3, ckpt_path="none.ckpt"), "none.ckpt"),
     ],
 )
@@ -150,6 +152,7 @@ def test_a_notebook_has_one_rank(tmp_path, monkeypatch, quietly):
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     with pytest.raises(InputError, match=r"trainer\.devices: a notebook trains on one device"):
         prerl.fit(prerl.GRPO(model="embedded"), small(), max_steps=1, accelerator="cpu", devices=2)
+    assert api._one_device({}) == api._one_device({"devices": 1}) == 1
 
 
 def test_described_as_a_configuration():

@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import socket
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -120,7 +121,7 @@ class VLLMEngine(Engine):
         if self._llm is not None and self._started == (model, seed, place):
             return
         self.stop()
-        if place.world_size == 1:
+        if "vllm" in sys.modules and place.world_size == 1:
             # an engine that was dropped ends vLLM's process groups, this one's too, when Python collects it: now
             gc.unfreeze()
             gc.collect()
@@ -134,7 +135,7 @@ class VLLMEngine(Engine):
     def stop(self) -> None:
         llm, self._llm = self._llm, None
         self._asleep = self._updated = False
-        self.policy_version, self.suspects = None, ()
+        self.policy_version, self.weights_dtype, self.suspects = None, None, ()
         if llm is not None and self._started is not None and self._started[2].world_size == 1:
             llm.llm_engine.engine_core.shutdown()  # which ends torch's process group, too
             del llm
