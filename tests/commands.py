@@ -1,7 +1,9 @@
 """`prerl` as a user starts it, in a process of its own."""
 
+import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 
 def start(cwd, *args, **kwargs):
@@ -18,3 +20,12 @@ def finish(process, seconds=400, code=0):
         raise
     assert process.returncode == code, output
     return output
+
+
+@contextmanager
+def environment_kept():
+    """The variables as they were, behind `main` or `prerl.fit` in this process."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 import torch
+from commands import environment_kept
 
 from prerl_lightning.rollout.vllm_engine import ENVIRONMENT
 from prerl_lightning.types import Prompt, Response, Rollout
@@ -86,14 +87,20 @@ def make_rollout():
     return make
 
 
+@pytest.fixture(autouse=True)
+def log_as_imported():
+    """Whatever ran before in this process: `main` has our lines go to stdout, past caplog."""
+    log = logging.getLogger("prerl_lightning")
+    log.handlers[:], log.propagate = [], True
+    log.setLevel(logging.NOTSET)
+
+
 @pytest.fixture
 def refused(monkeypatch, tmp_path, capsys):
     """A function that calls `prerl` with wrong input, in an empty folder, and gives what it wrote to stderr; its exit
     status must be ``code``."""
     from prerl_lightning.cli import main
 
-    log, environment = logging.getLogger("prerl_lightning"), dict(os.environ)
-    handlers, propagate, level = log.handlers[:], log.propagate, log.level
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["prerl"])
 
@@ -103,11 +110,8 @@ def refused(monkeypatch, tmp_path, capsys):
         assert ending.value.code == code
         return capsys.readouterr().err
 
-    yield call
-    log.handlers[:], log.propagate = handlers, propagate
-    log.setLevel(level)
-    os.environ.clear()
-    os.environ.update(environment)
+    with environment_kept():
+        yield call
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 `prerl: error: KEY: what is wrong, the mend`."""
 
 import json
-import logging
 import os
 import re
 import shlex
 
 import pytest
+from commands import environment_kept
 from safetensors.torch import load_file, save_file
 
 from prerl_lightning import hub
@@ -445,9 +445,7 @@ def prerl(folder):
     def start(self, *args):
         raise Reached
 
-    log, environment = logging.getLogger("prerl_lightning"), dict(os.environ)
-    handlers, propagate, level = log.handlers[:], log.propagate, log.level
-    with pytest.MonkeyPatch.context() as patch:
+    with environment_kept(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(PrerlCLI, "setup_parser", setup_parser)
         patch.setattr("prerl_lightning.rollout.vllm_engine.VLLMEngine.start", start)
         patch.setattr("sys.argv", ["prerl"])
@@ -456,10 +454,6 @@ def prerl(folder):
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         yield
-    log.handlers[:], log.propagate = handlers, propagate
-    log.setLevel(level)
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 def arguments(given, folder):

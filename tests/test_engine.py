@@ -1,6 +1,8 @@
 """Real vLLM in this process: weights arrive, log-probs agree, seeds hold. What silently went wrong in other trainers
 is left out on purpose here, to see that these tests would notice."""
 
+import gc
+
 import pytest
 import torch
 
@@ -156,3 +158,21 @@ def test_a_text_stands_as_it_does_behind_its_prompt():
     assert fast.decode([2, 3]) == "bc"
     assert vllm_engine.decode(fast, [0, 1], [[2, 3], [3], []]) == [" bc", "c", ""]
     assert vllm_engine.decode(fast, [0], [[2, 3]]) == ["bc"]
+
+
+def test_one_engine_runs_in_a_process(model_folder):
+    """An engine that ends takes vLLM's process groups from any other, at a moment that Python's collector chooses."""
+    first, second = (VLLMEngine(dtype="float32", max_model_len=64, kv_cache_mib=32) for _ in range(2))
+    first.start(model_folder("llama-tied"), 0, Place())
+    said = first.generate(PROMPTS[:1], SAMPLING, [3])
+    second.start(model_folder("qwen2-tied"), 0, Place())
+    with pytest.raises(RuntimeError, match="does not run: call start"):
+        first.generate(PROMPTS[:1], SAMPLING, [3])
+    other = second.generate(PROMPTS[:1], SAMPLING, [3])
+    first.start(model_folder("llama-tied"), 0, Place())  # starts anew, whatever it was started with before
+    assert [r.text for r in first.generate(PROMPTS[:1], SAMPLING, [3])[0]] == [r.text for r in said[0]]
+    second.start(model_folder("qwen2-tied"), 0, Place())
+    del first
+    gc.collect()
+    assert [r.text for r in second.generate(PROMPTS[:1], SAMPLING, [3])[0]] == [r.text for r in other[0]]
+    second.stop()

@@ -225,7 +225,7 @@ def test_a_reward_that_says_nothing_is_said_once(tmp_path, caplog, value, words)
     assert words in said[1] or (value == 0 and "Raise data.sampling.max_new_tokens" in said[1])
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("step ")]
     assert len(lines) == 4
-    assert all("| mixed 0.00 | skipped 2 |" in line for line in lines)
+    assert all("  mixed 0.00  skipped 2  " in line for line in lines)
     assert not trainer.optimizers[0].state
     untouched = GRPO(model="embedded-sums")
     untouched.configure_model()
@@ -238,7 +238,7 @@ def test_a_run_with_mixed_groups_is_left_alone(tmp_path, caplog):
     assert not warnings(caplog)
     mixed = float(trainer.callback_metrics["rollout/groups_mixed"])
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("step ")]
-    assert f"| mixed {mixed:.2f} |" in lines[-1]
+    assert f"  mixed {mixed:.2f}  " in lines[-1]
     assert "skipped" not in lines[-1]
     assert (tmp_path / "model").is_dir()
 

@@ -1,8 +1,6 @@
 """Runs from Python: `prerl.fit`, a Trainer of one's own, the examples, a notebook."""
 
 import json
-import logging
-import os
 import runpy
 import subprocess
 import sys
@@ -10,6 +8,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+from commands import environment_kept
 
 import prerl_lightning as prerl
 from prerl_lightning import api
@@ -33,14 +32,8 @@ def small(**given):
 
 @pytest.fixture(scope="module")
 def quietly():
-    """The log and the environment as they were, behind runs in this process."""
-    log, environment = logging.getLogger("prerl_lightning"), dict(os.environ)
-    kept = log.handlers[:], log.propagate, log.level
-    yield
-    log.handlers[:], log.propagate, level = kept
-    log.setLevel(level)
-    os.environ.clear()
-    os.environ.update(environment)
+    with environment_kept():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Shipped configurations by name, and what is in the repository beside the package."""
 
-import logging
 import re
 import tomllib
 from pathlib import Path
@@ -35,7 +34,6 @@ def test_a_file_of_the_user_s_wins(given, name, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     Path("mixed.yaml").write_text("mine")
     Path("grpo").mkdir()  # a folder is no file
-    monkeypatch.setattr(logging.getLogger("prerl_lightning"), "propagate", True)
     caplog.set_level("INFO", "prerl_lightning")
     expected = str(shipped.FOLDER / f"{name}.yaml") if name else given
     assert shipped.path(given) == expected
@@ -72,7 +70,6 @@ def test_every_command_takes_them_by_name(refused):
 
 def test_a_study_by_name_and_a_copy_of_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logging.getLogger("prerl_lightning"), "handlers", [])  # an earlier `main` logs to stdout
     study(["study/smollm2", "--dry_run"])
     listed = capsys.readouterr().out
     assert listed.count("to make") == 6

@@ -14,7 +14,8 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Literal, cast
@@ -59,6 +60,8 @@ class VLLMEngine(Engine):
         sleep_between_rollouts: hand the GPU's memory to the training step (vLLM's sleep level 2; on CPU it is a no-op).
         extra: further keyword arguments of ``vllm.LLM``.
     """
+
+    _running: Callable[[], "VLLMEngine | None"] = staticmethod(lambda: None)  # the process's, by a weak reference
 
     def __init__(
         self,
@@ -122,13 +125,17 @@ class VLLMEngine(Engine):
             return
         self.stop()
         if "vllm" in sys.modules and place.world_size == 1:
-            # an engine that was dropped ends vLLM's process groups, this one's too, when Python collects it: now
+            # vLLM's process groups are the process's: an engine that ends takes them from any other, so one runs at a
+            # time, and what was dropped is collected now
+            if (other := self._running()) is not None:
+                other.stop()
             gc.unfreeze()
             gc.collect()
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         with _host_state_kept(), _ranks_in_environment(place):
             self._llm, self._started = self._load(model, seed, place), (model, seed, place)
+        VLLMEngine._running = weakref.ref(self)
         self._check_device(place.device)
         self._say_room()
 
@@ -239,6 +246,8 @@ class VLLMEngine(Engine):
     ) -> list[list[Response]]:
         from vllm import SamplingParams, TokensPrompt
 
+        if self._llm is None:
+            raise RuntimeError("The engine does not run: call start. One that starts ends any other of its process.")
         if self._asleep:
             raise RuntimeError("The engine is asleep: update_weights wakes it.")
         if not prompts:
