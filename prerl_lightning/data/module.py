@@ -316,6 +316,10 @@ def label(key: str) -> str:
 def first_reward(key: str, *candidates: Reward | None) -> Reward:
     """The first that is there. Raises InputError where none is."""
     for reward in candidates:
+        if reward is not None and not callable(reward):
+            raise InputError(
+                f"data.reward: {reward!r} is no function. From Python give the function itself; in YAML its import path."
+            )
         if reward is not None:
             return reward
     raise InputError(
