@@ -1,6 +1,6 @@
 """Memory and descriptors of a process that runs `prerl.fit` several times, as a notebook does: after each run.
 
-    python benchmarks/several_runs.py --runs 6 --out benchmarks/results/several_runs.json
+python benchmarks/several_runs.py --runs 6 --out benchmarks/results/several_runs.json
 """
 
 import argparse

@@ -128,7 +128,7 @@ def test_a_trainer_of_ones_own(fitted, monkeypatch, capsys):
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), [], max_steps=3), "fit: data is a list"),
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), max_steps=3, precision="16-mixed"), "precision"),
         (lambda: prerl.fit(prerl.GRPO(), small(), max_steps=3), "model.init_args.model: missing"),
-        (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(reward="mine.f"), max_steps=3), "'mine.f' is no function"),
+        (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(reward="f"), max_steps=3), "'f' is no function"),
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), max_steps=3, logger=False), "leaves no folder"),
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), max_steps=3, ckpt_path="none.ckpt"), "none.ckpt"),
     ],

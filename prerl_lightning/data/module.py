@@ -318,7 +318,7 @@ def first_reward(key: str, *candidates: Reward | None) -> Reward:
     for reward in candidates:
         if reward is not None and not callable(reward):
             raise InputError(
-                f"data.reward: {reward!r} is no function. From Python give the function itself; in YAML its import path."
+                f"data.reward: {reward!r} is no function. Give the function itself; YAML alone takes its import path."
             )
         if reward is not None:
             return reward
