@@ -19,15 +19,17 @@ def ranks_on(devices: int | None) -> tuple[Place, Callable[[], None]]:
     """This process's place among the ranks, and what starts those that are not there yet and meets them all.
 
     Args:
-        devices: ranks of this machine; None: those that torchrun or srun have started, or a run of this script before,
-            else one.
+        devices: ranks of this machine; None: those that torchrun or srun have started, else one. Behind a run on
+            several ranks in the same script there are those.
 
     Raises:
         InputError: there are not so many devices, or other ranks than asked for.
     """
-    here, nodes = _there()
     if devices is not None and devices < 1:
         raise InputError(f"--devices: {devices} is below 1.")
+    if ranks.world_size() > 1:
+        return _place_of_before(), lambda: None
+    here, nodes = _there()
     if here * nodes > 1 and devices not in (None, here):
         raise InputError(f"--devices: {devices}, and {here} ranks have been started on this machine. Leave it out.")
     here = devices or here
@@ -50,11 +52,14 @@ def ranks_on(devices: int | None) -> tuple[Place, Callable[[], None]]:
     return Place(fabric.global_rank, fabric.world_size, fabric.local_rank, fabric.device), launch
 
 
+def _place_of_before() -> Place:
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return Place(ranks.rank(), ranks.world_size(), local_rank, device)
+
+
 def _there() -> tuple[int, int]:
     """Ranks a machine, and machines, that have been started."""
-    if ranks.world_size() > 1:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size()))
-        return here, ranks.world_size() // here
     for all_ranks, machines in (("WORLD_SIZE", "GROUP_WORLD_SIZE"), ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")):
         if all_ranks in os.environ and machines in os.environ:
             nodes = int(os.environ[machines])

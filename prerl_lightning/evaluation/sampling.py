@@ -91,6 +91,7 @@ def evaluate(
         raise InputError("--endpoint: a server has weights of its own: leave the checkpoint out.")
     if endpoint and devices not in (None, 1):
         raise InputError("--endpoint: a server has devices of its own: leave --devices out.")
+    place, launch = ranks_on(devices)
     sets = dict(data) if isinstance(data, Mapping) else named_sets(data) if data is not None else {}
     if datamodule is None:
         if not sets:
@@ -117,7 +118,6 @@ def evaluate(
         prompts = {key: [template.untokenised(p) for p in problems] for key, problems in sets.items()}
     else:
         prompts = datamodule.encode(model, sets)
-    place, launch = ranks_on(devices)
     folder = Path(folder) if folder else default_folder(model, checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, ResultFile] = {}  # rank 0's
