@@ -182,11 +182,8 @@ def test_from_python(model_folder, tmp_path, monkeypatch):
     [
         {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": 4, "GROUP_WORLD_SIZE": 2, "RANK": 3, "LOCAL_RANK": 1},
         {
-            "SLURM_STEP_NUM_TASKS": 4,
-            "SLURM_STEP_NUM_NODES": 2,
-            "SLURM_NTASKS": 4,
-            "SLURM_PROCID": 3,
-            "SLURM_LOCALID": 1,
+            **{"SLURM_STEP_NUM_TASKS": 4, "SLURM_STEP_NUM_NODES": 2, "SLURM_NTASKS": 4, "SLURM_NTASKS_PER_NODE": 2},
+            **{"SLURM_PROCID": 3, "SLURM_LOCALID": 1, "SLURM_NODEID": 1},
         },
     ],
     ids=["torchrun", "srun"],
