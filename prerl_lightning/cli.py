@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     log_to_stdout()
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # my_rewards.py beside the configuration; behind what is installed
-    if args[0] in FITS:
+    if args[0] in (*FITS, "evaluate"):
         signals.owns_process = True
         signals.listen()
     patience = 5.0  # seconds for the other ranks to end by themselves
@@ -112,13 +112,14 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(128 + SIGPIPE)
     except Exception as error:
         said = None if debug else _said(error)
-        lost = None if said or debug else watchdog.lost(0.0)  # RunRecord has waited for it to be seen
+        # a collective call fails where another rank died, and does not say so
+        lost = None if said or debug else watchdog.lost()
         if said is not None:
             _refuse(said)
         elif lost is None:
             raise
         elif watchdog.speaks:
-            _refuse(lost)
+            _refuse(f"{lost} {watchdog.mend}")
         sys.exit(3 if isinstance(said, RunError) else 2 if said else 1)
     finally:
         watchdog.finish(patience)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.strategies.launchers import subprocess_script as fabric_subprocess_script
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies.launchers import subprocess_script
@@ -98,9 +99,11 @@ def requeue_path(trainer: L.Trainer) -> str:
 
 
 def observe_ranks(observe: Callable[..., None]) -> None:
-    """``observe`` is given the rank processes that Lightning's launcher has started; in place of its own observer,
-    which kills all processes within five seconds of the first that ends with a status, and says nothing."""
-    subprocess_script._launch_process_observer = observe
+    """``observe`` is given the rank processes that the launcher of Lightning's Trainer or Fabric has started; in place
+    of its own observer, which kills all processes within five seconds of the first that ends with a status, and says
+    nothing."""
+    for script in (subprocess_script, fabric_subprocess_script):
+        cast(Any, script)._launch_process_observer = observe
 
 
 def share_version(loggers: Sequence[Logger]) -> None:

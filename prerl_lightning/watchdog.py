@@ -12,21 +12,25 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prerl_lightning.signals import ENDING, signals
 
 log = logging.getLogger(__name__)
 
-PHASES = ("start-up", "checkpoint", "validation", "weights", "rollout", "update", "measurements")  # in a step's order
+# in a step's order; an evaluation has batches instead of steps
+PHASES = ("start-up", "checkpoint", "validation", "weights", "rollout", "update", "measurements", "evaluation")
 ROW = struct.Struct("qdqqq")
 BEAT = 1.0  # seconds between signs of life
 STALE = 10.0  # seconds without one: stopped
 GRACE = 5.0  # seconds for a process to end by itself when a rank is gone
+MEND = "The run has ended; --ckpt_path last goes on."
 
 
 class Row(NamedTuple):
@@ -40,7 +44,9 @@ class Row(NamedTuple):
 
     @property
     def where(self) -> str:
-        return "start-up" if not self.phase else f"the {PHASES[self.phase]} of step {self.step}"
+        phase = PHASES[self.phase]
+        unit = "batch" if phase == "evaluation" else "step"
+        return f"the {phase} of {unit} {self.step}" if self.phase else phase
 
 
 class Watchdog:
@@ -49,11 +55,13 @@ class Watchdog:
     Attributes:
         children: the rank processes that it has started.
         on_end: told why, before the process is ended from here.
+        mend: what is said behind it.
     """
 
     def __init__(self) -> None:
         self.children: Sequence[subprocess.Popen] = ()
         self.on_end: Callable[[str], None] = lambda why: None
+        self.mend = MEND
         self.warn_after, self.end_after = 120.0, 600.0
         self._table: mmap.mmap | None = None
         self._local_rank, self._first_rank, self._ranks = 0, 0, 1
@@ -71,6 +79,12 @@ class Watchdog:
     def move(self) -> None:
         """Something was done: a forward pass, a token of each sequence, a verdict."""
         self._moves += 1
+
+    def share(self, strategy: Any, ranks: int) -> None:
+        """`open` for the ranks of a Lightning strategy, so many a machine. Collective."""
+        name = strategy.broadcast(f"prerl-ranks-{uuid.uuid4().hex}")
+        path = Path(tempfile.gettempdir()) / f"{name}-{strategy.node_rank}"
+        self.open(path, strategy.local_rank, ranks, strategy.barrier, strategy.node_rank * ranks)
 
     def open(self, path: Path, local_rank: int, ranks: int, barrier: Callable[[], None], first_rank: int = 0) -> None:
         """Share a table with the other ranks of this machine. Collective.
@@ -95,6 +109,7 @@ class Watchdog:
 
     def close(self) -> None:
         """This rank is through."""
+        self.mend = MEND
         if self._table is not None:
             self._table[self._place(self._local_rank)] = bytes(ROW.size)
             self._table = None
@@ -227,7 +242,7 @@ class Watchdog:
         self._finishing = True
         self.on_end(why)
         if self.speaks or self.children:
-            print(f"prerl: error: {why} The run has ended; --ckpt_path last goes on.", file=sys.stderr, flush=True)
+            print(f"prerl: error: {why} {self.mend}", file=sys.stderr, flush=True)
         self.kill()
         for i, row in self._rows().items():
             if i != self._local_rank and _exists(row.pid):

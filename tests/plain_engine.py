@@ -67,3 +67,6 @@ class PlainEngine(Engine):
 
     def forget(self):
         pass
+
+    def stop(self):
+        self.model = self.weights_dtype = self.policy_version = None

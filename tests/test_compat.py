@@ -4,7 +4,9 @@ import inspect
 import signal
 
 import lightning as L
+from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.strategies.launchers import subprocess_script as fabric_subprocess_script
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.cli import LightningCLI
@@ -15,7 +17,7 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from trainers import quiet_trainer
 
-from prerl_lightning.compat import note_stops, requeue_path, requeue_signal, share_version
+from prerl_lightning.compat import note_stops, observe_ranks, requeue_path, requeue_signal, share_version
 
 
 def test_lightning_still_runs_validation_the_way_validate_now_does():
@@ -79,9 +81,19 @@ def test_slurm_s_requeue_is_still_where_requeue_path_has_it():
 
 
 def test_lightning_s_launcher_still_asks_for_an_observer_by_its_name():
-    assert "_launch_process_observer(self.procs)" in inspect.getsource(
-        subprocess_script._SubprocessScriptLauncher.launch
-    )
+    """Of the Trainer and of Fabric; tests/faults and tests/test_evaluate.py see the result (who died is named)."""
+    for script in (subprocess_script, fabric_subprocess_script):
+        assert "_launch_process_observer(self.procs)" in inspect.getsource(script._SubprocessScriptLauncher.launch)
+    seen = [script._launch_process_observer for script in (subprocess_script, fabric_subprocess_script)]
+    observe_ranks(print)
+    assert subprocess_script._launch_process_observer is fabric_subprocess_script._launch_process_observer is print
+    subprocess_script._launch_process_observer, fabric_subprocess_script._launch_process_observer = seen
+
+
+def test_fabric_still_knows_its_rank_before_it_launches():
+    """tests/test_evaluate.py sees the result (a file that others would not begin is refused before they start)."""
+    fabric = Fabric(accelerator="cpu", strategy="ddp", devices=2)
+    assert (fabric.global_rank, fabric.world_size, fabric.local_rank, fabric.device.type) == (0, 2, 0, "cpu")
 
 
 def test_lightning_still_reads_a_checkpoint_as_it_is_told():

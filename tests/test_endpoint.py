@@ -1,7 +1,12 @@
-"""`prerl evaluate --endpoint` against a small server of this process that speaks OpenAI's API."""
+"""`prerl evaluate --endpoint` against a small server of this process that speaks OpenAI's API, and `vllm serve`."""
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -9,6 +14,7 @@ import pytest
 from prerl_lightning.errors import InputError
 from prerl_lightning.evaluation import evaluate as from_python
 from prerl_lightning.evaluation.command import evaluate
+from prerl_lightning.policy.model import model_path
 from prerl_lightning.rollout.endpoint import Endpoint
 from prerl_lightning.rollout.engine import Place, Sampling
 
@@ -100,6 +106,8 @@ def test_an_evaluation_of_a_model_that_is_elsewhere(server, problems, tmp_path, 
         evaluate([*options[:3], "small", *options[4:8], "--out", "other"])
     with pytest.raises(InputError, match=r"give --model as the server calls it"):
         evaluate(["--endpoint", server.url, "--data", problems])
+    with pytest.raises(InputError, match=r"--endpoint: a server has devices of its own"):
+        evaluate([*options, "--devices=2"])
 
 
 def test_text_goes_to_completions_and_a_busy_server_is_asked_again(server, monkeypatch):
@@ -126,3 +134,38 @@ def test_text_goes_to_completions_and_a_busy_server_is_asked_again(server, monke
         Endpoint("localhost:8000", "big")
     with pytest.raises(InputError, match="cannot be given a policy's weights"):
         endpoint.update_weights([], 1)
+
+
+@pytest.mark.slow
+def test_vllm_serve_answers_token_for_token_as_the_engine_in_process(tmp_path, free_port, monkeypatch):
+    """Texts and chats."""
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path("embedded")]
+    command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(free_port), "--dtype", "float32"]
+    command += ["--max-model-len", "128", "--enforce-eager"]
+    command += ["--chat-template", "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"]
+    url, environment = f"http://127.0.0.1:{free_port}/v1", {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    options = ["--config=dsrl", "--data.val.init_args.size=8", "--data.sampling.max_new_tokens=64", "--k=4"]
+    there = ["--endpoint", url, "--model", "tiny"]
+    found = {}
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as server,
+    ):
+        try:
+            while not found:
+                assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(1)
+                with contextlib.suppress(InputError):  # it is not up yet
+                    Endpoint(url, "tiny").start("", 0, Place())
+                    found["text"] = evaluate([*options, *there, "--out", "text"])
+            found["chat"] = evaluate([*options, *there, "--out", "chat", "--data.format.chat=true"])
+        finally:
+            server.terminate()
+    found["engine"] = evaluate([*options, "--data.engine.init_args.max_model_len=128", "--out", "engine"])
+    assert found["text"] == found["chat"] == found["engine"]
+    answers = {}
+    for out in found:
+        records = [json.loads(line) for line in (tmp_path / out / "val.jsonl").read_text().splitlines()[1:]]
+        answers[out] = [(r["samples"], r["greedy"]) for r in records]
+    assert answers["text"] == answers["chat"] == answers["engine"]

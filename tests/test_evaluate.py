@@ -1,5 +1,6 @@
-"""`prerl evaluate` and `prerl compare` as a user starts them: whole, killed and resumed, of a checkpoint."""
+"""`prerl evaluate` and `prerl compare` as a user starts them: whole, on two ranks, killed, resumed, of a checkpoint."""
 
+import inspect
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.data.tasks.sums import ArithmeticProblems
 from prerl_lightning.errors import InputError
 from prerl_lightning.evaluation import command, compare, evaluate, read_results
-from prerl_lightning.evaluation.measures import measures
+from prerl_lightning.evaluation.devices import ranks_on
 from prerl_lightning.metrics.intervals import interval
 from prerl_lightning.rewards.pool import Verification
 from prerl_lightning.rollout.engine import Place, Sampling
@@ -55,22 +56,39 @@ def test_what_an_evaluation_shows_and_leaves(whole):
     assert re.search(r"avg@4 +\d\.\d{3}  \[\d\.\d{3}, \d\.\d{3}\]  of 24 problems", output)
 
 
-def test_killed_and_resumed_it_ends_as_if_it_had_never_stopped(whole, tmp_path):
-    process = start(tmp_path, *EMBEDDED)
+def second_rank(process):
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return int(pid)
+    raise AssertionError("there is no second rank")
+
+
+def test_two_ranks_killed_and_resumed_end_as_one_that_never_stopped(whole, tmp_path):
+    """Batches that do not divide, and one problem in the last: a rank has none."""
+    ranks = ["--devices", "2", "--data.val_batch=5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = start(tmp_path, *EMBEDDED, *ranks, env=environment)
     file = tmp_path / "out" / "val.jsonl"
     while not file.is_file() or len(file.read_bytes().splitlines()) < 6:
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(second_rank(process), signal.SIGKILL)
+    output = finish(process, code=1)
+    assert re.search(
+        r"\nprerl: error: rank 1 \(pid \d+\) was killed by SIGKILL in the evaluation of batch \d\. The evaluation has "
+        r"ended; the same command goes on where it was\.\n$",
+        output,
+    ), output
+    assert "Traceback" not in output
     done = len(rows(file)) if file.read_bytes().endswith(b"\n") else None
+    assert done in (5, 10, 15, 20)
     with file.open("ab") as torn:
         torn.write(b'{"row": 99, "sam')  # what a kill in the middle of a write leaves
-    output = finish(start(tmp_path, *EMBEDDED))
+    output = finish(start(tmp_path, *EMBEDDED, "--devices=2", f"--data.val_batch={23 - done}", env=environment))
     assert f"going on behind {done} problems" in output
-    assert 4 <= done < 24
-    assert rows(file) == rows(whole[0] / "out" / "val.jsonl")
-    assert measures(rows(file)) == measures(rows(whole[0] / "out" / "val.jsonl"))
+    assert output.count("Samples and summary.json are in out") == 1
+    for name in ("val.jsonl", "summary.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (whole[0] / "out" / name).read_bytes()
     refused = finish(start(tmp_path, *EMBEDDED, "--data.sampling.temperature=0.5"), code=2)
     assert "with other settings (sampling:" in refused
     assert "Traceback" not in refused
@@ -104,6 +122,7 @@ def test_a_checkpoint_s_weights_are_those_evaluated(whole, tmp_path):
         (["evaluate", "--model", "embedded", "--data", "math600"], "'math600' is none of"),
         (["evaluate", "--model", "embedded", "--data", "amc23=nowhere.parquet"], "nowhere.parquet: no such file"),
         (["evaluate", "--model", "embedded", "--data", "amc23", "--k", "0"], "--k: 0 is below 1"),
+        (["evaluate", "--model", "embedded", "--data", "amc23", "--devices", "0"], "--devices: 0 is below 1"),
         (["compare", "nowhere", "nowhere"], "nowhere: no such folder"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
@@ -121,16 +140,20 @@ def test_from_python(model_folder, tmp_path, monkeypatch):
         asked.append(prompt)
         return float(len(response) % 2)
 
+    data = RolloutDataModule(
+        train=ArithmeticProblems("train", 8),
+        verification=Verification(workers=0),
+        sampling=Sampling(max_new_tokens=4),
+        engine=PlainEngine(),
+        val_batch=4,
+    )
+
     def run(size=6, **options):
-        data = RolloutDataModule(
-            train=ArithmeticProblems("train", 8),
-            verification=Verification(workers=0),
-            sampling=Sampling(max_new_tokens=4),
-            engine=PlainEngine(),
-            val_batch=4,
-        )
         sets = {"mine": ArithmeticProblems("held_out", size)}
-        return evaluate(model, sets, k=2, reward=reward, datamodule=data, **options)
+        try:
+            return evaluate(model, sets, k=2, reward=reward, datamodule=data, **options)
+        finally:
+            assert data.engine.model is data.engine.weights_dtype is None  # freed, and may be started again
 
     found = run()
     folder = tmp_path / "evaluations" / Path(model).name
@@ -149,10 +172,39 @@ def test_from_python(model_folder, tmp_path, monkeypatch):
         evaluate(model, "math500", k=0)
     with pytest.raises(InputError, match="name sets"):
         evaluate(model)
-    data = RolloutDataModule(train=ArithmeticProblems("train", 8), engine=PlainEngine())
     data.engine.start(model, 0, Place())
     with pytest.raises(InputError, match="has been started"):
         evaluate(model, {"mine": ArithmeticProblems("held_out", 4)}, datamodule=data)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": 4, "GROUP_WORLD_SIZE": 2, "RANK": 3, "LOCAL_RANK": 1},
+        {
+            **{"SLURM_STEP_NUM_TASKS": 4, "SLURM_STEP_NUM_NODES": 2, "SLURM_NTASKS": 4, "SLURM_NTASKS_PER_NODE": 2},
+            **{"SLURM_PROCID": 3, "SLURM_LOCALID": 1, "SLURM_NODEID": 1},
+        },
+    ],
+    ids=["torchrun", "srun"],
+)
+def test_ranks_that_were_started_by_others(variables, monkeypatch):
+    """Lightning's own launcher starts none beside them."""
+    for key, value in variables.items():
+        monkeypatch.setenv(key, str(value))
+    for devices in (None, 2):
+        place, launch = ranks_on(devices)
+        assert place == Place(3, 4, 1)
+        strategy = inspect.getclosurevars(launch).nonlocals["fabric"].strategy
+        assert strategy.cluster_environment.creates_processes_externally
+    with pytest.raises(InputError, match=r"--devices: 3, and 2 ranks have been started on this machine"):
+        ranks_on(3)
+
+
+def test_a_machine_without_so_many_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # Lightning finds that none is
+    with pytest.raises(InputError, match=r"--devices: 2 cannot be: .*(CUDA|gpu)"):
+        ranks_on(2)
 
 
 def write(folder, scores):

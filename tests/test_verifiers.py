@@ -5,6 +5,7 @@ r"""What the verifiers make of answers from the wild, by kinds: (truth, response
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -216,7 +217,77 @@ MATH_VALUES = boxed(
     ("\\frac{1}{3}", "33.3\\%", 0),
 )
 
+REPEATING = boxed(
+    *(
+        (t, a, 1)
+        for one in (
+            "0.\\overline{3}",
+            "0.\\dot{3}",
+            "0.\\bar3",
+            ".\\overline 3",
+            "0.3\\overline{33}",
+            "x = 0.\\overline{3}",
+        )
+        for t, a in (("1/3", one), (one, "\\frac13"), (one, "0.\\overline{3}"))
+    ),
+    ("\\frac17", "0.\\overline{142857}", 1),
+    ("\\frac17", "0.\\dot{1}4285\\dot{7}", 1),
+    ("-\\frac16", "-0.1\\overline{6}", 1),
+    ("\\frac73", "2.\\overline{3}", 1),
+    ("1", "0.\\overline{9}", 1),
+    ("\\frac13", "33.\\overline{3}\\%", 1),
+    ("x+\\frac13", "0.\\overline{3}+x", 1),
+    *(("0.\\overline{3}", a, 0) for a in ("0.3", "0.33", "3", "0", "0.\\overline{6}", "0.0\\overline{3}")),
+    ("\\frac16", "0.\\overline{16}", 0),
+)
+
+UNITS = (
+    "12 cm^2",
+    "12\\,m^2",
+    "12 m^{3}",
+    "12cm²",
+    "A = 12 in^2",
+    "12 m/s^2",
+    "12\\text{ cm}^2",
+    "12\\,\\mathrm{m}^{3}",
+)
+MATH_UNITS = boxed(
+    *((t, a, right) for u in UNITS for n, right in (("12", 1), ("144", 0), ("13", 0)) for t, a in ((n, u), (u, n))),
+    *((t, a, 1) for t in UNITS for a in UNITS),
+    ("12\\pi", "12\\pi cm^2", 1),
+    ("12", "12\\pi cm^2", 0),
+    ("\\frac34", "\\frac{3}{4} ft^2", 1),
+    # a letter may be a variable
+    *((t, a, 0) for t, a in (("12m^2", "12"), ("12 x^2", "12"), ("12", "12 x^2"), ("12x", "12 m^2"), ("x m^2", "x"))),
+    ("12m^2", "12 m^2", 1),
+    ("12m^3", "12 m^2", 0),
+    ("12", "12 cm^2 or 13 cm^2", 0),
+    ("12", "x+12 m^2", 0),
+)
+
+BASED = (
+    "1011_2",
+    "1011_{(2)}",
+    "1011_\\text{two}",
+    "(1011)_{\\mathrm{two}}",
+    "1011 in base 2",
+    "1011\\text{ (base two)}",
+)
+OTHERS = ("1011_3", "1011 in base three", "1010_{\\text{two}}", "11", "1011")
+MATH_BASES = boxed(
+    *((t, a, 1) for t in (*BASED, "n = 1011_{2}") for a in BASED),
+    *((t, a, 0) for t in (*BASED, "n = 1011_{2}") for a in OTHERS),
+    ("204_6", "204_{6}", 1),
+    ("204_{6}", "204_6", 1),
+    ("204_6", "204_7", 0),
+    ("204_{\\text{six}}", "204 in base seven", 0),
+    ("1A_{16}", "1A\\text{ base sixteen}", 1),
+)
+
 MATH_UNBOXED = [
+    ("12 cm^2", "The answer is 12.", 1),
+    ("12 cm^2", "The answer is 144.", 0),
+    ("1/3", "The answer is $0.\\overline{3}$.", 1),
     ("34", "**Answer:** 34", 1),
     ("34", "The answer is $34$. " + "And so on without a number. " * 200, 1),
     ("34", "Final Answer: The largest $n$ is 34." + " Thanks for reading." * 100, 1),
@@ -242,9 +313,17 @@ MATH_TRUTHS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["BOXES", "SPELLING", "VALUES", "UNBOXED", "TRUTHS"])
+@pytest.mark.parametrize("kind", ["BOXES", "SPELLING", "VALUES", "UNITS", "BASES", "UNBOXED", "TRUTHS"])
 def test_math_verify(kind):
     assert wrong(math_verify_reward, globals()[f"MATH_{kind}"]) == []
+
+
+def test_repeating_decimals():
+    assert wrong(math_verify_reward, REPEATING) == []
+    # with an expression to work out, or a percent sign that is not looked at
+    numbers = [case for case in REPEATING if not re.search(r"x\+|%", case[0] + case[1])]
+    assert wrong(NumericReward(), numbers) == []
+    assert wrong(gsm8k_reward, [("0.75", "#### 0.7\\overline{49}", 0), ("1/6", "so x = 0.1\\overline{6}", 1)]) == []
 
 
 def test_wrong_answers_are_pooled_by_value():
@@ -469,6 +548,9 @@ NUMERIC = boxed(
             "v_0 = 50 m/s",
             "50.",
             "50^\\circ",
+            "50\\,\\mathrm{m^2}",
+            "50\\text{ cm²}",
+            "50\\,\\text{m}/\\text{s}^{2}",
         )
     ),
     *(

@@ -1,8 +1,5 @@
 """Several ranks are waited for with a word, and not for ever."""
 
-import tempfile
-import uuid
-from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -27,14 +24,9 @@ class Watchdog(L.Callback):
         check_bounds(self, "watchdog", {"warn_after": 0, "end_after": 0})
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        strategy = cast(Any, trainer).strategy
-        here = trainer.num_devices
-        if here == 1:
-            return
-        watchdog.warn_after, watchdog.end_after = self.warn_after, self.end_after
-        name = strategy.broadcast(f"prerl-ranks-{uuid.uuid4().hex}")
-        path = Path(tempfile.gettempdir()) / f"{name}-{trainer.node_rank}"
-        watchdog.open(path, trainer.local_rank, here, strategy.barrier, trainer.node_rank * here)
+        if trainer.num_devices > 1:
+            watchdog.warn_after, watchdog.end_after = self.warn_after, self.end_after
+            watchdog.share(cast(Any, trainer).strategy, trainer.num_devices)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Interrupted):

@@ -3,6 +3,7 @@
 prerl evaluate --model Qwen/Qwen2.5-0.5B-Instruct --data math500,aime24 --k 32
 prerl evaluate --config runs/dsrl/version_0/config.yaml --ckpt_path runs/dsrl/version_0/checkpoints/last.ckpt
 prerl evaluate --endpoint http://localhost:8000/v1 --model Qwen/Qwen3-32B --data aime24 --k 8
+torchrun --nproc-per-node 8 --no-python prerl evaluate --model Qwen/Qwen2.5-0.5B-Instruct --data math500 --k 32
 prerl compare evaluations/a evaluations/b
 """
 
@@ -14,6 +15,7 @@ from prerl_lightning.data.named import SETS
 from prerl_lightning.errors import ArgumentParser, InputError
 from prerl_lightning.evaluation import comparison, sampling
 from prerl_lightning.evaluation.comparison import Comparison
+from prerl_lightning.ranks import rank
 from prerl_lightning.run import RunParts
 
 
@@ -53,9 +55,11 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
         endpoint=own.endpoint,
         reward=data.val_reward if own.reward else None,  # a configuration's own is for its own problems
         datamodule=data,
+        devices=own.devices,
     )
-    print(_table(found))
-    print(f"Samples and summary.json are in {folder}")
+    if rank() == 0:
+        print(_table(found))
+        print(f"Samples and summary.json are in {folder}")
     return found
 
 
@@ -83,6 +87,13 @@ def evaluate_arguments() -> ArgumentParser:
     parser.add_argument("--reward", metavar="PATH", help="a verifier instead of the sets' own")
     parser.add_argument("--k", type=int, default=8, help="samples a problem (default 8)")
     parser.add_argument("--no_greedy", dest="greedy", action="store_false", help="leave out the one greedy response")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="share the problems between N GPUs, or N processes on a CPU, an engine each: the same samples, sooner; "
+        "default: 1, or the ranks that torchrun or srun have started",
+    )
     parser.add_argument("--out", help="folder; default: evaluations/MODEL")
     return parser
 

@@ -33,7 +33,7 @@ class ResultFile:
         self.path = path
         self.records: dict[int, Record] = {}
         if path.is_file() and path.stat().st_size:
-            found, records, whole = _read(path)
+            found, there, whole = _read(path)
             changed = [k for k in settings if found.get(k) != settings[k]]
             differing = [f"{k}: {found.get(k)} there, {settings[k]} here" for k in changed]
             if differing:
@@ -41,15 +41,13 @@ class ResultFile:
                     f"{path} is of an evaluation with other settings ({'; '.join(differing)[:600]}). Give another "
                     "--out, or delete it."
                 )
-            self.records = {r["row"]: r for r in records}
+            self.records = {r["row"]: r for r in there}
             os.truncate(path, whole)  # a kill may have left half a line
-            log.info("%s: going on behind %d problems", path.name, len(records))
+            log.info("%s: going on behind %d problems", path.name, len(there))
         else:
             self._write([{"settings": settings}])
 
-    def append(self, groups: Sequence[Group], greedy: Sequence[Group]) -> None:
-        greedy_of = {group.prompt.row: group for group in greedy}
-        records = [_record(group, greedy_of.get(group.prompt.row)) for group in groups]
+    def append(self, records: Sequence[Record]) -> None:
         self._write(records)
         self.records |= {r["row"]: r for r in records}
 
@@ -82,6 +80,12 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Record], int]:
         return first["settings"], records, sum(map(len, lines))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no result of prerl evaluate ({error!r}).") from None
+
+
+def records(samples: Sequence[Group], greedy: Sequence[Group]) -> list[Record]:
+    """Of problems, and of their greedy responses where there are any."""
+    greedy_of = {group.prompt.row: group for group in greedy}
+    return [_record(group, greedy_of.get(group.prompt.row)) for group in samples]
 
 
 def _record(samples: Group, greedy: Group | None) -> Record:

@@ -7,13 +7,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from prerl_lightning import ranks
 from prerl_lightning.data.module import RolloutDataModule, first_reward
 from prerl_lightning.data.named import NamedProblems
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.errors import InputError
-from prerl_lightning.evaluation.files import ResultFile
+from prerl_lightning.evaluation.devices import ranks_on
+from prerl_lightning.evaluation.files import ResultFile, records
 from prerl_lightning.evaluation.measures import measures
 from prerl_lightning.evaluation.weights import checkpoint_weights, fingerprint
 from prerl_lightning.metrics.evaluation import answer_number
@@ -21,10 +23,11 @@ from prerl_lightning.policy.model import model_path
 from prerl_lightning.rewards.pool import RewardPool
 from prerl_lightning.rewards.score import Reward
 from prerl_lightning.rollout.endpoint import Endpoint
-from prerl_lightning.rollout.engine import Engine, Place
+from prerl_lightning.rollout.engine import Engine
 from prerl_lightning.rollout.sampler import sample_for_evaluation
 from prerl_lightning.secrets import hide_in_text
 from prerl_lightning.types import Prompt
+from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +55,14 @@ def evaluate(
     endpoint: str | None = None,
     reward: Reward | None = None,
     datamodule: RolloutDataModule | None = None,
+    devices: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """avg@k, pass@k, maj@k and greedy accuracy with 95 % intervals.
 
     All samples are in FOLDER/SET.jsonl (evaluation/files.py), the returned measures in FOLDER/summary.json. An
-    evaluation that was cut off goes on where it stopped, and ends with the same digits.
+    evaluation that was cut off goes on where it stopped, and ends with the same digits, whatever the number of ranks:
+    each has an engine and a share of every batch, and all return the measures, which rank 0 has written. The engine is
+    freed at the end.
 
     Args:
         model: Hugging Face folder or hub id, or ``embedded``; with ``endpoint`` as the server calls it.
@@ -70,6 +76,8 @@ def evaluate(
         reward: a verifier instead of the sets' own.
         datamodule: whose engine, sampling, prompt format, verification and seed are used; its engine must not have
             been started. None: their defaults.
+        devices: ranks of this machine, which start the script once each, as Lightning's launcher does; None: those that
+            torchrun or srun have started, else one.
 
     Returns:
         for each set the measures of `evaluation.measures.measures`; the interval of x is x/low and x/high.
@@ -81,6 +89,9 @@ def evaluate(
         raise InputError(f"--k: {k} is below 1.")
     if endpoint and checkpoint:
         raise InputError("--endpoint: a server has weights of its own: leave the checkpoint out.")
+    if endpoint and devices not in (None, 1):
+        raise InputError("--endpoint: a server has devices of its own: leave --devices out.")
+    place, launch = ranks_on(devices)
     sets = dict(data) if isinstance(data, Mapping) else named_sets(data) if data is not None else {}
     if datamodule is None:
         if not sets:
@@ -109,8 +120,8 @@ def evaluate(
         prompts = datamodule.encode(model, sets)
     folder = Path(folder) if folder else default_folder(model, checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for key, encoded in prompts.items():
+    files: dict[str, ResultFile] = {}  # rank 0's
+    for key, encoded in prompts.items() if place.rank == 0 else ():
         settings = {
             "model": model,
             "weights": [endpoint] if endpoint else fingerprint(checkpoint or model_path(model)),
@@ -124,27 +135,45 @@ def evaluate(
             "sampling": {name: value for name, value in asdict(sampling).items() if name != "group_size"},
         }
         files[key] = ResultFile(folder / f"{key.replace('/', '_')}.jsonl", settings)
-    todo = {key: [p for p in prompts[key] if p.row not in file.records] for key, file in files.items()}
-    if any(todo.values()):
-        engine.start(model_path(model), seed, Place())
-        if weights is not None:
-            engine.update_weights(weights, 1)
-    for key, left in todo.items():
-        if not left:
-            continue
-        pool = RewardPool(rewards[key], datamodule.verification)
-        try:
-            start = time.perf_counter()
-            for i in range(0, len(left), datamodule.val_batch):
-                batch = left[i : i + datamodule.val_batch]
-                files[key].append(*sample_for_evaluation(engine, pool, batch, sampling, k, greedy, seed))
-                done, seconds = len(files[key].records), time.perf_counter() - start
-                log.info("%s: %d of %d problems, %.0f s", key, done, len(prompts[key]), seconds)
-        finally:
-            pool.close()
+    launch()
+    done = _of_first([{key: set(file.records) for key, file in files.items()}])
+    todo = {key: [p for p in prompts[key] if p.row not in done[key]] for key in prompts}
+    try:
+        if any(todo.values()):
+            engine.start(model_path(model), seed, place)
+            if weights is not None:
+                engine.update_weights(weights, 1)
+        for key, left in todo.items():
+            if not left:
+                continue
+            pool = RewardPool(rewards[key], datamodule.verification)
+            try:
+                start = time.perf_counter()
+                for i in range(0, len(left), datamodule.val_batch):
+                    watchdog.mark("evaluation", i // datamodule.val_batch + 1)
+                    batch = left[i : i + datamodule.val_batch]
+                    first, end = (len(batch) * r // place.world_size for r in (place.rank, place.rank + 1))
+                    groups = sample_for_evaluation(engine, pool, batch[first:end], sampling, k, greedy, seed)
+                    new = ranks.gather(records(*groups))
+                    if key in files:
+                        files[key].append(new)
+                    there, seconds = len(done[key]) + i + len(batch), time.perf_counter() - start
+                    log.info("%s: %d of %d problems, %.0f s", key, there, len(prompts[key]), seconds)
+            finally:
+                pool.close()
+    finally:
+        engine.stop()
     found = {key: measures(list(file.records.values())) for key, file in files.items()}
-    (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    if files:
+        (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    found = _of_first([found])
+    watchdog.close()
     return found
+
+
+def _of_first(mine: list[Any]) -> Any:
+    """Rank 0's."""
+    return ranks.gather(mine)[0]
 
 
 def default_folder(model: str, checkpoint: str | Path | None = None) -> Path:

@@ -5,7 +5,8 @@ r"""How an answer is read from a response by every verifier but `boxed_reward`, 
   nothing or dots in it, is none. Boxes with nothing but commas, "and" or "or" between them are one answer of several
   parts: three boxes are right where the truth has three values, and no hedge for a truth of one.
 - Numbers have a sign (``-``, U+2212, an en dash), thousands in threes, a decimal point, and an exponent
-  (``1.6e-19``, ``1.6 \times 10^{-19}``) or a denominator (``3/4``, ``\frac34``, ``2\frac{1}{2}``, ``2 1/2``).
+  (``1.6e-19``, ``1.6 \times 10^{-19}``) or a denominator (``3/4``, ``\frac34``, ``2\frac{1}{2}``, ``2 1/2``), which
+  repeating decimals have too (``0.1\overline{6}``, ``0.1\dot{6}``).
 """
 
 import re
@@ -122,6 +123,23 @@ EXPONENT = re.compile(
 _SEPARATED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\\!\s?|\{,\}|\\[,!; ]|[ ~\u00a0\u2009\u202f])\d{3}){1,9}(?!\d)")
 
 
+_REPEATING = re.compile(
+    r"(?<![\w.,])(\d*)\.(\d{0,20})(?:\\(?:overline|bar)\s*(?:\{\s*(\d{1,20})\s*\}|(\d))"
+    r"|\\dot\s*(?:\{\s*(\d)\s*\}|(\d))(?:(\d{0,20})\\dot\s*(?:\{\s*(\d)\s*\}|(\d)))?)"  # on its first and last digit
+)
+
+
+def repeating(text: str) -> str:
+    r"""Repeating decimals as fractions: ``0.1\overline{6}`` and ``0.1\dot{6}`` as ``\frac{15}{90}``."""
+
+    def fraction(found: re.Match[str]) -> str:
+        whole, fixed, *period = (part or "" for part in found.groups())
+        once, again = int(f"0{whole}{fixed}"), "".join(period)
+        return f"\\frac{{{int(f'{once}{again}') - once}}}{{{'9' * len(again)}{'0' * len(fixed)}}}"
+
+    return _REPEATING.sub(fraction, text)
+
+
 def joined_thousands(text: str) -> str:
     r"""``10\,000``, ``10{,}000``, ``10,\!000`` and ``10 000`` as ``10000``."""
     return _SEPARATED.sub(lambda m: re.sub(r"\D", "", m.group()), text)
@@ -129,7 +147,8 @@ def joined_thousands(text: str) -> str:
 
 def plain(text: str) -> str:
     r"""LaTeX's fractions, products and signs as numbers are read here: ``2\frac{1}{2}`` as ``2 1/2``."""
-    text = re.sub(r"\\(?:times|cdot|ast)(?![A-Za-z])", "*", EXPONENT.sub(r"\1e\2", text.translate(_PLAIN)))
+    text = EXPONENT.sub(r"\1e\2", repeating(text.translate(_PLAIN)))
+    text = re.sub(r"\\(?:times|cdot|ast)(?![A-Za-z])", "*", text)
     return _FRAC.sub(lambda m: (f"{m[1]} " if m[1] else "") + f"{m[2] or m[3]}/{m[4] or m[5]}", text)
 
 

@@ -29,6 +29,7 @@ from prerl_lightning.rewards.reading import (
     final_part,
     joined_thousands,
     number,
+    repeating,
 )
 from prerl_lightning.rewards.score import Score
 
@@ -48,8 +49,10 @@ def math_verify_reward(prompt: str, response: str, ground_truth: str, extra: Map
 
     An equation is read as its right side (``x = 5`` is ``5``, ``6 \cdot 7 = 42`` is ``42``) where its left side is a
     name or a sum of numbers; not ``2x = 6``. ``1.6e-19`` is a power of ten, not Euler's number. Decimals are compared
-    to six decimals and six digits, all else exactly. A decimal comma is one where the other side has the same digits
-    with a point. Bases (``204_5``) are compared where the ground truth has one; units never; ``50\%`` is 50 and 0.5.
+    to six decimals and six digits, all else exactly; repeating ones (``0.1\overline{6}``) are exact. A decimal comma is
+    one where the other side has the same digits with a point. Bases (``204_5``, ``204_{\text{five}}``, ``204 in base
+    5``) are compared where the ground truth has one; units (``12\text{ cm}^2``, ``12 cm^2``) never; ``50\%`` is 50 and
+    0.5.
 
     As an answer (maj@k), what is right counts as one, and what is wrong by its value.
 
@@ -84,16 +87,17 @@ def _stated(response: str) -> str:
 def _judged(text: str, boxed: str | None, ground_truth: str) -> Score:
     """Of the content of a box, or without one of a text."""
     truth = boxed_answer(ground_truth) or ground_truth
+    given, wanted = _spelled(boxed or ""), _spelled(truth)
+    given, wanted = _without_unit(given, wanted), _without_unit(wanted, given)
     if boxed is not None:
-        given, wanted = _spelled(boxed), _spelled(truth)
         right = _same_text(given, wanted)
         if right is not None:
             return Score(right, ground_truth if right else _name(number(given) or given))
-    gold = _parsed_truth(truth)
+    gold = _parsed_truth(truth, wanted)
     if not gold:
         raise ValueError(f"math-verify cannot read the ground truth {ground_truth[:100]!r}")
     letter = bool(_LETTER.fullmatch(truth))
-    answer = _parse(_powers(text.translate(SIGNS)), letter) if boxed is None else _parse_box(given, letter)
+    answer = _parse(_digits(text.translate(SIGNS)), letter) if boxed is None else _parse_box(given, letter)
     if not answer:
         return Score(0.0, boxed)
     if not _apart(gold[0], answer[0]) and verify(gold, answer, timeout_seconds=None):
@@ -102,10 +106,10 @@ def _judged(text: str, boxed: str | None, ground_truth: str) -> Score:
 
 
 @lru_cache(4096)
-def _parsed_truth(truth: str) -> list:
-    sentence = re.search(r"(?<!\\)\$.+(?<!\\)\$|\\\(.+\\\)", truth) and _parse(_powers(truth))
+def _parsed_truth(truth: str, spelled: str) -> list:
+    sentence = re.search(r"(?<!\\)\$.+(?<!\\)\$|\\\(.+\\\)", truth) and _parse(_digits(truth))
     letter = bool(_LETTER.fullmatch(truth))
-    return sentence or _parse_box(_spelled(truth), letter) or _parse(truth, letter)
+    return sentence or _parse_box(spelled, letter) or _parse(truth, letter)
 
 
 def _parse_box(spelled: str, letter: bool) -> list:
@@ -132,12 +136,42 @@ _UNICODE = {
 }
 _ENDING = re.compile(r"(?:\s|[.,;]|(?<!\\)\$|\\[,;:! ]|\\$)+$")
 _SECOND = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^{}]*\b(?:or|and)\b[^{}]*\d[^{}]*\}")  # no unit, another answer
-_BASED = re.compile(r"\(?([0-9][0-9A-Za-z]*)\)?_\{?(?:\\text\{)?(\w+)\}{0,2}")
+_BASED = re.compile(r"(?:[A-Za-z]\w* ?= ?)?([0-9][0-9A-Za-z]*) ?(?:_ ?(?:base)?|(?:in )?base)[ -]?(\w+)")
+_BASES = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"]
+_BASES += ["fourteen", "fifteen", "sixteen"]
+_STYLE = r"\\(?:text|mbox|mathrm|textrm)(?![A-Za-z])"
+_SETTING = re.compile(rf"{_STYLE}|\\[,;:! ]|[{{}}()~]")
+_UNIT = (
+    r"(?:[cdkm]?m|[km]?g|ft|in|yd|mi|sec|s|h|hr|min|feet|foot|inch(?:es)?|(?:centi|milli|kilo)?met(?:er|re)s?|yards?"
+    r"|miles?|units?)(?:\^(?:\{-?\d\}|-?\d))?"
+)
+# 12m^2 may be a monomial
+_UNITS = re.compile(rf"(?:(?<=[\d}}i])(?:\s|~|\\[,;: ])+|(?<=\d)(?=[cdkm]m)){_UNIT}(?:\s?/\s?{_UNIT})*$")
 
 
-def _powers(text: str) -> str:
-    """``1.6e-19`` as its digits, which the library reads in LaTeX and out of it."""
-    return EXPONENT.sub(lambda m: format(Decimal(f"{m[1]}e{m[2]}"), "f"), text)
+def _without_unit(text: str, other: str) -> str:
+    r"""``12 cm^2`` as ``12`` where nothing says that letters are variables; the library knows ``12 cm`` and
+    ``12\text{ cm}^2``."""
+    found = _UNITS.search(text)
+    if found is None or not re.search("[/^]", found.group()):
+        return text
+    sides = (side.rpartition("=")[2] for side in (text[: found.start()], _UNITS.sub("", other)))
+    names = re.sub(rf"{_STYLE}\s*\{{[^{{}}]*\}}|\\[A-Za-z]+", "", " ".join(sides))
+    return text if re.search("[A-Za-z]", names) else text[: found.start()]
+
+
+def _based(text: str) -> tuple[str, str] | None:
+    r"""Digits and base of ``204_6``, ``204_{\text{six}}`` and ``204 in base 6``."""
+    found = _BASED.fullmatch(" ".join(_SETTING.sub(" ", text).split()))
+    if found is None:
+        return None
+    base = found[2].lower()
+    return found[1], str(_BASES.index(base) + 2) if base in _BASES else base
+
+
+def _digits(text: str) -> str:
+    r"""``1.6e-19`` as its digits and ``0.\overline{3}`` as a fraction, in LaTeX and out of it."""
+    return EXPONENT.sub(lambda m: format(Decimal(f"{m[1]}e{m[2]}"), "f"), repeating(text))
 
 
 @lru_cache(4096)
@@ -150,7 +184,7 @@ def _spelled(answer: str) -> str:
     if not re.search(r"\.\.\.$|\\l?dots\W*$", text):  # an ellipsis says that there is more
         text = _ENDING.sub("", text)
     text = re.sub(r"(\d)\s+(\d+)\s?/\s?(\d+)", r"\1\\frac{\2}{\3}", text)
-    return re.sub(r"(?<=\d)\s+(?=\d)", ", ", _powers(text))  # it adds 1 2 to 3
+    return re.sub(r"(?<=\d)\s+(?=\d)", ", ", _digits(text))  # it adds 1 2 to 3
 
 
 def _same_text(given: str, wanted: str) -> bool | None:
@@ -159,9 +193,8 @@ def _same_text(given: str, wanted: str) -> bool | None:
         return True
     if _SECOND.search(given):
         return False
-    if based := _BASED.fullmatch(wanted):
-        other = _BASED.fullmatch(given)
-        return other is not None and other.groups() == based.groups()
+    if based := _based(wanted):
+        return _based(given) == based
     a, b = _decimal(given, wanted), _decimal(wanted, given)
     if a is None or b is None:
         return None
