@@ -28,10 +28,8 @@ def drawn(chance: random.Random, strategy: str, before: int) -> Fault:
     """Somewhere behind ``before`` steps, to the whole tree, one rank, or a verifier."""
     place = chance.choice(["start-up", "step", "step", "update", "validation", "writing"])
     step = chance.randint(before, min(before + 3, STEPS - 1))
-    if place == "validation":
-        step = -(-max(step, 1) // VALIDATION) * VALIDATION
-    elif place == "writing":
-        step = -(-max(step, 1) // 2) * 2
+    if every := {"validation": VALIDATION, "writing": 2}.get(place):
+        step = -(-max(step, before + 1) // every) * every  # that of ``before`` may be over
     elif place == "update":
         step = max(step, 1)
     to = chance.choice(["tree", "tree", "rank 0", "rank 1"] if strategy else ["tree", "first"])
