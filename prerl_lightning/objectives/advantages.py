@@ -100,7 +100,8 @@ class SignedReward(Advantage):
         check_bounds(self, type(self).__name__, above={"positive": 0})
 
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
-        return torch.where(is_right(rewards), self.positive, -1.0).double()
+        right = is_right(rewards).double()
+        return right * self.positive - (1 - right)
 
 
 @dataclass(frozen=True)

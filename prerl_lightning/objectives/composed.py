@@ -1,4 +1,3 @@
-from collections.abc import Sequence
 from typing import Any
 
 from prerl_lightning.errors import InputError
@@ -16,6 +15,6 @@ class Objective(PolicyModule):
 
     def __init__(self, terms: list[Term], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.terms: Sequence[Term] = tuple(terms)
+        self.terms = tuple(terms)
         if not terms:
             raise InputError("Objective.terms: there is none. Give one or more, such as {space: post-train}.")

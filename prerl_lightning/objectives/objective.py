@@ -140,7 +140,9 @@ class BaseObjective(L.LightningModule):
         )
         self.loss = LossSettings(
             *(loss_coefficient, clip_low, clip_high, clip_dual, aggregation),
-            *(kl_coefficient, kl_estimator, importance_sampling, importance_cap, kl_in, entropy_coefficient),
+            *(kl_coefficient, kl_estimator, importance_sampling, importance_cap),
+            kl_in=kl_in,
+            entropy_coefficient=entropy_coefficient,
         )
         self.batching = BatchSettings(
             minibatches, epochs, max_tokens_per_microbatch, micro_batch_size, packing, share_prompts

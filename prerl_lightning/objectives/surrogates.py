@@ -50,6 +50,11 @@ class Tokens:
         return TokenLosses(loss, none if clipped is None else clipped.detach(), none, apart)
 
 
+def by_sign(advantages: Tensor, positive: float, negative: float) -> Tensor:
+    """(T,) in the advantages' type: ``positive`` where they are above 0."""
+    return torch.full_like(advantages, negative).masked_fill(advantages > 0, positive)
+
+
 class Surrogate(ABC):
     """`Tokens` -> `TokenLosses`."""
 
@@ -136,8 +141,7 @@ class SAPO(Surrogate):
         check_bounds(self, type(self).__name__, above={"positive": 0, "negative": 0})
 
     def __call__(self, tokens: Tokens) -> TokenLosses:
-        above = tokens.advantages > 0
-        tau = torch.where(above, self.positive, self.negative).to(tokens.log_probs)
+        tau = by_sign(tokens.advantages, self.positive, self.negative)
         gate = torch.sigmoid(tau * (tokens.log_ratios.exp() - 1)) * 4 / tau
         return tokens.losses(-gate * tokens.advantages)
 

@@ -13,6 +13,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from prerl_lightning.objectives.advantages import (
 from prerl_lightning.objectives.aggregations import OF_NAME, Aggregation
 from prerl_lightning.objectives.coefficients import Coefficient
 from prerl_lightning.objectives.settings import LossSettings
-from prerl_lightning.objectives.surrogates import PPOClip, Surrogate, Tokens
+from prerl_lightning.objectives.surrogates import PPOClip, Surrogate
 from prerl_lightning.objectives.token_weights import Weight
 from prerl_lightning.policy.packing import Space
 from prerl_lightning.types import Rollout
@@ -60,10 +61,10 @@ class Term:
     space: Space
     advantage: Advantage | None = None
     contributing: Contributing = "all"
-    coefficient: float | Coefficient = 1.0
+    coefficient: Coefficient | float = 1.0
     surrogate: Surrogate | None = None
     aggregation: Aggregation | None = None
-    weight: Weight | Callable[[Tokens], Tensor] | None = None
+    weight: Weight | Callable[..., Any] | None = None
     truncated: bool = True
     all_equal: bool = True
     normalisation: Normalisation | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prerl_lightning.errors import check_bounds
-from prerl_lightning.objectives.surrogates import Tokens
+from prerl_lightning.objectives.surrogates import Tokens, by_sign
 
 
 class Weight(ABC):
@@ -36,7 +36,7 @@ class BySign(Weight):
         check_bounds(self, type(self).__name__, {"positive": 0, "negative": 0})
 
     def __call__(self, tokens: Tokens) -> Tensor:
-        return torch.where(tokens.advantages > 0, self.positive, self.negative).to(tokens.log_probs)
+        return by_sign(tokens.advantages, self.positive, self.negative)
 
 
 @dataclass(frozen=True)
