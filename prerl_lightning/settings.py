@@ -16,14 +16,8 @@ from prerl_lightning.objectives.term import Term
 from prerl_lightning.rewards.pool import Verification
 from prerl_lightning.rollout.engine import HeldOutSampling, Sampling
 
-PLAIN = (
-    PromptFormat,
-    Verification,
-    Sampling,
-    HeldOutSampling,
-    Term,
-    TargetEntropy,
-)  # have no class_path in a configuration
+# they have no class_path in a configuration
+PLAIN = (PromptFormat, Verification, Sampling, HeldOutSampling, Term, TargetEntropy)
 
 
 def described(value: Any) -> Any:

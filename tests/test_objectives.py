@@ -109,9 +109,10 @@ def ppo(new, old, a, low=0.2, high=0.2, dual=10.0):
     total = 0.0
     for x, y in zip(new, old, strict=True):
         ratio = (x - y).exp()
-        inside = min(max(float(ratio), 1 - low), 1 + high)
-        worst = a * ratio if float(a * ratio) <= a * inside else a * inside
-        total = total - (dual * a if a < 0 and float(worst) < dual * a else worst)
+        value = ratio.item()
+        inside = min(max(value, 1 - low), 1 + high)
+        worst = a * ratio if a * value <= a * inside else a * inside
+        total = total - (dual * a if a < 0 and min(a * value, a * inside) < dual * a else worst)
     return total
 
 
@@ -175,15 +176,15 @@ def gspo(c, s):
     for i in c.batch:
         new, old = c.new[s][i], c.old[s][i]
         ratio = ((new.sum() - old.sum()) / len(new)).exp()
-        inside = min(max(float(ratio), 1 - 3e-4), 1 + 4e-4)
-        a = c.grpo(i)
-        total = total - (a * ratio if float(a * ratio) <= a * inside else a * inside)
+        value, a = ratio.item(), c.grpo(i)
+        inside = min(max(value, 1 - 3e-4), 1 + 4e-4)
+        total = total - (a * ratio if a * value <= a * inside else a * inside)
     return total / len(c.batch)
 
 
 def cispo(c, s):
     def token(new, old, a):
-        return -sum(min(math.exp(float(x - y)), 5.0) * a * x for x, y in zip(new, old, strict=True))
+        return -sum(min(math.exp((x - y).item()), 5.0) * a * x for x, y in zip(new, old, strict=True))
 
     return token_mean(c, s, c.grpo, token=token)
 
@@ -250,7 +251,7 @@ def run(module, rollout, batch):
 
 def exact(loss, lm):
     gradient = torch.autograd.grad(loss, list(lm.parameters()), retain_graph=True)
-    return float(loss), torch.cat([g.flatten() for g in gradient])
+    return loss.item(), torch.cat([g.flatten() for g in gradient])
 
 
 def agree(found, gradient, expected):
@@ -390,7 +391,12 @@ def test_advantages_that_are_none_are_none_exactly():
     alone = torch.tensor([0.5, 2.0], dtype=torch.float64)
     assert adv.LeaveOneOut()(alone, torch.tensor([3, 1])).tolist() == [0.5, 2.0]
     assert adv.ConstantBaseline(0.5)(alone, torch.tensor([0, 0])).tolist() == [0, 1.5]
-    assert adv.SignedReward(0.1)(torch.tensor([1.0, 0.5, 1 - 1e-9, 0]), groups[:4]).tolist() == [0.1, -1, 0.1, -1]
+    assert adv.SignedReward(0.1)(torch.tensor([1.0, 0.5, 1 - 1e-9, 0], dtype=torch.float64), groups[:4]).tolist() == [
+        0.1,
+        -1,
+        0.1,
+        -1,
+    ]
 
 
 def test_which_terms_need_groups():
@@ -414,7 +420,8 @@ def test_all_surrogates_have_one_gradient_at_the_first_update():
 
 def test_weights():
     old = torch.tensor([0.5, 0.5, 0.2, 0.8], dtype=torch.float64).log()
-    tokens = Tokens(old + 1, old, torch.tensor([1.0, 1, -1, -1]), torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2]))
+    advantages, response = torch.tensor([1.0, 1, -1, -1], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
+    tokens = Tokens(old + 1, old, advantages, response, torch.tensor([2, 2]))
     torch.testing.assert_close(BySign(2.0, 0.5)(tokens), torch.tensor([2, 2, 0.5, 0.5], dtype=torch.float64))
     torch.testing.assert_close(Confidence(2.0)(tokens), torch.tensor([1, 1, 0.16, 0.16], dtype=torch.float64))
 
@@ -458,8 +465,8 @@ def test_what_is_multiplied_by_nothing_is_not_forwarded(rollout):
 
 
 def test_schedules_count_the_steps_of_their_life_and_resume_exactly(model_folder, tmp_path):
-    """The second life's coefficient is 0 from its third step on, which changes nothing; its bonus goes on growing. A run
-    resumed in the middle has the same weights and the same state."""
+    """The second life's coefficient is 0 from its third step on, which changes nothing; its bonus goes on growing. A
+    run resumed in the middle has the same weights and the same state."""
 
     def lives():
         falling = Linear(1.0, 0.0, 2)
