@@ -391,12 +391,8 @@ def test_advantages_that_are_none_are_none_exactly():
     alone = torch.tensor([0.5, 2.0], dtype=torch.float64)
     assert adv.LeaveOneOut()(alone, torch.tensor([3, 1])).tolist() == [0.5, 2.0]
     assert adv.ConstantBaseline(0.5)(alone, torch.tensor([0, 0])).tolist() == [0, 1.5]
-    assert adv.SignedReward(0.1)(torch.tensor([1.0, 0.5, 1 - 1e-9, 0], dtype=torch.float64), groups[:4]).tolist() == [
-        0.1,
-        -1,
-        0.1,
-        -1,
-    ]
+    scores = torch.tensor([1.0, 0.5, 1 - 1e-9, 0], dtype=torch.float64)
+    assert adv.SignedReward(0.1)(scores, groups[:4]).tolist() == [0.1, -1, 0.1, -1]
 
 
 def test_which_terms_need_groups():

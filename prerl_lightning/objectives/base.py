@@ -160,7 +160,7 @@ class PolicyModule(BaseObjective, RunState):
         self.host.whole_rollout = gathered(rollout)
         update = self.make_update(self.host.whole_rollout)
         metrics = update.run(self.host.optimizers(), self._learning_rates(version), self.optimization.gradient_clip)
-        if update.entropy_coefficient or self.entropy_state:
+        if self.loss.entropy_coefficient:
             metrics["optim/entropy_coefficient"] = update.entropy_coefficient
         self.follow_entropy(self.host.whole_rollout)
         return metrics, update.seconds

@@ -17,10 +17,12 @@ class Coefficient(ABC):
 
 @dataclass(frozen=True)
 class _Between(Coefficient):
-    """Args:
-    start: at step 0; at least 0.
-    end: from step ``steps`` on; at least 0.
-    steps: optimizer steps of the life; at least 1.
+    """From one number to another, and then that.
+
+    Args:
+        start: at step 0; at least 0.
+        end: from step ``steps`` on; at least 0.
+        steps: optimizer steps of the life; at least 1.
     """
 
     start: float
