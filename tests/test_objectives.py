@@ -548,6 +548,22 @@ def test_a_wrong_term_is_named(parse, term, said):
     assert re.match(said, str(ours)), str(ours)
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"entropy_coefficient": -0.1}, "Objective.entropy_coefficient: -0.1 must be"),
+        ({"entropy_coefficient": {"target": -1}}, "TargetEntropy.target: -1.0 must be"),
+        ({"kl_in": "rewards"}, "model.init_args.kl_in: rewards must be one of loss, reward. Did you mean reward"),
+        ({"kl_estimator": "k4"}, "model.init_args.kl_estimator: k4 must be one of k1, k2, k3"),
+    ],
+)
+def test_a_wrong_penalty_is_named(parse, option, said):
+    with pytest.raises((InputError, ArgumentError, ValueError)) as caught:
+        parse({"class_path": "Objective", "init_args": {"terms": [{"space": "post-train"}], **option}})
+    ours = said_by_us(caught.value) or refusals.of_parser(caught.value.message, [])
+    assert str(ours).startswith(said), str(ours)
+
+
 def test_no_term_is_no_objective():
     with pytest.raises(InputError, match=r"Objective\.terms: there is none"):
         Objective([])

@@ -115,7 +115,7 @@ class BaseObjective(L.LightningModule):
         kl_coefficient: float = 0.0,
         kl_estimator: KLEstimator = "k3",
         kl_in: Literal["loss", "reward"] = "loss",
-        entropy_coefficient: float | TargetEntropy = 0.0,
+        entropy_coefficient: TargetEntropy | float = 0.0,
         importance_sampling: ImportanceSampling = "none",
         importance_cap: float = 2.0,
         mismatch_samples: int = 8,

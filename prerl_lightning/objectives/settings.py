@@ -54,7 +54,7 @@ class LossSettings(Settings):
     importance_sampling: ImportanceSampling
     importance_cap: float
     kl_in: Literal["loss", "reward"] = "loss"
-    entropy_coefficient: float | TargetEntropy = 0.0
+    entropy_coefficient: TargetEntropy | float = 0.0
 
     LEAST = {"clip_low": 0, "clip_high": 0, "kl_coefficient": 0}  # noqa: RUF012
     ABOVE = {"loss_coefficient": 0, "clip_dual": 1, "importance_cap": 1}  # noqa: RUF012

@@ -130,7 +130,7 @@ class Update:
         works = [self.work(term) for term in self.terms]
         first = torch.isin(rollout.group_ids, chunks[0])  # later ones see weights that did not sample
         if self.mismatch_samples and not any(
-            w.term.space == "post-train" and (w.selected & first).any() for w in works
+            w.term.space == "post-train" and (w.selected & first).any() and not w.idle_at(0) for w in works
         ):
             self._measure_mismatch()
         for step, lr in zip(range(self.passes.batching.steps), lrs, strict=True):
