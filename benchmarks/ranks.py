@@ -47,7 +47,7 @@ def rank_main(args: argparse.Namespace) -> None:
             start = time.perf_counter()
             update = module.make_update(rollout, **({"no_sync": wrapped.no_sync} if wrapped else {}))
             if wrapped:  # DDP's hooks are in its forward
-                update.passes.forward = lambda batch, entropy=False: wrapped(batch, rollout.temperature)[0]
+                update.passes.forward = lambda batch, entropy=False: wrapped(batch, rollout.temperature, entropy)
             update.backward([update.work(t) for t in module.terms], torch.ones(len(rewards)).bool(), True)
             times.append(time.perf_counter() - start)
         found[type(module).__name__] = times[1:]

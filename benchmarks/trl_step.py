@@ -198,7 +198,7 @@ def our_batch(model: str, folder: Path) -> None:
     old = current + 0.3 * torch.randn(len(current), generator=generator)
     work = replace(update.work(module.terms[0]), old=old)
     contexts = [rollout.prompts[int(g)].token_ids for g in rollout.group_ids]
-    batch = {"prompts": contexts, "responses": responses, "advantages": work.advantages}
+    batch = {"prompts": contexts, "responses": responses, "advantages": work.advantages.float()}
     torch.save({**batch, "old": list(old.split(lengths))}, folder / "batch.pt")
     update.backward([work], everything, True)
     found = update.sums.reduced()

@@ -28,6 +28,7 @@ from .evaluation.comparison import Comparison as Comparison
 from .evaluation.comparison import compare as compare
 from .evaluation.sampling import evaluate as evaluate
 from .objectives.base import PolicyModule as PolicyModule
+from .objectives.composed import Objective as Objective
 from .objectives.grpo import GRPO as GRPO
 from .objectives.mixed import MixedRL as MixedRL
 from .objectives.prerl import NSRPreRL as NSRPreRL
@@ -35,7 +36,7 @@ from .objectives.prerl import PreRL as PreRL
 from .objectives.prerl import PSRPreRL as PSRPreRL
 from .objectives.signed import NSRRL as NSRRL
 from .objectives.signed import PSRRL as PSRRL
-from .objectives.update import Term as Term
+from .objectives.term import Term as Term
 from .rewards.pool import Verification as Verification
 from .rollout.engine import Engine as Engine
 from .rollout.engine import HeldOutSampling as HeldOutSampling

@@ -72,10 +72,22 @@ TITLES = {
     "keys": ("Configuration keys", "{}: {{...}}"),
     "values": ("Single values", "--{} VALUE"),
     "problems": ("Problem sets", "data.train: {{class_path: {}, init_args: {{...}}}}"),
+    "terms": ("Terms", "model: {{class_path: Objective, init_args: {{terms: [{{space: ..., ...}}]}}}}"),
+    "axes": ("Choices along the axes", "{{class_path: {}, init_args: {{...}}}}, or its name alone"),
     "engines": ("Engines", "data.engine: {{class_path: {}, init_args: {{...}}}}"),
     "rewards": ("Rewards", "data.reward: {}"),
     "callbacks": ("Callbacks", "trainer.callbacks: [{{class_path: {}, init_args: {{...}}}}]"),
     "strategies": ("Strategies", "trainer.strategy: {}"),
+}
+
+# the module of each axis of a term, and its classes; and what follows the entropy
+AXES = {
+    "advantages": ("GroupStd", "GroupMean", "LeaveOneOut", "BatchStd", "SignedReward", "ConstantBaseline"),
+    "surrogates": ("PPOClip", "GSPO", "CISPO", "SAPO", "PolicyGradient"),
+    "aggregations": ("TokenMean", "SeqMeanTokenMean", "ConstantLength"),
+    "token_weights": ("BySign", "Confidence"),
+    "coefficients": ("Linear", "Cosine", "Exponential"),
+    "entropy": ("TargetEntropy",),
 }
 
 
@@ -97,6 +109,8 @@ def topics() -> Mapping[str, Mapping[str, str]]:
             "NamedProblems": f"{OURS}.data.named.NamedProblems",
             "ReasoningGym": f"{OURS}.data.procedural.ReasoningGym",
         },
+        "terms": {"Term": f"{OBJECTIVES}.term.Term"},
+        "axes": {name: f"{OBJECTIVES}.{axis}.{name}" for axis, names in AXES.items() for name in names},
         "engines": {"VLLMEngine": f"{OURS}.rollout.vllm_engine.VLLMEngine"},
         "rewards": {name: f"{REWARDS}.{name}" for name in rewards}
         | {"math_verify_reward": f"{REWARDS}.symbolic.math_verify_reward"}

@@ -16,6 +16,11 @@ from prerl_lightning import rewards, shipped
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.errors import InputError, in_one_line, nearest
 from prerl_lightning.objectives import PolicyModule
+from prerl_lightning.objectives.advantages import Advantage
+from prerl_lightning.objectives.aggregations import Aggregation
+from prerl_lightning.objectives.coefficients import Coefficient
+from prerl_lightning.objectives.surrogates import Surrogate
+from prerl_lightning.objectives.token_weights import Weight
 from prerl_lightning.rollout.engine import Engine
 
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
@@ -88,7 +93,8 @@ def of_parser(message: str, dests: Iterable[str]) -> InputError:
             reasons.append(line)
     reason = reasons[0] if reasons else message
     given = re.search(r"(?:Given value|Got value|import path string): (.+)$", message, re.M)
-    return InputError(_said(".init_args.".join(keys), owner, reason, reasons, given[1] if given else "", [*dests]))
+    said = _said(".init_args.".join(keys), owner, reason, reasons, given[1] if given else "", [*dests])
+    return InputError(said.replace("terms.init_args.", "terms."))  # a Term stands there without a class_path
 
 
 def _said(key: str, owner: str, reason: str, reasons: list[str], given: str, dests: list[str]) -> str:
@@ -143,7 +149,8 @@ def _near_key(key: str, dests: list[str]) -> str:
 
 def _near_name(path: str) -> str:
     """Among what a configuration may name without its package, and our rewards."""
-    found = {kind.__name__: kind.__name__ for base in (PolicyModule, ProblemSet, Engine) for kind in _below(base)}
+    bases = (PolicyModule, ProblemSet, Engine, Advantage, Surrogate, Aggregation, Weight, Coefficient)
+    found = {kind.__name__: kind.__name__ for base in bases for kind in _below(base)}
     found |= {kind.__name__: kind.__name__ for base in (L.Callback, Logger) for kind in _below(base)}
     found |= {name: f"{rewards.__name__}.{name}" for name in rewards.__all__}
     hint = nearest(_name(path), found)

@@ -11,10 +11,13 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from prerl_lightning.data.prompts import PromptFormat
+from prerl_lightning.objectives.entropy import TargetEntropy
+from prerl_lightning.objectives.term import Term
 from prerl_lightning.rewards.pool import Verification
 from prerl_lightning.rollout.engine import HeldOutSampling, Sampling
 
-PLAIN = (PromptFormat, Verification, Sampling, HeldOutSampling)  # have no class_path in a configuration
+# they have no class_path in a configuration
+PLAIN = (PromptFormat, Verification, Sampling, HeldOutSampling, Term, TargetEntropy)
 
 
 def described(value: Any) -> Any:

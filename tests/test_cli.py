@@ -89,6 +89,18 @@ def test_every_run_parses(parse, config):
     assert found.trainer.max_steps > 0
 
 
+def test_an_objective_is_laid_over_a_run(parse):
+    """Its terms and its minibatches; the model, its rate, the data and the other life stay."""
+    base, over = CONFIGS / "dsrl.yaml", CONFIGS / "objectives" / "gspo.yaml"
+    before, found = parse("fit", "--config", base), parse("fit", "--config", base, "--config", over)
+    assert found.model.class_path == "prerl_lightning.Objective"
+    assert found.model.init_args.terms[0].surrogate.class_path.endswith(".GSPO")
+    assert (found.model.init_args.model, found.model.init_args.lr) == ("embedded", 3e-4)
+    assert found.model.init_args.minibatches == 4
+    assert found.data == before.data
+    assert found.trainer.callbacks == before.trainer.callbacks
+
+
 def test_the_readme_shows_the_dsrl_config_as_it_is():
     assert (CONFIGS / "dsrl.yaml").read_text() in (ROOT / "README.md").read_text()
 

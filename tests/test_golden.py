@@ -11,6 +11,7 @@ import torch
 
 from prerl_lightning.objectives import advantages as adv
 from prerl_lightning.objectives import losses
+from prerl_lightning.objectives.aggregations import OF_NAME
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "policy_losses.json"
 OBJECTIVES = {  # space, normalisation, contributing
@@ -56,8 +57,9 @@ def test_loss_gradient_and_diagnostics(cases, number, name, aggregation):
     tokens = losses.clipped_surrogate(
         log_probs[mask], old[mask], advantages[sequence], case["clip_low"], case["clip_high"], case["clip_dual"]
     )
-    weights = losses.sequence_weights(lengths, contributing, aggregation)[sequence]
-    loss = (tokens.loss * weights).sum() / losses.denominator(lengths, contributing, aggregation)
+    way = OF_NAME[aggregation]
+    weights = torch.where(contributing, way.weights(lengths), 0.0)[sequence]
+    loss = (tokens.loss * weights).sum() / way.denominator(lengths[contributing])
     (gradient,) = torch.autograd.grad(loss, log_probs)
     counted = contributing[sequence]
     found = {

@@ -17,7 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prerl_lightning
 from prerl_lightning.errors import InputError
-from prerl_lightning.objectives import GRPO, MixedRL, NSRPreRL
+from prerl_lightning.objectives import GRPO, MixedRL, NSRPreRL, Objective
+from prerl_lightning.objectives.surrogates import GSPO
+from prerl_lightning.objectives.term import Term
+from prerl_lightning.objectives.token_weights import Confidence
 from prerl_lightning.policy import attention, packing
 from prerl_lightning.policy.attention import Segment, VarlenPlan, plan_attention
 from prerl_lightning.policy.model import Policy, model_path
@@ -469,14 +472,25 @@ def fake(mode, module, made=None):
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
-@pytest.mark.parametrize("options", [{}, {"entropy": True}, {"importance_sampling": "sequence-mask", "epochs": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"entropy": True},
+        {"importance_sampling": "sequence-mask", "epochs": 2},
+        {
+            "terms": [Term("post-train", surrogate=GSPO(), weight=Confidence())],
+            **{"entropy_coefficient": 0.1, "epochs": 2},
+        },
+    ],
+)
 def test_no_shape_in_a_pass_depends_on_values(model_folder, make_rollout, monkeypatch, kernel, options):
     """A GPU would be waited for there. Fake tensors have shapes and no values, and raise."""
     monkeypatch.setattr(packing, "SHARE_MIN_TOKENS", 1)
     monkeypatch.setattr(Policy, "attention_kernel", lambda self, device: kernel)
     if kernel == "varlen":
         monkeypatch.setattr(attention.varlen, "varlen_attn", lambda q, k, v, *args, **kwargs: q * (k.sum() + v.sum()))
-    module = attached(GRPO, model_folder("qwen3-untied"), **options)
+    module = attached(Objective if "terms" in options else GRPO, model_folder("qwen3-untied"), **options)
     update = module.make_update(make_rollout(6, 4))
     (work,) = [update.work(term) for term in module.terms]
     batches = update.passes.micro_batches("post-train", work.own)
@@ -487,7 +501,7 @@ def test_no_shape_in_a_pass_depends_on_values(model_folder, make_rollout, monkey
         update.sums.totals = mode.from_tensor(update.sums.totals)
         update.passes.engine_log_probs = mode.from_tensor(update.passes.engine_log_probs)
         for batch in batches:
-            update.loss_of(batch, work, 10.0, on_policy=True).backward()
+            update.loss_of(batch, work, 10.0, 1.0, on_policy=True).backward()
     assert all(p.grad is not None for p in module.policy.parameters())
 
 

@@ -87,25 +87,37 @@ def test_no_tensor_of_tokens_times_vocabulary_is_kept(monkeypatch):
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-def test_entropy_equals_fp64_and_leaves_the_gradient_alone(monkeypatch, chunked):
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_entropy_and_its_gradient_equal_fp64(monkeypatch, chunked, softcap):
+    """Alone, beside the log-probs', and where only the value is looked at, which leaves the log-probs' as it is."""
     monkeypatch.setattr(head, "CPU_BLOCK_ELEMENTS", 1)
-    *leaves, targets, slope = inputs(True)
 
-    def both():
-        return log_probs(entropy=True)
-
-    def log_probs(entropy):
+    def both(leaves, entropy=True):
         if chunked:
-            return head_log_probs(*leaves, targets, 0.7, 5.0, entropy)
-        return log_probs_of(5.0 * torch.tanh(F.linear(*leaves) / 5.0), targets, 0.7, entropy)
+            return head_log_probs(*leaves, targets, 0.7, softcap, entropy)
+        logits = F.linear(*leaves)
+        return log_probs_of(softcap * torch.tanh(logits / softcap) if softcap else logits, targets, 0.7, entropy)
 
-    assert not both()[1].requires_grad
-    without = gradients(lambda: log_probs(entropy=False)[0], leaves, slope)
-    for found, expected in zip(gradients(lambda: both()[0], leaves, slope), without, strict=True):
-        assert torch.equal(found, expected)
+    def exact():
+        logits = F.linear(*double)
+        log_p = F.log_softmax(0.7 * (softcap * torch.tanh(logits / softcap) if softcap else logits), -1)
+        return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+    *leaves, targets, slope = inputs(True)
     *double, _, _ = inputs(True, torch.float64)
-    log_p = F.log_softmax(0.7 * 5.0 * torch.tanh(F.linear(*double) / 5.0), -1)
-    torch.testing.assert_close(both()[1].double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-5)
+    mixtures = (lambda log_probs, entropies: entropies, lambda log_probs, entropies: log_probs + 3 * entropies.flip(0))
+    for mixed in mixtures:
+        ours = gradients(lambda m=mixed: m(*both(leaves)), leaves, slope)
+        in_fp64 = gradients(lambda m=mixed: m(*both(double)), double, slope)
+        for found, close, expected in zip(
+            ours, in_fp64, gradients(lambda m=mixed: m(*exact()), double, slope), strict=True
+        ):
+            assert float((found - expected).norm() / expected.norm()) < 5e-6
+            assert close.dtype == torch.float64
+            assert float((close - expected).norm() / expected.norm()) < 1e-13
+    without = gradients(lambda: both(leaves, entropy=False)[0], leaves, slope)
+    for found, expected in zip(gradients(lambda: both(leaves)[0], leaves, slope), without, strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("tied", [True, False])

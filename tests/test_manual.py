@@ -70,12 +70,18 @@ def test_what_is_read_is_what_python_sees(topic):
 def test_every_class_that_a_configuration_may_name_is_a_topic():
     from prerl_lightning.data.problems import ProblemSet
     from prerl_lightning.objectives import PolicyModule
+    from prerl_lightning.objectives.advantages import Advantage
+    from prerl_lightning.objectives.aggregations import Aggregation
+    from prerl_lightning.objectives.coefficients import Coefficient
+    from prerl_lightning.objectives.surrogates import Surrogate
+    from prerl_lightning.objectives.token_weights import Weight
     from prerl_lightning.refusals import _below
 
     importlib.import_module("prerl_lightning.run")
-    classes = [kind for base in (PolicyModule, ProblemSet) for kind in _below(base)]
+    bases = (PolicyModule, ProblemSet, Advantage, Aggregation, Coefficient, Surrogate, Weight)
+    classes = [kind for base in bases for kind in _below(base)]
     names = {kind.__name__ for kind in classes if kind.__module__.startswith("prerl_lightning.")}
-    assert names - TOPICS.keys() <= {"DrawnProblems", "RowProblems", "Columns"}  # bases
+    assert names - TOPICS.keys() <= {"DrawnProblems", "RowProblems", "Columns", "_Between"}  # bases
 
 
 def test_help_in_words(capsys):

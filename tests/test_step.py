@@ -65,7 +65,8 @@ def plain_update(folder, rollout, objective, lr, minibatches, epochs, clip, grad
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     parameters = list(model.parameters())
     space = objective.terms[0]
-    advantages = group_advantages(rollout.rewards, rollout.group_ids, space.normalisation)
+    normalisation = "std" if objective.terms == GRPO.terms else "mean"
+    advantages = group_advantages(rollout.rewards, rollout.group_ids, normalisation)
     counted = advantages < 0 if space.contributing == "negative" else torch.ones_like(advantages, dtype=torch.bool)
 
     def log_probs(i):

@@ -171,18 +171,21 @@ def test_which_responses_contribute():
 def test_estimators_of_the_kl_and_weights_of_sequences():
     from math import exp
 
-    from prerl_lightning.objectives.losses import denominator, kl_penalty, sequence_weights
+    from prerl_lightning.objectives.aggregations import ConstantLength, SeqMeanTokenMean, TokenMean
+    from prerl_lightning.objectives.losses import kl_penalty
 
     p, q = torch.tensor([-1.0, -2.0, -0.5, -30.0]), torch.tensor([-1.0, -1.5, -2.0, -1.0])
     assert kl_penalty(p, q, "k1").tolist() == pytest.approx([0, -0.5, 1.5, -29])
+    assert kl_penalty(p, q, "k2").tolist() == pytest.approx([0, 0.125, 1.125, 29**2 / 2])
     k3 = [0, exp(0.5) - 1 - 0.5, exp(-1.5) - 1 + 1.5, exp(20) - 1 - 29]  # the ratio's exponent is at most 20
     assert kl_penalty(p, q, "k3").tolist() == pytest.approx(k3)
 
-    lengths, contributing = torch.tensor([3, 0, 7, 2]), torch.tensor([True, True, False, True])
-    for kind, weights, total in (("token-mean", [1, 0, 0, 1], 5), ("seq-mean-token-mean", [1 / 3, 0, 0, 1 / 2], 2)):
-        found = sequence_weights(lengths, contributing, kind)
+    lengths = torch.tensor([3, 7, 2])
+    expected = ((TokenMean(), [1, 1, 1], 12), (SeqMeanTokenMean(), [1 / 3, 1 / 7, 1 / 2], 3))
+    for way, weights, total in (*expected, (ConstantLength(64), [1, 1, 1], 192)):
+        found = way.weights(lengths)
         torch.testing.assert_close(found, torch.tensor(weights, dtype=torch.float64), rtol=0, atol=0)
-        assert denominator(lengths, contributing, kind) == total
+        assert way.denominator(lengths) == total
 
 
 def test_the_surrogate_token_by_token():

@@ -10,7 +10,6 @@ import lightning as L
 from prerl_lightning.callbacks.progress import accuracy_key
 from prerl_lightning.callbacks.watcher import append_lines, run_folder
 from prerl_lightning.errors import InputError, RunError, check_bounds
-from prerl_lightning.objectives.advantages import group_advantages
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.objectives.lives import end_life
 from prerl_lightning.types import Rollout
@@ -144,7 +143,7 @@ class RunHealth(L.Callback):
 
         if self.life != acting.life:
             self.life, self.drought = acting.life, Drought()
-        if group_advantages(rollout.rewards, rollout.group_ids, "mean").any():
+        if any(term.advantages(rollout.rewards, rollout.group_ids).any() for term in acting.terms):
             self.drought = Drought()
         else:
             self.drought.add(rollout)

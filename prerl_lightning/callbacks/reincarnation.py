@@ -78,3 +78,4 @@ class PolicyReincarnation(L.Callback):
         if trainer.state.fn == "fit" and lives["alive"] == self.successor.life:
             self.switch(trainer, pl_module, carry=True)
             self.successor.restore_reference(lives["reference"])
+            self.successor.entropy_state = lives.get("entropy_coefficient", 0.0)

@@ -1,15 +1,124 @@
-"""Advantages of a group's responses, and which responses contribute: pure functions of rewards.
+"""Advantages of responses, and which responses contribute: pure functions of rewards.
 
-Source: arXiv 2604.14142, section 3; GRPO's advantage is arXiv 2402.03300, equation 1.
+An `Advantage` is one of the axes of a `Term`: a frozen object, so that a configuration can choose it by its class.
 """
 
-from typing import Literal
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from prerl_lightning.errors import check_bounds
+from prerl_lightning.metrics.evaluation import is_right
+
 Normalisation = Literal["std", "mean"]
 Contributing = Literal["all", "positive", "negative"]
+EPSILON = 1e-6  # beside a std
+
+
+class Advantage(ABC):
+    """(N,) rewards, (N,) ``group_ids`` -> (N,) float64 advantages, of the rollout of all ranks.
+
+    Responses with the same group id answer the same prompt, in any order.
+    """
+
+    of_groups: ClassVar[bool] = True  # compares the responses of a prompt: a group of one has nothing to learn from
+
+    @abstractmethod
+    def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class GroupStd(Advantage):
+    """(r - mean) / (std + 1e-6) of the group: GRPO (arXiv 2402.03300, equation 1)."""
+
+    def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
+        return group_advantages(rewards, group_ids, "std")
+
+
+@dataclass(frozen=True)
+class GroupMean(Advantage):
+    """r - mean of the group: pre-train space (arXiv 2604.14142, section 3), Dr. GRPO (arXiv 2503.20783)."""
+
+    def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
+        return group_advantages(rewards, group_ids, "mean")
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(Advantage):
+    """r - mean of the group's others: RLOO (arXiv 2402.14740). It is `GroupMean` times G / (G - 1)."""
+
+    def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
+        _, index, count = group_ids.unique(return_inverse=True, return_counts=True)
+        others = (count - 1).clamp(min=1).double()
+        return group_advantages(rewards, group_ids, "mean") * (torch.where(count > 1, count, 1) / others)[index]
+
+
+@dataclass(frozen=True)
+class BatchStd(Advantage):
+    """(b - mean(b)) / (std(b) + 1e-6) over the whole rollout: REINFORCE++ (arXiv 2501.03262).
+
+    Each response counts once; its implementations in OpenRLHF and verl weigh responses by their tokens. Over the
+    rollout of all ranks, whatever the minibatches; std unbiased.
+
+    Args:
+        less_group_mean: b is r - mean of the group (REINFORCE++-baseline), and is only divided; False: b is r.
+    """
+
+    less_group_mean: bool = False
+
+    @property
+    def of_groups(self) -> bool:  # type: ignore[override]
+        return self.less_group_mean
+
+    def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
+        one_group = torch.zeros_like(group_ids)
+        if not self.less_group_mean:
+            return group_advantages(rewards, one_group, "std")
+        centred = group_advantages(rewards, group_ids, "mean")
+        return centred / (centred.std() + EPSILON) if len(centred) > 1 else centred
+
+
+@dataclass(frozen=True)
+class SignedReward(Advantage):
+    """+ ``positive`` for a right response (a reward of 1 or more), -1 for a wrong one, without a baseline: groups that
+    are all wrong, or all right, count.
+
+    With ``positive: 0.1`` W-REINFORCE, with ``contributing: negative`` beside it NSR, with ``positive`` PSR, all by
+    their authors (arXiv 2506.01347).
+
+    Args:
+        positive: lambda, above 0.
+    """
+
+    positive: float = 1.0
+    of_groups = False
+
+    def __post_init__(self) -> None:
+        check_bounds(self, type(self).__name__, above={"positive": 0})
+
+    def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
+        right = is_right(rewards).double()
+        return right * self.positive - (1 - right)
+
+
+@dataclass(frozen=True)
+class ConstantBaseline(Advantage):
+    """r - ``baseline``, the same for all responses: REINFORCE (Williams, 1992)."""
+
+    baseline: float = 0.0
+    of_groups = False
+
+    def __post_init__(self) -> None:
+        check_bounds(self, type(self).__name__, least={"baseline": -torch.inf})
+
+    def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
+        return rewards.double() - self.baseline
+
+
+NORMALISATIONS: dict[Normalisation, Advantage] = {"std": GroupStd(), "mean": GroupMean()}
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, normalisation: Normalisation) -> Tensor:
@@ -18,8 +127,8 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, normalisation: Normalis
     Args:
         rewards: (N,), any float type; the arithmetic is float64, so that the result does not depend on it.
         group_ids: (N,), int; responses with the same number answer the same prompt, in any order.
-        normalisation: ``"std"``: (r - mean) / (std + 1e-6), std unbiased (GRPO); ``"mean"``: r - mean (pre-train
-            space, Dr. GRPO). A group of one has mean 0 and std 1.
+        normalisation: ``"std"``: (r - mean) / (std + 1e-6), std unbiased; ``"mean"``: r - mean. A group of one has mean
+            0 and std 1.
 
     Returns:
         (N,), float64. Exactly 0 where all rewards of a group are equal, found by comparison: the float mean of equal
@@ -36,11 +145,16 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, normalisation: Normalis
     if normalisation == "std":
         variance = torch.zeros_like(count).index_add_(0, index, advantages**2) / (count - 1).clamp(min=1)
         std = torch.where(single, 1.0, variance.sqrt())
-        advantages = advantages / (std[index] + 1e-6)
-    lowest = torch.full_like(count, torch.inf).scatter_reduce_(0, index, rewards, "amin")
-    highest = torch.full_like(count, -torch.inf).scatter_reduce_(0, index, rewards, "amax")
-    all_equal = (lowest == highest) & ~single
-    return torch.where(all_equal[index], 0.0, advantages)
+        advantages = advantages / (std[index] + EPSILON)
+    return torch.where(all_equal(rewards, group_ids) & ~single[index], 0.0, advantages)
+
+
+def all_equal(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """(N,) bool: the responses whose group has one reward, as a group of one always has."""
+    groups, index = group_ids.unique(return_inverse=True)
+    lowest = torch.full((len(groups),), torch.inf, dtype=rewards.dtype).scatter_reduce_(0, index, rewards, "amin")
+    highest = torch.full_like(lowest, -torch.inf).scatter_reduce_(0, index, rewards, "amax")
+    return (lowest == highest)[index]
 
 
 def contributing_responses(advantages: Tensor, contributing: Contributing) -> Tensor:

@@ -24,7 +24,7 @@ from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.metrics.utilisation import peak_flops, rates
 from prerl_lightning.objectives import agreement, checks, lives, memory
 from prerl_lightning.objectives.evaluations import Evaluations
-from prerl_lightning.objectives.objective import Objective
+from prerl_lightning.objectives.objective import BaseObjective
 from prerl_lightning.objectives.optimizer import learning_rates, take_settings
 from prerl_lightning.objectives.passes import gathered
 from prerl_lightning.objectives.run_state import RunState
@@ -36,8 +36,8 @@ from prerl_lightning.types import Prompt, Rollout
 from prerl_lightning.watchdog import watchdog
 
 
-class PolicyModule(Objective, RunState):
-    """Base of all objectives, whose arguments are `Objective`'s; a subclass says its `terms`."""
+class PolicyModule(BaseObjective, RunState):
+    """Base of all objectives, whose arguments are `BaseObjective`'s; a subclass says its `terms`."""
 
     # ------------------------------------------------------------------ before a run
 
@@ -160,6 +160,9 @@ class PolicyModule(Objective, RunState):
         self.host.whole_rollout = gathered(rollout)
         update = self.make_update(self.host.whole_rollout)
         metrics = update.run(self.host.optimizers(), self._learning_rates(version), self.optimization.gradient_clip)
+        if self.loss.entropy_coefficient:
+            metrics["optim/entropy_coefficient"] = update.entropy_coefficient
+        self.follow_entropy(self.host.whole_rollout)
         return metrics, update.seconds
 
     def make_update(self, rollout: Rollout, **how: Any) -> Update:
@@ -167,7 +170,8 @@ class PolicyModule(Objective, RunState):
         if self.is_attached:
             wrapped = self.trainer.strategy.model
             no_sync = wrapped.no_sync if isinstance(wrapped, DistributedDataParallel) else nullcontext
-            how = {"backward": self.manual_backward, "no_sync": no_sync} | how
+            step = self.trainer.global_step - self.first_step
+            how = {"life_step": step, "backward": self.manual_backward, "no_sync": no_sync} | how
         return super().make_update(rollout, **how)
 
     def _learning_rates(self, version: int) -> list[float]:

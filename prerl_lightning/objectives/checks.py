@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, check_bounds, in_one_line, nearest
 from prerl_lightning.objectives import lives
+from prerl_lightning.objectives.advantages import SignedReward
 from prerl_lightning.objectives.trainer_arguments import ARGUMENTS, CALLBACKS, HOOKS
 
 if TYPE_CHECKING:
@@ -134,10 +135,17 @@ def check_run(host: "PolicyModule", data: RolloutDataModule, trainer: L.Trainer)
         endless = module.end_step is None and trainer.max_steps < 0
         if endless and (schedule := module.optimization.lr_schedule) != "constant":
             raise InputError(f"{type(module).__name__}.lr_schedule: {schedule} needs an end: set trainer.max_steps.")
-    if data.sampling.group_size < 2:
+    for module in modules:
+        if module.loss.kl_in == "reward" and any(isinstance(t.advantage, SignedReward) for t in module.terms):
+            raise InputError(
+                f"{type(module).__name__}.kl_in: reward, while a term's SignedReward asks only whether a reward is 1, "
+                "which none would be any more. Write kl_in: loss, or another advantage."
+            )
+    if data.sampling.group_size < 2 and any(term.of_groups for module in modules for term in module.terms):
         raise InputError(
             "data.sampling.group_size: 1. A response's advantage is its reward less the mean of its prompt's group, "
-            "and a group of one has nothing to compare it with. Write 2 or more."
+            "and a group of one has nothing to compare it with. Write 2 or more, or take an advantage without groups, "
+            "such as BatchStd."
         )
     for module in modules:
         if (minibatches := module.batching.minibatches) > data.prompts_per_step:

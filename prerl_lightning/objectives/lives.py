@@ -73,6 +73,7 @@ def state(host: "PolicyModule") -> dict[str, Any]:
         "schedule": [list(life) for life in host.planned_lives],
         "began": [first for _, first in host.lives],
         "alive": host.acting.life,
+        "entropy_coefficient": host.acting.entropy_state,
         "reference": reference.state_dict(host.live_policy) if reference is not None else None,
     }
 
@@ -92,6 +93,7 @@ def resume(host: "PolicyModule", found: dict[str, Any]) -> None:
     arrange([host, *host.successors], found["began"])
     if found["alive"] == 1:
         host.restore_reference(found["reference"])
+        host.entropy_state = found.get("entropy_coefficient", 0.0)
 
 
 def _described(lives: Sequence[Sequence[Any]] | None) -> str:

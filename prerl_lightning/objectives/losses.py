@@ -11,8 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Aggregation = Literal["token-mean", "seq-mean-token-mean"]
-KLEstimator = Literal["k1", "k3"]
+KLEstimator = Literal["k1", "k2", "k3"]
 
 
 @dataclass(frozen=True)
@@ -61,40 +60,18 @@ def clipped_surrogate(
 def kl_penalty(log_probs: Tensor, reference_log_probs: Tensor, estimator: KLEstimator) -> Tensor:
     """(T,) per-token estimate of KL(policy || reference), with gradient (J. Schulman, "Approximating KL Divergence").
 
-    k1 is log p - log q: unbiased, but its gradient as a loss has expectation zero; k3 is q/p - 1 - log q/p.
+    With log r = log q - log p of the reference q and the policy p, on-policy:
+
+    - k1 = -log r: unbiased as a value; as a loss useless, for its gradient has expectation zero;
+    - k2 = (log r)^2 / 2: biased as a value; its gradient as a loss is an unbiased one of KL(p || q);
+    - k3 = r - 1 - log r: unbiased and never negative as a value; its gradient as a loss is one of KL(q || p).
     """
     log_ratio = reference_log_probs - log_probs
     if estimator == "k1":
         return -log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio**2
     return log_ratio.clamp(-20.0, 20.0).exp() - 1 - log_ratio
-
-
-def sequence_weights(lengths: Tensor, contributing: Tensor, aggregation: Aggregation) -> Tensor:
-    """Weight of each token of each response in the aggregated loss, before division by `denominator`.
-
-    Args:
-        lengths: (N,) response tokens.
-        contributing: (N,) bool.
-
-    Returns:
-        (N,) float64: 1 for ``token-mean``, 1 / length for ``seq-mean-token-mean``; 0 where the response does not
-        contribute or has no token.
-    """
-    weights = torch.ones(len(lengths), dtype=torch.float64)
-    if aggregation == "seq-mean-token-mean":
-        weights = 1.0 / lengths.double().clamp(min=1)
-    return torch.where(contributing & (lengths > 0), weights, 0.0)
-
-
-def denominator(lengths: Tensor, contributing: Tensor, aggregation: Aggregation) -> float:
-    """What the weighted sum of token losses is divided by, over the responses given: contributing tokens
-    (``token-mean``) or contributing responses that have a token (``seq-mean-token-mean``).
-
-    The caller adds it up over ranks: one global denominator, whatever the micro-batches.
-    """
-    if aggregation == "token-mean":
-        return float(lengths[contributing].sum())
-    return float((contributing & (lengths > 0)).sum())
 
 
 def importance_weights(

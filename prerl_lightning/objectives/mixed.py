@@ -1,9 +1,9 @@
 from typing import Any
 
 from prerl_lightning.errors import check_bounds
-from prerl_lightning.objectives.advantages import Contributing
+from prerl_lightning.objectives.advantages import Contributing, GroupMean, GroupStd
 from prerl_lightning.objectives.base import PolicyModule
-from prerl_lightning.objectives.update import Term
+from prerl_lightning.objectives.term import Term
 
 
 class MixedRL(PolicyModule):
@@ -22,6 +22,6 @@ class MixedRL(PolicyModule):
         self.pretrain_coefficient = pretrain_coefficient
         check_bounds(self, type(self).__name__, {"pretrain_coefficient": 0})
         self.terms = (
-            Term(space="post-train", normalisation="std", contributing="all"),
-            Term("pre-train", "mean", pretrain_contributing, coefficient=pretrain_coefficient),
+            Term(space="post-train", advantage=GroupStd(), contributing="all"),
+            Term("pre-train", GroupMean(), pretrain_contributing, coefficient=pretrain_coefficient),
         )

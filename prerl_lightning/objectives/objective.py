@@ -1,11 +1,11 @@
 """What every objective is given, and what trains a policy by it. Nothing in here needs a Trainer.
 
-An objective is a list of `Term`s (objectives/update.py): which log-prob, which advantage, which responses contribute.
+An objective is a list of `Term`s (objectives/term.py): which log-prob, which advantage, which responses contribute ...
 """
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from prerl_lightning.errors import InputError
-from prerl_lightning.objectives.losses import Aggregation, KLEstimator
+from prerl_lightning.objectives.aggregations import AggregationName
+from prerl_lightning.objectives.entropy import TargetEntropy, sampled_entropy
+from prerl_lightning.objectives.losses import KLEstimator
 from prerl_lightning.objectives.optimizer import make_optimizer
 from prerl_lightning.objectives.passes import CPU_PACK_TOKENS, Passes
 from prerl_lightning.objectives.schedule import Schedule
@@ -25,13 +27,14 @@ from prerl_lightning.objectives.settings import (
     MeasureSettings,
     OptimizerSettings,
 )
-from prerl_lightning.objectives.update import Term, Update
+from prerl_lightning.objectives.term import Term
+from prerl_lightning.objectives.update import Update
 from prerl_lightning.policy.model import Policy, given_prefix, load_tokenizer, prefix_token
 from prerl_lightning.policy.reference import Reference
 from prerl_lightning.types import Rollout
 
 
-class Objective(L.LightningModule):
+class BaseObjective(L.LightningModule):
     """A base of `PolicyModule`, which adds what Lightning calls; a subclass of that says its `terms`.
 
     Args:
@@ -61,7 +64,11 @@ class Objective(L.LightningModule):
             is kept. Added once, with the objective's first term: of that term's log-probs, over the responses that it
             counts (for NSR-PreRL the negatives' log p(y), for MixedRL all responses' log p(y given x)), and over its
             denominator.
-        kl_estimator: ``k1`` or ``k3``.
+        kl_estimator: in the loss, ``k1``, ``k2`` or ``k3``; see `losses.kl_penalty` for what the gradient of each is.
+        kl_in: ``loss``, or ``reward`` as in PPO for language models: a response's reward is less by ``kl_coefficient``
+            times the sum of its tokens' log p - log q, in the space of the first term, before any term's advantages.
+        entropy_coefficient: of a bonus for the entropy of the next token's distribution, in nats, exact and with its
+            gradient: a number, or `TargetEntropy`, which follows the policy's. Added once, as the KL penalty is.
         importance_sampling: correction for the engine's log-probs differing from the trainer's: ``none``, ``token``
             (ratio truncated at ``importance_cap``), or ``sequence-mask`` (responses beyond the cap have no gradient,
             but stay in the denominator: the others do not weigh more for it).
@@ -101,12 +108,14 @@ class Objective(L.LightningModule):
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         clip_dual: float = 10.0,
-        aggregation: Aggregation = "token-mean",
+        aggregation: AggregationName = "token-mean",
         gradient_clip: float = 1.0,
         minibatches: int = 1,
         epochs: int = 1,
         kl_coefficient: float = 0.0,
         kl_estimator: KLEstimator = "k3",
+        kl_in: Literal["loss", "reward"] = "loss",
+        entropy_coefficient: TargetEntropy | float = 0.0,
         importance_sampling: ImportanceSampling = "none",
         importance_cap: float = 2.0,
         mismatch_samples: int = 8,
@@ -132,6 +141,8 @@ class Objective(L.LightningModule):
         self.loss = LossSettings(
             *(loss_coefficient, clip_low, clip_high, clip_dual, aggregation),
             *(kl_coefficient, kl_estimator, importance_sampling, importance_cap),
+            kl_in=kl_in,
+            entropy_coefficient=entropy_coefficient,
         )
         self.batching = BatchSettings(
             minibatches, epochs, max_tokens_per_microbatch, micro_batch_size, packing, share_prompts
@@ -142,6 +153,7 @@ class Objective(L.LightningModule):
 
         self.policy: Policy | None = None
         self.reference: Reference | None = None
+        self.entropy_state = 0.0  # the coefficient that a `TargetEntropy` has come to
         self._pack_tokens = CPU_PACK_TOKENS  # where max_tokens_per_microbatch does not say
 
     @property
@@ -188,16 +200,28 @@ class Objective(L.LightningModule):
         return Passes(rollout, self.live_policy, batching, self.compute_device, prefix_id)
 
     def make_update(self, rollout: Rollout, **how: Any) -> Update:
-        """Of the policy on a rollout of all ranks; ``how``: `Update`'s ``backward`` and ``no_sync``."""
+        """Of the policy on a rollout of all ranks; ``how``: `Update`'s ``life_step``, ``backward`` and ``no_sync``."""
         return Update(
             self.make_passes(rollout),
             self.terms,
             self.loss,
             reference=self.anchored_reference() if self.loss.kl_coefficient > 0 else None,
+            entropy_coefficient=self.entropy_coefficient(rollout),
             mismatch_samples=self.measuring.mismatch_samples,
             entropy=self.measuring.entropy,
             **how,
         )
+
+    def entropy_coefficient(self, rollout: Rollout) -> float:
+        control = self.loss.entropy_coefficient
+        if isinstance(control, TargetEntropy):
+            return control.applied(self.entropy_state, sampled_entropy(rollout))
+        return control
+
+    def follow_entropy(self, rollout: Rollout) -> None:
+        """Behind the rollout's update."""
+        if isinstance(control := self.loss.entropy_coefficient, TargetEntropy):
+            self.entropy_state = control.following(self.entropy_state, sampled_entropy(rollout))
 
     def anchored_reference(self) -> Reference:
         """The weights at the start of this life, kept from the first call on, which is its first step."""

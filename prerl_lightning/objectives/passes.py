@@ -101,6 +101,7 @@ class Passes:
         self.max_keys = None if self.device.type == "cpu" else KEYS_PER_TOKEN * self.max_tokens
         self.lengths = rollout.lengths
         self.engine_log_probs = rollout.log_probs.to(self.device)
+        self.dtype = torch.promote_types(next(policy.parameters()).dtype, torch.float32)  # of log-probs
         self.sums = Sums(self.device)
 
     def _families(self, space: Space, selected: Tensor) -> list[Family]:
@@ -136,25 +137,26 @@ class Passes:
         most = int(ranks.all_reduce(torch.tensor(len(jobs)), dist.ReduceOp.MAX))
         return jobs + [None] * (most - len(jobs))
 
-    def forward(self, batch: MicroBatch, entropy: bool = False) -> Tensor:
-        """(T,) log-probs of a micro-batch on the device; their entropies, where asked for, are counted."""
+    def forward(self, batch: MicroBatch, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(T,) log-probs of a micro-batch on the device, and, where asked for, the entropies of their distributions."""
         watchdog.move()
-        log_probs, entropies = self.policy(batch, self.rollout.temperature, entropy)
-        if entropies is not None:
-            self.sums.add("optim/entropy", entropies.sum(), len(entropies))
-        return log_probs
+        return self.policy(batch, self.rollout.temperature, entropy)
 
     def idle(self) -> Tensor:
-        return self.forward(idle_micro_batch().to(self.device))
+        return self.forward(idle_micro_batch().to(self.device))[0]
 
     @torch.no_grad()
     def log_probs(self, space: Space, selected: Tensor, entropy: bool = False) -> Tensor:
-        """(T,) log-probs on the device, without gradient, of the tokens of the selected (N,) responses; 0 of others."""
-        found = torch.zeros_like(self.engine_log_probs)
+        """(T,) log-probs on the device, without gradient, of the tokens of the selected (N,) responses; 0 of others.
+        Their entropies, where asked for, are counted."""
+        found = torch.zeros_like(self.engine_log_probs, dtype=self.dtype)
         for batch in self.padded(self.micro_batches(space, selected)):
             if batch is None:
                 self.idle()
             else:
                 on_device = batch.to(self.device)
-                found[on_device.source] = self.forward(on_device, entropy).float()
+                log_probs, entropies = self.forward(on_device, entropy)
+                found[on_device.source] = log_probs.to(self.dtype)
+                if entropies is not None:
+                    self.sums.add("optim/entropy", entropies.sum(), len(entropies))
         return found

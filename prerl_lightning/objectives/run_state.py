@@ -30,7 +30,7 @@ class Row:
 
 
 class RunState(L.LightningModule):
-    """Beside `Objective` a base of `PolicyModule`, whose arguments are the objective's alone.
+    """Beside `BaseObjective` a base of `PolicyModule`, whose arguments are the objective's alone.
 
     Attributes:
         successors: of the host, in order.

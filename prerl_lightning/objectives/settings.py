@@ -10,7 +10,9 @@ from typing import ClassVar, Literal
 from lightning.pytorch.cli import OptimizerCallable
 
 from prerl_lightning.errors import check_bounds
-from prerl_lightning.objectives.losses import Aggregation, KLEstimator
+from prerl_lightning.objectives.aggregations import AggregationName
+from prerl_lightning.objectives.entropy import TargetEntropy
+from prerl_lightning.objectives.losses import KLEstimator
 from prerl_lightning.objectives.schedule import Schedule
 
 ImportanceSampling = Literal["none", "token", "sequence-mask"]
@@ -46,14 +48,21 @@ class LossSettings(Settings):
     clip_low: float
     clip_high: float
     clip_dual: float
-    aggregation: Aggregation
+    aggregation: AggregationName
     kl_coefficient: float
     kl_estimator: KLEstimator
     importance_sampling: ImportanceSampling
     importance_cap: float
+    kl_in: Literal["loss", "reward"] = "loss"
+    entropy_coefficient: TargetEntropy | float = 0.0
 
     LEAST = {"clip_low": 0, "clip_high": 0, "kl_coefficient": 0}  # noqa: RUF012
     ABOVE = {"loss_coefficient": 0, "clip_dual": 1, "importance_cap": 1}  # noqa: RUF012
+
+    def check(self, key: str) -> None:
+        super().check(key)
+        if not isinstance(self.entropy_coefficient, TargetEntropy):
+            check_bounds(self, key, {"entropy_coefficient": 0})
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,24 +22,14 @@ from prerl_lightning import ranks
 from prerl_lightning.metrics.rollout import rollout_statistics
 from prerl_lightning.metrics.utilisation import TrainingFlops, attended_tokens
 from prerl_lightning.objectives import losses
-from prerl_lightning.objectives.advantages import Contributing, Normalisation, contributing_responses, group_advantages
 from prerl_lightning.objectives.passes import Passes
 from prerl_lightning.objectives.settings import LossSettings
-from prerl_lightning.policy.packing import MicroBatch, Space
+from prerl_lightning.objectives.surrogates import Tokens
+from prerl_lightning.objectives.term import Term
+from prerl_lightning.policy.packing import MicroBatch
 from prerl_lightning.policy.reference import Reference
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Term:
-    """One term of an objective: ``coefficient`` * aggregated token loss. The first one carries the KL penalty, if any,
-    which ``coefficient`` does not multiply."""
-
-    space: Space
-    normalisation: Normalisation
-    contributing: Contributing
-    coefficient: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +42,12 @@ class Work:
         own: (N,) bool, what of it this rank forwards.
         advantages: (N,) on the device.
         weights: (N,) of each response's tokens, before division by the denominator; on the device.
+        coefficients: of the term at each of the rollout's optimizer steps.
         old: (T,) log-probs at sampling; None: the current ones are. This and the next two on the device, and of this
             rank's own responses alone.
-        reference: (T,) log-probs of the reference; None: no KL penalty.
+        reference: (T,) log-probs of the reference; None: no KL penalty in the loss.
         correction: (T,) importance weights; None: they follow from this term's own log-probs.
+        entropy_coefficient: of the entropy bonus.
     """
 
     term: Term
@@ -63,9 +56,15 @@ class Work:
     own: Tensor
     advantages: Tensor
     weights: Tensor
+    coefficients: Sequence[float]
     old: Tensor | None
     reference: Tensor | None
     correction: Tensor | None
+    entropy_coefficient: float
+
+    def idle_at(self, step: int) -> bool:
+        """Whether this optimizer step of the rollout multiplies all of it by 0."""
+        return not (self.coefficients[step] or self.reference is not None or self.entropy_coefficient)
 
 
 class Update:
@@ -75,7 +74,9 @@ class Update:
         passes: over the rollout.
         terms: the objective's.
         loss: see `PolicyModule`, as for ``mismatch_samples`` and ``entropy``.
-        reference: of the KL penalty to the first term; None: no penalty.
+        reference: of the KL penalty, in the first term's loss or in the rewards; None: no penalty.
+        entropy_coefficient: of the entropy bonus, in the first term's loss.
+        life_step: optimizer steps of the life before this rollout's, for coefficients that follow a schedule.
         backward: of a loss.
         no_sync: a context in which a backward pass does not reduce gradients over ranks: DDP's.
 
@@ -90,16 +91,20 @@ class Update:
         loss: LossSettings,
         *,
         reference: Reference | None = None,
+        entropy_coefficient: float = 0.0,
+        life_step: int = 0,
         mismatch_samples: int = 0,
         entropy: bool = False,
         backward: Callable[[Tensor], Any] = Tensor.backward,
         no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.passes, self.terms, self.loss, self.reference = passes, terms, loss, reference
+        self.entropy_coefficient, self.life_step = entropy_coefficient, life_step
         self.mismatch_samples, self.entropy = mismatch_samples, entropy
         self.run_backward, self.no_sync = backward, no_sync
         self.policy, self.rollout, self.lengths = passes.policy, passes.rollout, passes.lengths
         self.device, self.sums = passes.device, passes.sums
+        self.lengths_on_device = self.lengths.to(self.device)
         self.flops = TrainingFlops(passes.policy)
         self.last: dict[str, float] = {}
         self.seconds = {"forward_backward": 0.0, "optimizer": 0.0}
@@ -125,12 +130,12 @@ class Update:
         works = [self.work(term) for term in self.terms]
         first = torch.isin(rollout.group_ids, chunks[0])  # later ones see weights that did not sample
         if self.mismatch_samples and not any(
-            w.term.space == "post-train" and (w.selected & first).any() for w in works
+            w.term.space == "post-train" and (w.selected & first).any() and not w.idle_at(0) for w in works
         ):
             self._measure_mismatch()
         for step, lr in zip(range(self.passes.batching.steps), lrs, strict=True):
             in_minibatch = torch.isin(rollout.group_ids, chunks[step % len(chunks)])
-            jobs = self.backward(works, in_minibatch, on_policy=step == 0)
+            jobs = self.backward(works, in_minibatch, on_policy=step == 0, step=step)
             self._step(rollout.policy_version + step, jobs, optimizer, lr, gradient_clip)
         metrics = {**statistics, **self.sums.reduced(), **self.last}
         self.seconds["forward_backward"] += time.perf_counter() - start - sum(self.seconds.values())
@@ -138,13 +143,36 @@ class Update:
 
     # ------------------------------------------------------------------ what to compute
 
+    @cached_property
+    def rewards(self) -> Tensor:
+        """(N,) float64, of which advantages are made: the rollout's, less the KL penalty where that is in the reward,
+        ``kl_coefficient`` * the sum over a response's tokens of log p - log q (k1), p as it sampled."""
+        rewards = self.rollout.rewards.double()
+        if self.reference is None or self.loss.kl_in != "reward":
+            return rewards
+        passes, space = self.passes, self.terms[0].space
+        own = passes.share(space, passes.sound & (self.lengths > 0))
+        policy = passes.log_probs(space, own)
+        with self.reference.in_place(self.policy):
+            apart = policy - passes.log_probs(space, own)  # 0 of what other ranks forward
+        number = torch.arange(len(self.lengths)).repeat_interleave(self.lengths)
+        sums = torch.zeros(len(self.lengths), dtype=torch.float64).index_add_(0, number, apart.double().cpu())
+        self.sums.add("optim/reference_kl", sums.sum(), int(self.lengths[own].sum()))
+        return rewards - self.loss.kl_coefficient * ranks.all_reduce(sums)
+
     def work(self, term: Term) -> Work:
         passes, loss = self.passes, self.loss
-        advantages = group_advantages(self.rollout.rewards, self.rollout.group_ids, term.normalisation)
-        contributing = contributing_responses(advantages, term.contributing)
+        advantages = term.advantages(self.rewards, self.rollout.group_ids)
+        contributing = term.counted(advantages, self.rollout)
         contributing &= passes.sound & (self.lengths > 0)
-        kl = self.reference is not None and term is self.terms[0]  # one penalty a loss
-        selected = contributing if kl else contributing & (advantages != 0)
+        steps = range(self.life_step, self.life_step + passes.batching.steps)
+        coefficients = [term.coefficient_at(step) for step in steps]
+        first = term is self.terms[0]  # one penalty and one bonus a loss
+        kl = first and self.reference is not None and loss.kl_in == "loss"
+        entropy_coefficient = self.entropy_coefficient if first else 0.0
+        selected = contributing
+        if not kl and not entropy_coefficient:
+            selected = contributing & (advantages != 0) & any(coefficients)
         own = passes.share(term.space, selected)
         many_updates = passes.batching.steps > 1
         old = passes.log_probs(term.space, own) if many_updates else None
@@ -162,9 +190,11 @@ class Update:
             correction = self._correction(trainer, passes.engine_log_probs, number)
         self.sums.add("rollout/contributing", int(own.sum()))
         self.sums.add("rollout/contributing_tokens", int(self.lengths[own].sum()))
-        weights = losses.sequence_weights(self.lengths, contributing, loss.aggregation)
-        own_advantages, own_weights = (x.float().to(self.device) for x in (advantages, weights))
-        return Work(term, contributing, selected, own, own_advantages, own_weights, old, reference, correction)
+        weights = term.aggregation_by(loss).weights(self.lengths)
+        return Work(
+            *(term, contributing, selected, own, advantages.to(self.device), weights.to(self.device), coefficients),
+            *(old, reference, correction, entropy_coefficient),
+        )
 
     def _correction(self, trainer: Tensor, engine: Tensor, sequence: Tensor) -> Tensor:
         """(T,) importance weights of tokens of whole responses."""
@@ -174,13 +204,20 @@ class Update:
 
     # ------------------------------------------------------------------ forward and backward
 
-    def backward(self, works: Sequence[Work], in_minibatch: Tensor, on_policy: bool) -> int:
-        """Leave the minibatch's gradient in the parameters; returns the number of passes, 0: nothing contributes."""
-        jobs: list[tuple[MicroBatch, Work, float] | None] = []
+    def backward(self, works: Sequence[Work], in_minibatch: Tensor, on_policy: bool, step: int = 0) -> int:
+        """Leave the minibatch's gradient in the parameters; returns the number of passes, 0: nothing contributes.
+
+        Args:
+            step: among the optimizer steps of the rollout.
+        """
+        jobs: list[tuple[MicroBatch, Work, float, float] | None] = []
         for work in works:
-            denominator = losses.denominator(self.lengths, work.contributing & in_minibatch, self.loss.aggregation)
+            if work.idle_at(step):
+                continue
+            counted = self.lengths[work.contributing & in_minibatch]
+            denominator = work.term.aggregation_by(self.loss).denominator(counted)
             batches = self.passes.micro_batches(work.term.space, work.own & in_minibatch)
-            jobs += [(batch, work, denominator) for batch in batches]
+            jobs += [(batch, work, denominator, work.coefficients[step]) for batch in batches]
         jobs = self.passes.padded(jobs)
         self.policy.zero_grad(set_to_none=True)
         for i, job in enumerate(jobs):
@@ -190,36 +227,43 @@ class Update:
                 self.run_backward(loss * self.passes.world_size)
         return len(jobs)
 
-    def loss_of(self, batch: MicroBatch, work: Work, denominator: float, on_policy: bool) -> Tensor:
+    def loss_of(self, batch: MicroBatch, work: Work, denominator: float, coefficient: float, on_policy: bool) -> Tensor:
         """No shape in here depends on values on the device: the host runs ahead of it."""
-        settings = self.loss
+        settings, term = self.loss, work.term
         self._count_work(batch)
         batch = batch.to(self.device)
-        log_probs = self.passes.forward(batch, self.entropy and work.term.space == "post-train")
+        measured = term.space == "post-train" and (self.entropy or bool(work.entropy_coefficient))
+        log_probs, entropies = self.passes.forward(batch, measured or bool(work.entropy_coefficient))
         n_tokens, sequence, source = len(log_probs), batch.sequence, batch.source
         current = log_probs.detach()
         old = current if work.old is None else work.old[source]
-        tokens = losses.clipped_surrogate(
-            log_probs, old, work.advantages[sequence], settings.clip_low, settings.clip_high, settings.clip_dual
-        )
-        loss = tokens.loss
+        tokens = Tokens(log_probs, old, work.advantages[sequence].to(current), sequence, self.lengths_on_device)
+        found = term.surrogate_by(settings)(tokens)
+        loss = found.loss
         engine = self.passes.engine_log_probs[source]
         if settings.importance_sampling != "none":
             correction = work.correction
             loss = loss * (self._correction(current, engine, sequence) if correction is None else correction[source])
-        loss = loss * work.term.coefficient
+        if term.weight is not None:
+            loss = loss * term.weight(tokens).detach()
+        loss = loss * coefficient
         if work.reference is not None:
             kl = losses.kl_penalty(log_probs, work.reference[source], settings.kl_estimator)
             loss = loss + settings.kl_coefficient * kl
             self.sums.add("optim/reference_kl", kl.detach().sum(), n_tokens)
-        coefficient = settings.loss_coefficient / denominator
-        loss = (loss * work.weights[sequence]).sum() * coefficient
+        if entropies is not None:
+            if work.entropy_coefficient:
+                loss = loss - work.entropy_coefficient * entropies
+            if measured:
+                self.sums.add("optim/entropy", entropies.detach().sum(), n_tokens)
+        scale = settings.loss_coefficient / denominator
+        loss = (loss * work.weights[sequence].to(current)).sum() * scale
 
         self.sums.add("optim/loss", loss.detach())
-        self.sums.add("optim/clipped", tokens.clipped.sum(), n_tokens)
-        self.sums.add("optim/dual_clipped", tokens.dual_clipped.sum(), n_tokens)
-        self.sums.add("optim/approx_kl", tokens.approx_kl.sum(), n_tokens)
-        if on_policy and work.term.space == "post-train":
+        self.sums.add("optim/clipped", found.clipped.sum(), n_tokens)
+        self.sums.add("optim/dual_clipped", found.dual_clipped.sum(), n_tokens)
+        self.sums.add("optim/approx_kl", found.approx_kl.sum(), n_tokens)
+        if on_policy and term.space == "post-train":
             self._add_mismatch(current, engine)
         return loss
 

@@ -2,7 +2,7 @@
 
 Both directions go through the vocabulary block by block with all tokens at once: a block's logits are the largest
 tensor alive, each row of the weight's gradient is written once, and the matrix products stay large. The backward pass
-makes the logits again; sums are kept in fp32.
+makes the logits again; sums are kept in fp32, or in fp64 for a model in it.
 """
 
 from typing import Any, Literal
@@ -27,7 +27,8 @@ def head_log_probs(
     entropy: bool = False,
     into_grad: Literal["no", "only", "also"] = "no",
 ) -> tuple[Tensor, Tensor | None]:
-    """(T,) fp32 log-softmax(scale * cap(hidden @ weight.T + bias))[targets]; and the entropy of each row, or None.
+    """(T,) fp32 log-softmax(scale * cap(hidden @ weight.T + bias))[targets]; and the entropy of each row, or None. Of
+    fp64 the results are fp64.
 
     Args:
         hidden: (T, H).
@@ -35,7 +36,7 @@ def head_log_probs(
         targets: (T,) token ids.
         scale: of the (capped) logits, 1 / temperature.
         softcap: logits become softcap * tanh(logits / softcap); None: they stay.
-        entropy: compute (T,) entropies in nats too; they have no gradient.
+        entropy: compute (T,) entropies in nats too, which have a gradient; it costs nothing where no loss has them.
         into_grad: the backward pass adds the weight's gradient to ``weight.grad`` itself instead of handing
             autograd a (V, H) tensor, which it keeps, for tied weights until the body's backward pass is over. ``also``:
             autograd has other gradients for this weight; ``only``: it has not, and gets zeros (of no size), because
@@ -50,9 +51,13 @@ def head_log_probs(
 
 def log_probs_of(logits: Tensor, targets: Tensor, scale: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
     """The same from (T, V) logits, by autograd."""
-    scaled = scale * logits.float()
-    entropies = torch.distributions.Categorical(logits=scaled.detach()).entropy() if entropy else None
+    scaled = scale * logits.to(_exact(logits))
+    entropies = torch.distributions.Categorical(logits=scaled).entropy() if entropy else None
     return -F.cross_entropy(scaled, targets, reduction="none"), entropies
+
+
+def _exact(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _cap(logits: Tensor, softcap: float | None) -> Tensor:
@@ -73,7 +78,9 @@ class _HeadLogProbs(torch.autograd.Function):
         into_grad: str,
     ) -> tuple[Tensor, Tensor]:
         ctx.scale, ctx.softcap, ctx.into_grad = scale, softcap, into_grad
-        maximum = torch.full((len(hidden),), torch.finfo(torch.float32).min, dtype=torch.float32, device=hidden.device)
+        ctx.set_materialize_grads(False)
+        exact = _exact(hidden)
+        maximum = torch.full((len(hidden),), torch.finfo(exact).min, dtype=exact, device=hidden.device)
         # sums over the vocabulary of exp(logit - maximum), and of the same times (logit - maximum)
         total, moment = torch.zeros_like(maximum), torch.zeros_like(maximum)
         target_logits = torch.zeros_like(maximum)
@@ -92,17 +99,17 @@ class _HeadLogProbs(torch.autograd.Function):
             maximum = higher
             del logits, scaled, weights
         log_normaliser = maximum + total.log()
-        ctx.save_for_backward(hidden, weight, bias, targets, log_normaliser)
         entropies = total.log() - moment / total if entropy else total.new_empty(0)
-        ctx.mark_non_differentiable(entropies)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_normaliser, entropies)
         return target_logits - log_normaliser, entropies
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, log_normaliser = ctx.saved_tensors
-        gradient = gradients[0].float()
-        by_scaled = (gradient * ctx.scale)[:, None]
-        by_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, log_normaliser, entropies = ctx.saved_tensors
+        exact = log_normaliser.dtype
+        by_scaled, by_entropy = (None if g is None else (g.to(exact) * ctx.scale)[:, None] for g in gradients)
+        by_scaled = torch.zeros_like(log_normaliser)[:, None] if by_scaled is None else by_scaled
+        by_hidden = torch.zeros(hidden.shape, dtype=exact, device=hidden.device)
         by_bias = torch.empty_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         by_weight, add = None, False
         if ctx.needs_input_grad[1]:
@@ -114,9 +121,12 @@ class _HeadLogProbs(torch.autograd.Function):
             if ctx.softcap:
                 bent = torch.tanh(logits / ctx.softcap)
                 slope, logits = 1 - bent**2, ctx.softcap * bent
-            # d log p(target) / d logit = [target] - p
+            # d log p(target) / d logit = [target] - p; d entropy / d logit = -p (log p + entropy)
             scaled = logits if ctx.scale == 1 else logits.mul_(ctx.scale)
-            by_logits = scaled.sub_(log_normaliser[:, None]).exp_().mul_(-by_scaled)
+            log_p, slopes = scaled.sub_(log_normaliser[:, None]), by_scaled
+            if by_entropy is not None:
+                slopes = (log_p + entropies[:, None]).mul_(by_entropy).add_(by_scaled)
+            by_logits = log_p.exp_().mul_(-slopes)
             inside, columns = _in_block(targets, start, end - start)
             by_logits.scatter_add_(1, columns[:, None], torch.where(inside[:, None], by_scaled, 0.0))
             by_logits = by_logits if slope is None else by_logits.mul_(slope)
@@ -127,7 +137,7 @@ class _HeadLogProbs(torch.autograd.Function):
             if by_weight is not None:
                 block = _product(low.T, hidden)
                 by_weight[start:end] = by_weight[start:end] + block if add else block
-            del logits, scaled, by_logits, low
+            del logits, scaled, log_p, slopes, by_logits, low
         if by_weight is not None and ctx.into_grad != "no":
             weight.grad = by_weight
             by_weight = by_weight.new_zeros(()).expand_as(by_weight) if ctx.into_grad == "only" else None
@@ -140,7 +150,8 @@ def _blocks(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
     size = max(1024, (CPU_BLOCK_ELEMENTS if on_cpu else BLOCK_ELEMENTS) // max(1, len(hidden)))
     size = size if on_cpu else min(size, BLOCK_ROWS)
     for start in range(0, len(weight), size):
-        logits = _product(hidden, weight[start : start + size].to(hidden.dtype).T).float()
+        logits = _product(hidden, weight[start : start + size].to(hidden.dtype).T)
+        logits = logits.to(_exact(logits))
         yield start, logits if bias is None else logits.add_(bias[start : start + size])
         del logits  # before the next are made, here and where they are used
 

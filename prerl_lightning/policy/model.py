@@ -292,8 +292,8 @@ class Policy(nn.Module):
     def forward(
         self, batch: MicroBatch, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """(T,) fp32 log-probs of ``batch.targets``, logits divided by ``temperature`` as in sampling; and, where asked
-        for, the (T,) entropies of their distributions, without gradient.
+        """(T,) fp32 log-probs of ``batch.targets``, fp64 of a model in it, logits divided by ``temperature`` as in
+        sampling; and, where asked for, the (T,) entropies of their distributions.
 
         For ``backward()``, which finds the head's gradient already in place (`head_log_probs`, ``into_grad``).
         """
