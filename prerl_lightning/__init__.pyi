@@ -35,6 +35,7 @@ from .objectives.prerl import PreRL as PreRL
 from .objectives.prerl import PSRPreRL as PSRPreRL
 from .objectives.signed import NSRRL as NSRRL
 from .objectives.signed import PSRRL as PSRRL
+from .objectives.until import Until as Until
 from .objectives.update import Term as Term
 from .rewards.pool import Verification as Verification
 from .rollout.engine import Engine as Engine

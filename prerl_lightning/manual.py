@@ -28,7 +28,7 @@ OBJECTIVES = f"{OURS}.objectives"
 POLICY_MODULE = f"{OBJECTIVES}.PolicyModule"
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 
-# what LightningCLI has at a configuration's top level, and what stands below `data`
+# what LightningCLI has at a configuration's top level, and what stands below `data` and a callback
 KEYS = {
     "data": f"{OURS}.data.module.RolloutDataModule",
     "data.sampling": f"{OURS}.rollout.engine.Sampling",
@@ -44,6 +44,7 @@ KEYS = {
     "samples": f"{OURS}.callbacks.samples.Samples",
     "health": f"{OURS}.callbacks.health.RunHealth",
     "watchdog": f"{OURS}.callbacks.watchdog.Watchdog",
+    "PolicyReincarnation.until": f"{OBJECTIVES}.until.Until",
 }
 # single values at the top level, which no class of ours takes
 VALUES = {

@@ -11,10 +11,11 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from prerl_lightning.data.prompts import PromptFormat
+from prerl_lightning.objectives.until import Until
 from prerl_lightning.rewards.pool import Verification
 from prerl_lightning.rollout.engine import HeldOutSampling, Sampling
 
-PLAIN = (PromptFormat, Verification, Sampling, HeldOutSampling)  # have no class_path in a configuration
+PLAIN = (PromptFormat, Verification, Sampling, HeldOutSampling, Until)  # have no class_path in a configuration
 
 
 def described(value: Any) -> Any:
