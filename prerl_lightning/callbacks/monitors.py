@@ -20,7 +20,7 @@ from prerl_lightning.metrics.evaluation import summary
 from prerl_lightning.metrics.rollout import rollout_statistics
 from prerl_lightning.metrics.sums import Sums
 from prerl_lightning.objectives.lives import reincarnations
-from prerl_lightning.objectives.until import Until
+from prerl_lightning.objectives.until import KEY, Until
 from prerl_lightning.types import Prompt, Response, Rollout
 
 # of a step, besides what its rollout and its sums tell; tests/test_resume.py compares with real runs
@@ -96,10 +96,10 @@ def check_until(
     Raises:
         InputError: the metric is none of this run's, or not measured often enough to end that life.
     """
-    until, key = cast(Until, switch.until), "PolicyReincarnation.until"
+    until = cast(Until, switch.until)
     if until.metric.startswith("time/") or until.metric in CLOCKED:
         raise InputError(
-            f"{key}.metric: {until.metric} goes by the clock: no run would end the life where another does. Take one "
+            f"{KEY}.metric: {until.metric} goes by the clock: no run would end the life where another does. Take one "
             "of samples or weights, such as rollout/pass@8."
         )
     held_out = any(name.startswith("val/") for name in names)
@@ -112,7 +112,7 @@ def check_until(
         hint = nearest(until.metric, [name for name in known if not name.startswith("time/")])
         without = "" if held_out else " Without data.val nothing is measured held out."
         raise InputError(
-            f"{key}.metric: this run does not measure {until.metric}.{hint}{without} `prerl help metrics` has all that "
+            f"{KEY}.metric: this run does not measure {until.metric}.{hint}{without} `prerl help metrics` has all that "
             "there are, and what has them measured."
         )
     end = switch.at_step if trainer.max_steps < 0 else min(switch.at_step, trainer.max_steps)
@@ -126,7 +126,7 @@ def check_until(
     if most < until.least:
         lower = f"Lower {setting} ({every}), or raise" if every > 1 else "Raise"
         raise InputError(
-            f"{key}: from step {first} to {end} {until.metric} is measured {most} times at most, and to end a life "
+            f"{KEY}: from step {first} to {end} {until.metric} is measured {most} times at most, and to end a life "
             f"takes {until.least} values (window + patience). {lower} at_step and trainer.max_steps, "
             "or take fewer values."
         )

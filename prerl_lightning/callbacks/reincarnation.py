@@ -10,7 +10,7 @@ import lightning as L
 
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives.base import PolicyModule
-from prerl_lightning.objectives.until import Until
+from prerl_lightning.objectives.until import KEY, Until
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class PolicyReincarnation(L.Callback):
             raise InputError(f"PolicyReincarnation.at_step: {at_step} must be at least 1.")
         if until is not None and until.not_before >= at_step:
             raise InputError(
-                f"PolicyReincarnation.until.not_before: {until.not_before} is not before at_step ({at_step}), which "
+                f"{KEY}.not_before: {until.not_before} is not before at_step ({at_step}), which "
                 "ends the life in any case. Lower it, or raise at_step."
             )
         self.at_step, self.successor, self.optimizer, self.until = at_step, successor, optimizer, until
@@ -75,8 +75,8 @@ class PolicyReincarnation(L.Callback):
             )
             if before.ending is not None and not before.ending.recent:
                 log.warning(
-                    "until: %s was not measured in the life of %s, which so ended by at_step.",
-                    *(before.ending.until.metric, type(before).__name__),
+                    "%s: %s was not measured in the life of %s, which so ended by at_step.",
+                    *(KEY, before.ending.until.metric, type(before).__name__),
                 )
 
     def switch(self, trainer: L.Trainer, host: PolicyModule, carry: bool) -> None:

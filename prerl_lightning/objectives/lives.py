@@ -106,7 +106,7 @@ def resume(host: "PolicyModule", found: dict[str, Any]) -> None:
             "its run), or start a new run from its exported model folder."
         )
     arrange([host, *host.successors], found["began"])
-    host.endings |= found.get("endings", {})
+    host.endings |= {life: why for life, why in found.get("endings", {}).items() if why}
     alive = (host, *host.successors)[found["alive"] - 1]
     if alive.ending is not None and (seen := found.get("ending")):
         alive.ending.load_state_dict(seen)

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from prerl_lightning.errors import InputError, check_bounds
 
+KEY = "PolicyReincarnation.until"
+
 
 @dataclass(frozen=True)
 class Until:
@@ -36,9 +38,9 @@ class Until:
     not_before: int = 0
 
     def __post_init__(self) -> None:
-        check_bounds(self, "until", {"worse_by": 0, "patience": 1, "window": 1, "not_before": 0})
+        check_bounds(self, KEY, {"worse_by": 0, "patience": 1, "window": 1, "not_before": 0})
         if self.mode not in ("max", "min"):
-            raise InputError(f"until.mode: {self.mode!r}. Write max where more is better, or min.")
+            raise InputError(f"{KEY}.mode: {self.mode!r}. Write max where more is better, or min.")
 
     @property
     def least(self) -> int:
@@ -67,8 +69,8 @@ class Ending:
 
     def observe(self, metrics: Mapping[str, float], step: int) -> str | None:
         """What a step or a validation has measured, behind so many optimizer steps; why the life ends, once."""
-        value, until = metrics.get(self.until.metric), self.until
-        if value is None or not math.isfinite(value) or self.has_fired:
+        until, value = self.until, float(metrics.get(self.until.metric, math.nan))
+        if not math.isfinite(value) or self.has_fired:
             return None
         self.recent = [*self.recent, value][-until.window :]
         if len(self.recent) < until.window:
