@@ -28,7 +28,7 @@ OBJECTIVES = f"{OURS}.objectives"
 POLICY_MODULE = f"{OBJECTIVES}.PolicyModule"
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 
-# what LightningCLI has at a configuration's top level, and what stands below `data` and a callback
+# what LightningCLI has at a configuration's top level, and what stands below `data`
 KEYS = {
     "data": f"{OURS}.data.module.RolloutDataModule",
     "data.sampling": f"{OURS}.rollout.engine.Sampling",
@@ -44,7 +44,6 @@ KEYS = {
     "samples": f"{OURS}.callbacks.samples.Samples",
     "health": f"{OURS}.callbacks.health.RunHealth",
     "watchdog": f"{OURS}.callbacks.watchdog.Watchdog",
-    "PolicyReincarnation.until": f"{OBJECTIVES}.until.Until",
 }
 # single values at the top level, which no class of ours takes
 VALUES = {
@@ -102,7 +101,10 @@ def topics() -> Mapping[str, Mapping[str, str]]:
         "rewards": {name: f"{REWARDS}.{name}" for name in rewards}
         | {"math_verify_reward": f"{REWARDS}.symbolic.math_verify_reward"}
         | {"reasoning_gym_reward": f"{REWARDS}.gym.reasoning_gym_reward"},
-        "callbacks": {"PolicyReincarnation": f"{OURS}.callbacks.reincarnation.PolicyReincarnation"},
+        "callbacks": {
+            "PolicyReincarnation": f"{OURS}.callbacks.reincarnation.PolicyReincarnation",
+            "PolicyReincarnation.until": f"{OBJECTIVES}.until.Until",
+        },
         "strategies": {"fsdp2": f"{OURS}.strategies.FSDP2Strategy"},
     }
 
@@ -173,7 +175,7 @@ def _entry(found: Entry, name: str, kind: str) -> Iterator[str]:
     for argument in found.arguments:
         yield ""
         yield from _argument(argument, "  ")
-    below = [key for key in KEYS if key.startswith(f"{name}.")]
+    below = [topic for of_kind in topics().values() for topic in of_kind if topic.startswith(f"{name}.")]
     if below:
         yield ""
         yield from _wrapped(f"See also: prerl help {', '.join(below)}.", "")
@@ -290,7 +292,8 @@ def usage(found: Entry, name: str, kind: str) -> str:
             if found.is_class
             else (f"data.reward: {found.path}")
         )
-    return TITLES[kind][1].format(name)
+    of_a_callback = kind == "callbacks" and "." in name
+    return TITLES["keys" if of_a_callback else kind][1].format(name)
 
 
 def _blocks(text: str) -> list[str]:
