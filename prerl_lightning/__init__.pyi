@@ -37,6 +37,7 @@ from .objectives.prerl import PSRPreRL as PSRPreRL
 from .objectives.signed import NSRRL as NSRRL
 from .objectives.signed import PSRRL as PSRRL
 from .objectives.term import Term as Term
+from .objectives.until import Until as Until
 from .rewards.pool import Verification as Verification
 from .rollout.engine import Engine as Engine
 from .rollout.engine import HeldOutSampling as HeldOutSampling

@@ -115,7 +115,10 @@ def topics() -> Mapping[str, Mapping[str, str]]:
         "rewards": {name: f"{REWARDS}.{name}" for name in rewards}
         | {"math_verify_reward": f"{REWARDS}.symbolic.math_verify_reward"}
         | {"reasoning_gym_reward": f"{REWARDS}.gym.reasoning_gym_reward"},
-        "callbacks": {"PolicyReincarnation": f"{OURS}.callbacks.reincarnation.PolicyReincarnation"},
+        "callbacks": {
+            "PolicyReincarnation": f"{OURS}.callbacks.reincarnation.PolicyReincarnation",
+            "PolicyReincarnation.until": f"{OBJECTIVES}.until.Until",
+        },
         "strategies": {"fsdp2": f"{OURS}.strategies.FSDP2Strategy"},
     }
 
@@ -186,7 +189,7 @@ def _entry(found: Entry, name: str, kind: str) -> Iterator[str]:
     for argument in found.arguments:
         yield ""
         yield from _argument(argument, "  ")
-    below = [key for key in KEYS if key.startswith(f"{name}.")]
+    below = [topic for of_kind in topics().values() for topic in of_kind if topic.startswith(f"{name}.")]
     if below:
         yield ""
         yield from _wrapped(f"See also: prerl help {', '.join(below)}.", "")
@@ -303,7 +306,8 @@ def usage(found: Entry, name: str, kind: str) -> str:
             if found.is_class
             else (f"data.reward: {found.path}")
         )
-    return TITLES[kind][1].format(name)
+    of_a_callback = kind == "callbacks" and "." in name
+    return TITLES["keys" if of_a_callback else kind][1].format(name)
 
 
 def _blocks(text: str) -> list[str]:

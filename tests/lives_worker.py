@@ -28,6 +28,7 @@ from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.data.tasks.sums import ArithmeticProblems
 from prerl_lightning.errors import RunError
 from prerl_lightning.objectives import GRPO, MixedRL, NSRPreRL, PolicyModule
+from prerl_lightning.objectives.until import Until
 from prerl_lightning.rollout.engine import Sampling
 from prerl_lightning.rollout.vllm_engine import VLLMEngine
 
@@ -114,9 +115,15 @@ def main(out: Path, model: str, strategy: str) -> None:
     # everything that watches, at every step; in front of the lives, which may not matter
     families = out / "families.yaml"
     families.write_text("equals: ['=']\nplus: ['+']\n")
-    fit(out / "watched", strategy, first(), [*watchers(families), *lives()])
+
+    # one of which ends the first life where it ends in the other runs
+    def until_moved() -> PolicyReincarnation:
+        until = Until("weights/change", mode="min", patience=1)
+        return PolicyReincarnation(END - 1, GRPO(lr=2e-3), until=until)
+
+    fit(out / "watched", strategy, first(), [*watchers(families), until_moved()])
     path = out / "watched" / "checkpoints" / "step=3.ckpt"
-    fit(out / "watched_resumed", strategy, first(), [*watchers(families), *lives()], ckpt_path=path)
+    fit(out / "watched_resumed", strategy, first(), [*watchers(families), until_moved()], ckpt_path=path)
     # a ruined policy: all ranks end together, and leave what was good
     later = PolicyReincarnation(at_step=1, successor=GRPO(lr=1e38))
     try:

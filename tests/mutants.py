@@ -238,6 +238,20 @@ FAULTS = [
         "",
         "test_plain_runs.py::test_a_resume_goes_on_in_its_life_with_its_reference",
     ),
+    Fault(
+        "what-until-has-seen-lost-by-a-resume",
+        "objectives/lives.py",
+        '"ending": host.acting.ending and host.acting.ending.state_dict(),',
+        '"ending": None,',
+        "test_until.py::test_a_life_ends_at_the_same_step_whenever_the_run_is_killed",
+    ),
+    Fault(
+        "until-sees-logged-steps-alone",
+        "objectives/base.py",
+        "lives.observe(self.host, metrics)  # of",
+        "self.host.due(self.trainer.log_every_n_steps) and lives.observe(self.host, metrics)  # of",
+        "test_until.py::test_a_life_ends_at_the_same_step_whenever_the_run_is_killed",
+    ),
     # ------------------------------------------------------------------ validations
     Fault(
         "start-not-validated",

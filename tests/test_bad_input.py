@@ -366,6 +366,8 @@ CASES = [
     # --- lives
     (lives(0), "PolicyReincarnation.at_step: 0 must be at least 1"),
     (lives(2, 2), r"PolicyReincarnation\.at_step: two lives begin at the same step \(2, 2\)"),
+    (lives(9, until={"metric": "reward/mean", "patience": 0}), r"PolicyReincarnation\.until\.patience: 0 must be"),
+    (lives(9, until={"metric": "reward/maen"}), r"PolicyReincarnation\.until\.metric: .* mean reward/mean\?"),
     (lives(2, successor={"lr": -1}), r"GRPO\.lr: -1\.0 must be"),
     (
         lives(2, successor={"model": "embedded-sums"}),

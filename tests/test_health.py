@@ -301,6 +301,7 @@ def test_a_cause_may_end_a_life(tmp_path):
     assert whole.lives == [("NSRPreRL", 0), ("GRPO", 3)]
     assert whole.planned_lives == [("NSRPreRL", 0), ("GRPO", 9)]
     assert record(tmp_path / "whole")["lives"] == [["NSRPreRL", 0], ["GRPO", 3]]
+    assert record(tmp_path / "whole")["endings"] == {"1": "no_signal, of health.stop_on"}
     assert any("This life ends here" in said for said in record(tmp_path / "whole")["warnings"])
     with (tmp_path / "whole" / "metrics.csv").open() as lines:
         rows = [(int(r["step"]), float(r["life"]), float(r["optim/lr"])) for r in csv.DictReader(lines)]
@@ -337,9 +338,9 @@ def test_where_the_next_life_may_begin(rollouts, steps, max_steps, ended_at, beg
     for module in modules:
         module._trainer = SimpleNamespace(max_steps=max_steps)
     arrange(modules, steps)
-    assert end_life(modules[0], ended_at)
+    assert end_life(modules[0], ended_at, "why")
     assert [first for _, first in modules[0].lives] == [0, begins, *steps[2:]]
     assert (modules[0].end_step, modules[1].first_step) == (begins, begins)
     assert modules[-1].end_step is None
     modules[0]._acting = (modules[-1],)
-    assert not end_life(modules[0], ended_at + 1)
+    assert not end_life(modules[0], ended_at + 1, "why")

@@ -203,6 +203,8 @@ class TestLives:
         assert record["resumed_from"] is None
         again = json.loads((folder.parent / "watched_resumed" / "run.json").read_text())
         assert again["resumed_from"].endswith("step=3.ckpt")
+        assert record["endings"]["1"].startswith("weights/change is ")  # on all ranks at the same step
+        assert again["endings"] == record["endings"]
 
 
 def _lines(file: Path) -> list[dict]:

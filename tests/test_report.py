@@ -856,6 +856,22 @@ def test_a_band_has_its_points_without_spread_and_runs_that_end_early_bend_nothi
     assert tab.evaluate("livesOf([0]).lines.map(l => l.x)") == [20]
 
 
+def test_a_life_that_ended_by_a_condition_says_so_and_runs_that_differ_have_a_line_each(tmp_path, opened):
+    why = "reward/mean is 0.2, after 0.3 at step 8"
+    write_run(tmp_path / "one" / "version_0", endings={"1": why})
+    for seed, first in enumerate((10, 14)):
+        lives = [["NSRPreRL", 0], ["GRPO", first]]
+        write_run(tmp_path / "two" / f"version_{seed}", seed=seed, lives=lives, endings={"1": why})
+    labels = {}
+    for name in ("one", "two"):
+        main(["report", str(tmp_path / name), "-o", str(tmp_path / f"{name}.html")])
+        tab = opened(tmp_path / f"{name}.html")
+        labels[name] = draw(tab, "accuracy").locator("svg text").all_text_contents()
+    assert f"reincarnation: GRPO, as {why}" in labels["one"]
+    assert "reincarnations of the runs: GRPO" in labels["two"]
+    assert tab.evaluate("livesOf([0]).lines.map(l => l.x)") == [10, 14]
+
+
 def test_samples_are_filtered_and_walked(two, opened):
     tab = opened(two)
     assert count(tab) == 4 * 2 * 2 + 4 * 3 * 2 + 1

@@ -52,7 +52,8 @@ def opening(trainer: L.Trainer, host: PolicyModule, folder: Path | None) -> Line
     data, size = host.data, sum(p.numel() for p in host.live_policy.parameters())
     where = f"{trainer.world_size} ranks, {host.compute_device.type}" if trainer.world_size > 1 else host.compute_device
     yield "model", f"{host.model_name}, {words.count(size)} parameters, {trainer.precision}, on {where}"
-    lives = [f"{objective(name)}{f' from step {first}' if first else ''}" for name, first in host.lives]
+    begin = ["by" if host.endings.get(life, "") is None else "from" for life in range(len(host.lives))]
+    lives = [f"{objective(n)}{f' {begin[i]} step {first}' if first else ''}" for i, (n, first) in enumerate(host.lives)]
     steps = words.steps(trainer.max_steps) if trainer.max_steps > 0 else "no last step"
     resumed = f", resumed behind step {trainer.global_step}" if trainer.global_step else ""
     yield "objective", f"{', '.join(lives)}; {steps}{resumed}"

@@ -190,7 +190,7 @@ class RunHealth(L.Callback):
                 self._say(trainer, cause, message)
         elif self.stop == "life" and self.ended_life == module.acting.life:
             return  # the next one begins with the next rollout that fits
-        elif self.stop == "life" and end_life(module, trainer.global_step):
+        elif self.stop == "life" and end_life(module, trainer.global_step, f"{cause}, of health.stop_on"):
             self.ended_life, self.at_start = module.acting.life, {}
             ended = f"{cause} ended life {self.ended_life}"
             self._say(trainer, ended, f"{message} This life ends here, as health.stop_on has it.")

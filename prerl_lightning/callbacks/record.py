@@ -54,7 +54,7 @@ class RunRecord(L.Callback):
             "stopped": None,
             "process": process.identity(),
             "resumed_from": str(Path(trainer.ckpt_path).resolve()) if trainer.ckpt_path else None,
-            "lives": [list(life) for life in pl_module.lives],
+            **_lives(pl_module),
             "model": pl_module.model_name,
             "parameters": sum(p.numel() for p in pl_module.live_policy.parameters()),
             "world_size": trainer.world_size,
@@ -71,7 +71,7 @@ class RunRecord(L.Callback):
         watchdog.on_end = lambda why: self._end(trainer, "failed", why)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: PolicyModule, *_: Any) -> None:  # type: ignore[override]
-        self._note(lives=[list(life) for life in pl_module.lives], warnings=_warnings(trainer))
+        self._note(**_lives(pl_module), warnings=_warnings(trainer))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         stopped = pl_module.stops.reason(trainer)
@@ -104,6 +104,14 @@ class RunRecord(L.Callback):
         new = self.path.with_suffix(".json.new")
         new.write_text(json.dumps(self.record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(new, self.path)
+
+
+def _lives(module: PolicyModule) -> dict[str, Any]:
+    """Objective and first step of each; why which one, by number, ended ahead of its time, or None: it may do so."""
+    return {
+        "lives": [list(life) for life in module.lives],
+        "endings": {str(life): why for life, why in module.endings.items()},
+    }
 
 
 def _warnings(trainer: L.Trainer) -> list[str]:

@@ -10,29 +10,44 @@ import lightning as L
 
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives.base import PolicyModule
+from prerl_lightning.objectives.until import KEY, Until
 
 log = logging.getLogger(__name__)
 
 
 class PolicyReincarnation(L.Callback):
-    """After ``at_step`` optimizer steps of the run, ``successor`` goes on with the policy's weights.
+    """After ``at_step`` optimizer steps of the run, or sooner by ``until``, ``successor`` goes on with the policy's
+    weights.
 
     The run goes on: the loop, the logger's axis, the checkpoints, the order of prompts. For more than two lives give
     several of these callbacks. A checkpoint remembers its life, and resumes in it; see `PolicyModule` for what of a
     successor is used.
 
     Args:
-        at_step: optimizer steps of the run that the life before ends with; the last of a rollout's, of which that life
-            takes minibatches x epochs.
+        at_step: optimizer steps of the run that the life before ends with, with ``until`` at the latest: its
+            ``lr_schedule`` runs to there, and is cut off by a sooner end. The last of a rollout's, of which that life
+            takes minibatches x epochs; with ``until`` it may lie beyond ``trainer.max_steps``.
         successor: the next objective. It leaves ``model`` out.
         optimizer: ``carry`` keeps the optimizer's state (Adam's moments), under the successor's settings; ``reset``
             starts with an empty one.
+        until: ends the life before ahead of ``at_step``, by a metric: ``{metric: rollout/pass@8, worse_by: 0.1}``.
     """
 
-    def __init__(self, at_step: int, successor: PolicyModule, optimizer: Literal["carry", "reset"] = "carry") -> None:
+    def __init__(
+        self,
+        at_step: int,
+        successor: PolicyModule,
+        optimizer: Literal["carry", "reset"] = "carry",
+        until: Until | None = None,
+    ) -> None:
         if at_step < 1:
             raise InputError(f"PolicyReincarnation.at_step: {at_step} must be at least 1.")
-        self.at_step, self.successor, self.optimizer = at_step, successor, optimizer
+        if until is not None and until.not_before >= at_step:
+            raise InputError(
+                f"{KEY}.not_before: {until.not_before} is not before at_step ({at_step}), which "
+                "ends the life in any case. Lower it, or raise at_step."
+            )
+        self.at_step, self.successor, self.optimizer, self.until = at_step, successor, optimizer, until
 
     @property
     def state_key(self) -> str:
@@ -58,6 +73,11 @@ class PolicyReincarnation(L.Callback):
                 *(trainer.global_step, type(before).__name__, type(self.successor).__name__, self.successor.life),
                 self.optimizer,
             )
+            if before.ending is not None and not before.ending.recent:
+                log.warning(
+                    "%s: %s was not measured in the life of %s, which so ended by at_step.",
+                    *(KEY, before.ending.until.metric, type(before).__name__),
+                )
 
     def switch(self, trainer: L.Trainer, host: PolicyModule, carry: bool) -> None:
         """Make the successor the acting module, with an optimizer of its own over the same parameters."""

@@ -6,8 +6,10 @@ measure's 95 % interval over problems ends at .../low and .../high.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
@@ -40,6 +42,17 @@ def _column(name: str, unit: str, text: str, **rest: str) -> Column:
     parts = re.split(r"(\{[^}]*\})", name)
     pattern = "".join(PLACES.get(p, f"(?:{p[1:-1]})") if p.startswith("{") else re.escape(p) for p in parts)
     return Column(name, unit, text, rest.get("with", ""), re.compile(pattern))
+
+
+def names(families: Sequence[str]) -> set[str]:
+    """Columns by their full names, of these families of thoughts; those with a number or a part in it are left out."""
+    found: set[str] = set()
+    for each in (each for _, of_group in glossary().values() for each in of_group):
+        pieces = [p for p in re.split(r"(\{[^}]*\})", each.name) if p]
+        if not {"{k}", "{part}"} & set(pieces):
+            ways = [families if p == "{family}" else p.strip("{}").split("|") for p in pieces]
+            found |= {"".join(way) for way in product(*ways)}
+    return found
 
 
 @cache

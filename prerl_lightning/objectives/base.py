@@ -132,8 +132,9 @@ class PolicyModule(BaseObjective, RunState):
         agreement.warn(self, metrics)
         for key, value in metrics.items():
             self.log(key, float(value), batch_size=1, logger=False)
+        lives.observe(self.host, metrics)  # of each step, and first: the last one of a life is due
         if self.host.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
-            self.host.record(metrics)
+            self.host.row.values |= metrics
         self.validations.after_step(self.trainer)
         return None
 

@@ -15,6 +15,7 @@ from prerl_lightning.errors import InputError, check_bounds, in_one_line, neares
 from prerl_lightning.objectives import lives
 from prerl_lightning.objectives.advantages import SignedReward
 from prerl_lightning.objectives.trainer_arguments import ARGUMENTS, CALLBACKS, HOOKS
+from prerl_lightning.objectives.until import Ending
 
 if TYPE_CHECKING:
     from prerl_lightning.objectives.base import PolicyModule
@@ -128,6 +129,9 @@ def check_run(host: "PolicyModule", data: RolloutDataModule, trainer: L.Trainer)
     modules = [host, *(c.successor for c in switches)]
     lives.arrange(modules, [0, *steps])
     host.planned_lives = host.lives
+    for module, until in zip(modules, [*(c.until for c in switches), None], strict=True):
+        module.ending = until and Ending(until)
+    host.endings = {module.life: None for module in modules if module.ending is not None}
     for module in modules:
         check_hooks(type(module), successor=module is not host)
     _check_successors(host, switches, isinstance(trainer.strategy, ModelParallelStrategy))

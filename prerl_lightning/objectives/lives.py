@@ -1,7 +1,7 @@
 """The lives of a run: which objective trains the policy from which optimizer step on."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prerl_lightning.errors import InputError
@@ -37,7 +37,8 @@ def check_steps(host: "PolicyModule", max_steps: int) -> None:
         first, end, key = module.first_step, module.end_step, "PolicyReincarnation.at_step"
         name, rollout_steps = type(module).__name__, module.batching.steps
         if 0 < max_steps <= first:
-            log.warning("%s, from step %d, never begins: trainer.max_steps is %d.", name, first, max_steps)
+            if module.life - 1 not in host.endings:
+                log.warning("%s, from step %d, never begins: trainer.max_steps is %d.", name, first, max_steps)
             continue
         if max_steps > 0 and (end is None or max_steps < end):
             key, end = "trainer.max_steps", max_steps
@@ -50,7 +51,19 @@ def check_steps(host: "PolicyModule", max_steps: int) -> None:
             )
 
 
-def end_life(host: "PolicyModule", step: int) -> bool:
+def observe(host: "PolicyModule", metrics: Mapping[str, float]) -> None:
+    """Show what a step or a validation has measured, the same on all ranks, to the present life's `Until`, which may
+    end it."""
+    acting, step = host.acting, host.trainer.global_step
+    if acting.ending is None or host.trainer.state.fn != "fit":
+        return
+    why = acting.ending.observe(metrics, step)
+    if why is not None and end_life(host, step, why):
+        name, last = type(acting).__name__, host.lives[acting.life][1]
+        log.info("Step %d: %s. The life of %s ends at step %d, as its `until` has it.", step, why, name, last)
+
+
+def end_life(host: "PolicyModule", step: int, why: str) -> bool:
     """Let the next life begin ahead of its time: at ``step``, or soon after, where its own end fits its rollouts'
     optimizer steps. False where there is none."""
     acting = host.acting
@@ -63,6 +76,7 @@ def end_life(host: "PolicyModule", step: int) -> bool:
     steps = [first for _, first in host.lives]
     steps[acting.life] = next(fits, following.first_step)
     arrange([host, *host.successors], steps)
+    host.endings[acting.life] = why
     return True
 
 
@@ -74,6 +88,8 @@ def state(host: "PolicyModule") -> dict[str, Any]:
         "began": [first for _, first in host.lives],
         "alive": host.acting.life,
         "entropy_coefficient": host.acting.entropy_state,
+        "endings": host.endings,
+        "ending": host.acting.ending and host.acting.ending.state_dict(),
         "reference": reference.state_dict(host.live_policy) if reference is not None else None,
     }
 
@@ -91,6 +107,10 @@ def resume(host: "PolicyModule", found: dict[str, Any]) -> None:
             "its run), or start a new run from its exported model folder."
         )
     arrange([host, *host.successors], found["began"])
+    host.endings |= {life: why for life, why in found.get("endings", {}).items() if why}
+    alive = (host, *host.successors)[found["alive"] - 1]
+    if alive.ending is not None and (seen := found.get("ending")):
+        alive.ending.load_state_dict(seen)
     if found["alive"] == 1:
         host.restore_reference(found["reference"])
         host.entropy_state = found.get("entropy_coefficient", 0.0)

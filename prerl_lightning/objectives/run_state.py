@@ -5,9 +5,11 @@ from typing import Any
 
 import lightning as L
 
+from prerl_lightning.objectives import lives
 from prerl_lightning.objectives.evaluations import Evaluations
 from prerl_lightning.objectives.interruptions import Interruptions
 from prerl_lightning.objectives.stops import Stops
+from prerl_lightning.objectives.until import Ending
 from prerl_lightning.objectives.validations import Validations
 from prerl_lightning.types import Rollout
 
@@ -39,6 +41,8 @@ class RunState(L.LightningModule):
         life: this module's place among them, from 1.
         first_step: of this life, in optimizer steps of the run.
         end_step: likewise; None: the run's end.
+        ending: what may end this life ahead of it.
+        endings: of the host: why which life, by its number, ended ahead of its time; None: its `Until` has not had it.
         agreed: this life's weights were seen to be those that the engine samples from.
         rollout: for callbacks, this rank's last one.
         whole_rollout: that of all ranks (`gathered`).
@@ -55,6 +59,8 @@ class RunState(L.LightningModule):
         self.planned_lives = self.lives
         self.life, self.first_step = 1, 0
         self.end_step: int | None = None
+        self.ending: Ending | None = None
+        self.endings: dict[int, str | None] = {}
         self.agreed = self.warned_of_mismatch = False
         self.rollout: Rollout | None = None
         self.whole_rollout: Rollout | None = None
@@ -66,8 +72,9 @@ class RunState(L.LightningModule):
         self.stops = Stops()
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """Into the row that the loggers get at the end of this step or evaluation."""
+        """Into the row that the loggers get at the end of this step or evaluation; it may end the life."""
         self.row.values |= metrics
+        lives.observe(self._host[0], metrics)
 
     def due(self, every_n_steps: int) -> bool:
         """Whether something is to be done after this step: the run's first, each n-th, and the last of each life; with

@@ -15,8 +15,8 @@ from prerl_lightning.secrets import hide_in_command, hide_in_text
 Line = dict[str, Any]
 INFO: dict[str, Any] = {
     "name": str, "command": list, "started": str, "status": str, "error": str, "resumed_from": str, "lives": list,
-    "model": str, "parameters": int | float, "world_size": int, "max_steps": int, "thoughts": dict, "machine": dict,
-    "versions": dict, "warnings": list, "process": dict,
+    "endings": dict, "model": str, "parameters": int | float, "world_size": int, "max_steps": int, "thoughts": dict,
+    "machine": dict, "versions": dict, "warnings": list, "process": dict,
 }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def frame(run: Run, width: int = 100, height: int = 48, now: float | None = None
         return Group(*parts, Text("no step yet", style="dim"))
     curves = _curves(run, width)
     parts += [Text(), curves]
-    used = 7 + len(alarms) + curves.row_count
+    used = 7 + len(alarms) + len(_ended(run)) + curves.row_count
     if run.training:
         parts += [Text(), _times(run, width)]
         used += 3
@@ -82,12 +82,20 @@ def _progress(run: Run, width: int) -> Text:
     bar.append("\n")
     for i, (name, first) in enumerate(run.planned):
         bar.append(("   reincarnation: " if i else "") + name, style=LIVES[i % len(LIVES)])
-        bar.append(f" from step {first:,}" if i else "", style="dim")
+        by = "by" if first > run.steps and i in run.endings and not run.endings[i] else "from"
+        bar.append(f" {by} step {first:,}" if i else "", style="dim")
     gone, left = max(run.seconds.values(), default=0.0), remaining(run)
     bar.append(f"   {words.duration(gone)}", style="dim")
     if left is not None and run.status()[0] == "running":
         bar.append(f", about {words.duration(left)} left", style="dim")
+    for line in _ended(run):
+        bar.append(f"\n{line}", style="dim")
     return bar
+
+
+def _ended(run: Run) -> list[str]:
+    """Why lives ended ahead of their time."""
+    return [f"{run.planned[n - 1][0]} ended: {why}" for n, why in run.endings.items() if why and n < len(run.planned)]
 
 
 def colour(run: Run, step: float) -> str:

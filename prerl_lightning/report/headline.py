@@ -77,10 +77,7 @@ def _soonest(known: Mapping[str, Sequence[Sooner]]) -> str:
 
 def _story(group: Group) -> str:
     run, (steps, responses, seconds) = group.longest, words.totals(group)
-    lives = [
-        f"{escape(name)} for {words.steps(until - first)}"
-        for (name, first), until in zip(run.lives, [*(f for _, f in run.lives[1:]), run.steps], strict=False)
-    ]
+    lives = [f"{escape(name)} for {_lasted(group, i)}" for i, (name, _) in enumerate(run.lives)]
     how = " and then, reincarnated, with ".join(lives) if lives and run.steps else escape(chain(run))
     data = words.problems(run, "train")
     text = f"The model {escape(words.model(run))} was trained with {how}{f' on {escape(data)}' if data else ''}."
@@ -93,6 +90,17 @@ def _story(group: Group) -> str:
             f"{words.duration(seconds)}{f' on {escape(where)}' if where else ''}."
         )
     return text
+
+
+def _lasted(group: Group, life: int) -> str:
+    """Steps of a life, from 0, in the runs that came as far as the longest; of one run also why it ended so soon."""
+    longest = group.longest
+    alike = [run for run in group.runs if (len(run.lives), run.steps) == (len(longest.lives), longest.steps)]
+    ends = [[*(first for _, first in run.lives[1:]), run.steps] for run in alike]
+    lengths = [end[life] - run.lives[life][1] for run, end in zip(alike, ends, strict=True)]
+    few, many = min(lengths), max(lengths)
+    why = longest.endings.get(life + 1) if len(group.runs) == 1 else None
+    return (f"{few:,} to " if few < many else "") + words.steps(many) + (f", to where {escape(why)}," if why else "")
 
 
 def tiles(group: Group) -> str:
@@ -165,7 +173,10 @@ def states(groups: Sequence[Group], now: float) -> str:
         for run in group.runs:
             state, said = run.status(now)
             seed = run.info.get("seed", run.config.get("seed_everything"))
-            told = [*run.notes, *(f"warned: {said}" for said in run.warnings)]
+            ended = [
+                f"{run.lives[n - 1][0]} ended: {why}" for n, why in run.endings.items() if why and n < len(run.lives)
+            ]
+            told = [*ended, *run.notes, *(f"warned: {said}" for said in run.warnings)]
             notes = f"; {'; '.join(told)}" if told else ""
             text = f"{run.folder}{f', seed {seed}' if seed is not None else ''}: {said}{notes}"
             items.append(tag("li", tag("span", state, class_=f"state {state}") + " " + escape(text)))

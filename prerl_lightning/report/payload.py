@@ -47,7 +47,8 @@ def payload(
         {
             "name": f"{run.name} {run.version}".strip(),
             "steps": run.steps,
-            "lives": run.lives,
+            # and why the one before ended, where that was ahead of its time
+            "lives": [[*life, run.endings.get(i)] for i, life in enumerate(run.lives)],
             "tables": _tables(run, columns, strides),
             "points": points[i],
         }

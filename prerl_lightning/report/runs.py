@@ -65,6 +65,12 @@ class Run:
         return [life for life in self.planned if life[1] < self.steps or not life[1]]
 
     @property
+    def endings(self) -> dict[int, str | None]:
+        """Of a life by its number, from 1, that ended ahead of its planned step, or may: why, or None."""
+        found = self.info.get("endings") or {}
+        return {int(n): str(why) if why else None for n, why in found.items() if str(n).isdigit()}
+
+    @property
     def accuracy(self) -> str | None:
         """The held-out column that stands for accuracy: avg@K of the largest K."""
         names = {name for row in self.validation.values() for name in row}

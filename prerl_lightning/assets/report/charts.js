@@ -100,16 +100,20 @@ function seriesOf(figure) {
 
 // Lives of these settings: shading where all that have several agree, and a line at each reincarnation.
 function livesOf(groups) {
-  const run = (g) => DATA.runs[DATA.groups[g].runs.reduce((a, b) => (DATA.runs[b].steps > DATA.runs[a].steps ? b : a))];
+  const runs = (g) => DATA.groups[g].runs.map((r) => DATA.runs[r]);
+  const run = (g) => runs(g).reduce((a, b) => (b.steps > a.steps ? b : a));
   const several = groups.filter((g) => run(g).lives.length > 1);
-  const key = (g) => JSON.stringify(run(g).lives);
-  const alike = several.length > 0 && several.every((g) => key(g) === key(several[0]));
+  const key = (one) => JSON.stringify(one.lives.map(([name, first]) => [name, first]));
+  // a condition may end a life at another step in each run; one that failed before has fewer lives
+  const full = (g) => runs(g).filter((one) => one.lives.length === run(g).lives.length);
+  const alike = several.length > 0 && several.flatMap(full).every((one) => key(one) === key(run(several[0])));
   const agreed = alike && (state.axis === "step" || several.length === 1);
-  const at = (g) => run(g).lives.map(([name, first]) => ({ name, x: groupX(DATA.groups[g], first), groups: agreed ? several : [g] }));
+  const why = (g, text) => (several.length === 1 && runs(g).length === 1 && text) || "";
+  const at = (g, one = run(g)) => one.lives.map(([name, first, text]) => ({ name, why: why(g, text), x: groupX(DATA.groups[g], first), groups: agreed ? several : [g] }));
   const lives = agreed ? at(several[0]) : [];
   // a setting without a reincarnation is no part of the shading: say whose it is
   const who = agreed && several.length < groups.length ? `${settings(several)}: ` : "";
-  return { agreed, who, lives, lines: agreed ? lives.slice(1) : merged(several.flatMap((g) => at(g).slice(1))) };
+  return { agreed, who, lives, lines: agreed ? lives.slice(1) : merged(several.flatMap((g) => full(g).flatMap((one) => at(g, one).slice(1)))) };
 }
 const shownGroups = () => DATA.groups.map((_, g) => g).filter((g) => state.shown[g]);
 const brief = (name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name);
@@ -120,7 +124,7 @@ function merged(lines) {
   const found = new Map();
   for (const line of lines) {
     const key = `${line.x} ${line.name}`;
-    if (found.has(key)) found.get(key).groups.push(...line.groups);
+    if (found.has(key)) found.get(key).groups = [...new Set([...found.get(key).groups, ...line.groups])];
     else found.set(key, line);
   }
   return [...found.values()];
@@ -173,14 +177,23 @@ function lifeLayers(wide, width, groups = shownGroups(), shaded = true) {
     const mark = { type: "text", text, align: late(one) ? "right" : "left", baseline: "bottom", dx: late(one) ? -2 : 0, color, fontSize: 11 };
     layers.push({ data: { values: [one] }, mark, encoding: { x: plain, y: { value: -4 - ROW * row } } });
   };
-  const names = lives.map(({ name }, i) => (i ? (wide ? `reincarnation: ${name}` : name) : who + name));
-  const between = (i) => names[i].length * !late(lives[i]) + names[i + 1].length * late(lives[i + 1]); // characters
-  const room = lives.slice(1).every((one, i) => 6.2 * between(i) + 8 < ((one.x - lives[i].x) / end) * width);
+  const short = lives.map(({ name }, i) => (i ? (wide ? `reincarnation: ${name}` : name) : who + name));
+  const long = lives.map(({ why }, i) => short[i] + (wide && why ? `, as ${why}` : ""));
+  const fits = (names, more) => {
+    const between = (i) => names[i].length * !late(lives[i]) + (names[i + 1]?.length ?? 0) * (lives[i + 1] ? late(lives[i + 1]) : 0); // characters
+    return lives.slice(more ? 0 : 1).every((_, i) => 6.2 * between(i) + 8 < (((lives[i + 1]?.x ?? end) - lives[i].x) / end) * width);
+  };
+  const names = fits(long, true) ? long : short;
+  const room = fits(names, false);
+  // of one setting's runs, each at a step of its own, the first line has the label
+  const same = new Set(lines.map((one) => `${one.groups} ${one.name}`)).size === 1;
+  const alone = !agreed && lines.length > 1 && same ? lines.reduce((a, b) => (b.x < a.x ? b : a)) : null;
   lines.slice(0, 12).forEach((one, i) => {
     const shade = agreed || one.groups.length > 1 ? css("--soft") : colour(one.groups[0]);
     layers.push({ data: { values: [one] }, mark: { type: "rule", color: shade, strokeDash: [3, 3], strokeWidth: 1.2 }, encoding: { x: plain } });
     if (agreed && room) label(one, names[i + 1], shade, 0);
-    if (!agreed && wide && lines.length <= 4) label(one, `reincarnation of ${settings(one.groups)}: ${one.name}`, shade, lines.length - 1 - i);
+    if (!agreed && wide && !alone && lines.length <= 4) label(one, `reincarnation of ${settings(one.groups)}: ${one.name}`, shade, lines.length - 1 - i);
+    if (!agreed && wide && one === alone) label(one, `reincarnations of the runs: ${one.name}`, shade, 0);
   });
   // names that would run into each other become one
   if (agreed) label(lives[0], room ? names[0] : who + lives.map(({ name }) => name).join(" → "), css("--soft"), 0);
