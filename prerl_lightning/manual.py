@@ -96,6 +96,8 @@ def topics() -> Mapping[str, Mapping[str, str]]:
             "HubDataset": f"{readers}.HubDataset",
             "NamedProblems": f"{OURS}.data.named.NamedProblems",
             "ReasoningGym": f"{OURS}.data.procedural.ReasoningGym",
+            "Mixture": f"{OURS}.data.mixture.Mixture",
+            "Source": f"{OURS}.data.mixture.Source",
         },
         "engines": {"VLLMEngine": f"{OURS}.rollout.vllm_engine.VLLMEngine"},
         "rewards": {name: f"{REWARDS}.{name}" for name in rewards}

@@ -144,7 +144,7 @@ class RunHealth(L.Callback):
 
         if self.life != acting.life:
             self.life, self.drought = acting.life, Drought()
-        if group_advantages(rollout.rewards, rollout.group_ids, "mean").any():
+        if group_advantages(rollout.signals, rollout.group_ids, "mean").any():
             self.drought = Drought()
         else:
             self.drought.add(rollout)

@@ -140,7 +140,7 @@ class Update:
 
     def work(self, term: Term) -> Work:
         passes, loss = self.passes, self.loss
-        advantages = group_advantages(self.rollout.rewards, self.rollout.group_ids, term.normalisation)
+        advantages = group_advantages(self.rollout.signals, self.rollout.group_ids, term.normalisation)
         contributing = contributing_responses(advantages, term.contributing)
         contributing &= passes.sound & (self.lengths > 0)
         kl = self.reference is not None and term is self.terms[0]  # one penalty a loss
