@@ -108,6 +108,8 @@ def topics() -> Mapping[str, Mapping[str, str]]:
             "HubDataset": f"{readers}.HubDataset",
             "NamedProblems": f"{OURS}.data.named.NamedProblems",
             "ReasoningGym": f"{OURS}.data.procedural.ReasoningGym",
+            "Mixture": f"{OURS}.data.mixture.Mixture",
+            "Source": f"{OURS}.data.mixture.Source",
         },
         "terms": {"Term": f"{OBJECTIVES}.term.Term"},
         "axes": {name: f"{OBJECTIVES}.{axis}.{name}" for axis, names in AXES.items() for name in names},

@@ -35,13 +35,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem that is ready for the engine: ``text`` is what ``token_ids`` decode to."""
+    """A problem that is ready for the engine: ``text`` is what ``token_ids`` decode to, ``source`` the name of its set
+    where there are several to train on."""
 
     row: int
     token_ids: tuple[int, ...]
     text: str
     ground_truth: str
     extra: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +53,7 @@ class Response:
     Args:
         token_ids: (T,) int32, the end-of-text token included where the response ended by itself.
         log_probs: (T,) float32, of each token under the distribution that it was drawn from (temperature applied).
-        text: decoded, without special tokens; a stop string is cut off.
+        text: decoded, without special tokens but for the tags of a thought; a stop string is cut off.
         truncated: the length limit ended it.
     """
 
@@ -94,6 +96,42 @@ class Sequences:
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
 
 
+@dataclass(frozen=True)
+class Refill:
+    """Groups that were sampled, had no signal and gave way to others' (data/rollouts.py).
+
+    Args:
+        rounds: behind the first.
+        groups: given up.
+        tokens: of theirs.
+        rewards: the sum of theirs.
+        timeouts: as in `Rollout`, where they are counted in.
+        errors: likewise.
+        seconds: wall-clock time of all rounds.
+    """
+
+    rounds: int = 0
+    groups: int = 0
+    tokens: int = 0
+    rewards: float = 0.0
+    timeouts: int = 0
+    errors: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def of_ranks(cls, parts: Sequence["Refill"]) -> "Refill":
+        """Together; each has made as many rounds."""
+        summed = {
+            name: sum(getattr(part, name) for part in parts) for name in ("groups", "tokens", "timeouts", "errors")
+        }
+        return cls(
+            rounds=parts[0].rounds,
+            rewards=sum(part.rewards for part in parts),
+            seconds=max(part.seconds for part in parts),
+            **summed,
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Rollout:
     """What one rank sampled for its P prompts: N = P * G responses, group after group, T tokens in all.
@@ -107,11 +145,14 @@ class Rollout:
         truncated: (N,) bool.
         texts: (N,); none in the rollout of several ranks.
         rewards: (N,) float64.
+        normalised: (N,) float64, what advantages are of instead of ``rewards``; None: the same (`WeightedSum`).
+        parts: by name the rewards that ``rewards`` are sums of, (N,) float64 each, nan where a response has none.
         policy_version: optimizer steps behind the weights that sampled it.
         temperature: of sampling; the trainer's logits are divided by it too.
         timeouts: responses whose verification took too long; they count as 0 in ``rewards``.
         errors: responses whose verification failed; likewise.
         answered: responses in which the verifier read an answer; 0 too where it does not say.
+        refill: what was sampled and given up for it; None: refilling is off.
         seconds: wall-clock time by stage.
     """
 
@@ -128,6 +169,9 @@ class Rollout:
     timeouts: int = 0
     errors: int = 0
     answered: int = 0
+    normalised: torch.Tensor | None = None
+    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    refill: "Refill | None" = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -147,6 +191,11 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def signals(self) -> torch.Tensor:
+        """(N,) what advantages are of."""
+        return self.rewards if self.normalised is None else self.normalised
 
     @cached_property
     def sequences(self) -> Sequences:

@@ -355,24 +355,24 @@ FAULTS = [
     ),
     Fault(
         "texts-without-their-prompt",
-        "rollout/vllm_engine.py",
-        "tail = list(prompt[-8:])",
-        "tail = list(prompt[:0])",
+        "rollout/text.py",
+        "list(prompt[-8:])",
+        "list(prompt[:0])",
         "test_engine.py::test_a_text_stands_as_it_does_behind_its_prompt",
     ),
     # ------------------------------------------------------------------ rollouts
     Fault(
         "all-get-the-first-verdicts",
         "rollout/sampler.py",
-        "        done += len(group)\n",
-        "",
+        "verdicts[i] = [*islice",
+        "verdicts[i] = verdicts[places[0]] or [*islice",
         "test_plain_runs.py::test_each_response_gets_its_own_reward",
     ),
     Fault(
         "greedy-is-a-sample",
         "rollout/sampler.py",
-        "sampling, seeds, greedy=True) if greedy",
-        "sampling, seeds) if greedy",
+        "seeds, greedy=True) if greedy",
+        "seeds) if greedy",
         "test_plain_runs.py::test_validations_are_of_the_weights_of_their_step_each_alone",
     ),
     Fault(
@@ -385,15 +385,15 @@ FAULTS = [
     Fault(
         "cut-answers-look-whole",
         "rollout/sampler.py",
-        '"truncated": truncated, "tokens"',
-        '"truncated": False, "tokens"',
+        '"truncated": response.truncated',
+        '"truncated": False',
         "test_plain_runs.py::test_each_response_gets_its_own_reward",
     ),
     Fault(
         "the-same-luck-each-step",
         "data/module.py",
-        'mixed_seed(self.seed, "train", step, first + i)',
-        'mixed_seed(self.seed, "train", first + i)',
+        '"train", step, first + i',
+        '"train", first + i',
         "test_plain_runs.py::test_luck_depends_on_the_step_and_the_place_among_all_ranks",
     ),
     Fault(
@@ -469,10 +469,46 @@ FAULTS = [
     ),
     Fault(
         "endless-rewards",
-        "rewards/worker.py",
+        "rewards/judging.py",
         "if not abs(score) <= LARGEST:",
         "if score != score:",
         "test_pool.py -k verdicts",
+    ),
+    Fault(
+        "normalised-by-no-std",
+        "rewards/shaping.py",
+        "(score - center) / (spread + 1e-6)",
+        "(score - center)",
+        "test_reward_forms.py::test_gdpo_against_its_formula",
+    ),
+    Fault(
+        "thought-that-nobody-opened",
+        "rewards/shaping.py",
+        "float(opened and bool(closed)",
+        "float(bool(closed)",
+        "test_reward_forms.py::test_a_thought_is_opened_by_its_response_or_by_the_prompt",
+    ),
+    Fault(
+        "groups-torn-apart",
+        "rewards/pool.py",
+        "[entries] if self.at_once else",
+        "[] if not entries else",
+        "test_reward_forms.py::test_a_batch_is_whole_groups_and_fails_as_one",
+    ),
+    # ------------------------------------------------------------------ several sets, refilling
+    Fault(
+        "places-of-one-rank",
+        "data/rollouts.py",
+        "first = ranks.rank() * len(groups)",
+        "first = 0",
+        "test_mixture.py::test_two_ranks_sample_the_same",
+    ),
+    Fault(
+        "each-epoch-of-a-set-alike",
+        "data/mixture.py",
+        "_generator(seed, number, turn)",
+        "_generator(seed, number)",
+        "test_mixture.py::test_each_step_has_about_its_share_of_each_set_and_each_set_its_own_epochs",
     ),
     # ------------------------------------------------------------------ ranks and sharding
     Fault(
@@ -791,8 +827,8 @@ FAULTS = [
     Fault(
         "each-epoch-alike",
         "data/loader.py",
-        "self.shuffle_seed * 1_000_003 + self.epoch",
-        "self.shuffle_seed * 1_000_003",
+        "seed * 1_000_003 + epoch",
+        "seed * 1_000_003",
         "test_data.py::test_the_cursor_goes_on_where_it_was",
     ),
     Fault(

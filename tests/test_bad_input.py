@@ -203,6 +203,8 @@ CASES = [
         "GRPO.optimizer: ValueError: Invalid weight_decay value: -1",
     ),
     ("--data.val_samples=0", "data.val_samples: 0 must be"),
+    ("--data.refill=-1", "data.refill: -1 must be"),
+    ("{checkpoint: {monitor: reward/right/mean}}", "checkpoint.monitor: this run has no metric reward/right/mean"),
     ("--data.val_batch=0", "data.val_batch: 0 must be"),
     ("--data.prompts_per_step=0", "data.prompts_per_step: 0 must be"),
     ("--data.prompts_per_step=-4", "data.prompts_per_step: -4 must be"),
@@ -493,6 +495,59 @@ def test_bad_input_is_refused(prerl, folder, capsys, given, pattern):
     assert "usage:" not in said
     assert "Traceback" not in said
     assert not list(folder.rglob("version_*"))
+
+
+MIXED = """
+model: {class_path: GRPO, init_args: {model: embedded}}
+data:
+  train:
+    class_path: Mixture
+    init_args:
+      sets:
+        plain: {class_path: CountdownProblems, init_args: {split: train, size: 16}}
+        shown:
+          class_path: Source
+          init_args:
+            problems: {class_path: CountdownProblems, init_args: {split: train, size: 8}}
+            format: {template: "1+1=2 {prompt}"}
+            max_new_tokens: 16
+            reward:
+              class_path: prerl_lightning.rewards.WeightedSum
+              init_args:
+                rewards: {right: prerl_lightning.rewards.countdown_reward, short: {class_path: prerl_lightning.rewards.LengthPenalty, init_args: {full: 64}}}
+                weights: {right: 1, short: 0.1}
+                normalise: true
+      weights: {plain: 1, shown: 3}
+  val: {class_path: CountdownProblems, init_args: {split: held_out, size: 8}}
+  val_more: {cool: {class_path: Source, init_args: {problems: {class_path: CountdownProblems, init_args: {split: held_out, size: 8}}, temperature: 0.2, samples: 2}}}
+  prompts_per_step: 4
+  refill: 3
+  sampling: {group_size: 4, max_new_tokens: 32}
+  verification: {workers: 0, batch: 8}
+  engine: {class_path: VLLMEngine, init_args: {max_model_len: 64}}
+trainer: {max_steps: 4, accelerator: cpu}
+checkpoint: {monitor: source/shown/reward}
+"""  # noqa: E501
+
+
+def test_a_mixture_and_a_sum_of_rewards_get_as_far_as_the_engine(prerl, folder, caplog):
+    """And a sum as it was written before sums had names; the columns they bring may be monitored."""
+    from prerl_lightning.cli import main
+
+    (folder / "mixed.yaml").write_text(MIXED)
+    listed = {"rewards": ["prerl_lightning.rewards.boxed_reward", "prerl_lightning.rewards.boxed_format"]}
+    listed |= {"weights": [1.0, 0.5]}
+    older = {"class_path": "prerl_lightning.rewards.WeightedSum", "init_args": listed}
+    (folder / "older.yaml").write_text(json.dumps({"data": {"reward": older}}))
+    for args in (
+        ["--config", "mixed.yaml"],
+        ["--config", "mixed.yaml", "--checkpoint.monitor", "reward/right/mean"],
+        ["--config", "mixed.yaml", "--checkpoint.monitor", "val/cool/avg@2"],
+        ["--config", "mixed.yaml", "--checkpoint.monitor", "refill/groups"],
+        ["--config", "base.yaml", "--config", "older.yaml", "--checkpoint.monitor", "reward/boxed_format/mean"],
+    ):
+        with pytest.raises(Reached):
+            main(["fit", *args])
 
 
 def test_callbacks_of_lightning_and_its_own_logger_get_as_far_as_the_engine(prerl, folder, capsys):

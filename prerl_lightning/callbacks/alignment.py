@@ -90,7 +90,7 @@ class GradientAlignment(Watcher):
         return found | {"time/alignment": seconds}
 
     def _alignment(self, trainer: L.Trainer, module: PolicyModule, rollout: Rollout) -> dict[str, float]:
-        advantages = group_advantages(rollout.rewards, rollout.group_ids, "mean")
+        advantages = group_advantages(rollout.signals, rollout.group_ids, "mean")
         numbers = chosen(rollout, advantages.sign(), self.n_responses)
         weights = dict(enumerate(advantages.tolist()))
         comparison = GradientComparison(module.live_policy, self.sketch, module.compute_device)

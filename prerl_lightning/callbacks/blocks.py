@@ -11,6 +11,7 @@ import torch
 
 from prerl_lightning.callbacks.saving import RunCheckpoint
 from prerl_lightning.callbacks.watcher import callbacks_of, run_folder
+from prerl_lightning.data.mixture import settings_of
 from prerl_lightning.metrics.intervals import difference
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.report import words
@@ -58,11 +59,17 @@ def opening(trainer: L.Trainer, host: PolicyModule, folder: Path | None) -> Line
     resumed = f", resumed behind step {trainer.global_step}" if trainer.global_step else ""
     yield "objective", f"{', '.join(lives)}; {steps}{resumed}"
     groups = f"{data.prompts_per_step} prompts x {data.sampling.group_size} responses a step"
-    yield "training", f"{type(data.train).__name__}, {data.size_of('train'):,} problems; {groups}"
-    said = [f"{type(problems).__name__}, {data.size_of(key):,} problems" for key, problems in data.held_out.items()]
-    yield "held out", f"{'; '.join(said)}; {data.val_samples} responses each" if said else "nothing (data.val)"
+    sets = ", ".join(type(settings_of(problems).problems).__name__ for problems in data.training_sets.values())
+    yield "training", f"{sets}, {data.size_of('train'):,} problems; {groups}"
+    said = [
+        f"{type(settings_of(problems).problems).__name__}, {data.size_of(key):,} problems, {data.samples_of(key)[0]} "
+        "responses each"
+        for key, problems in data.held_out.items()
+    ]
+    yield "held out", "; ".join(said) or "nothing (data.val)"
     dtype = str(data.engine.weights_dtype).removeprefix("torch.")
-    yield "engine", f"{type(data.engine).__name__}, {dtype}, responses of up to {data.sampling.max_new_tokens:,} tokens"
+    longest = max(s.max_new_tokens for s in data.training_samplings)
+    yield "engine", f"{type(data.engine).__name__}, {dtype}, responses of up to {longest:,} tokens"
     if folder is not None:
         yield "folder", str(folder)
         yield "watch it", "prerl watch"

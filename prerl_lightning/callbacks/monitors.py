@@ -21,7 +21,8 @@ from prerl_lightning.metrics.rollout import rollout_statistics
 from prerl_lightning.metrics.sums import Sums
 from prerl_lightning.objectives.lives import reincarnations
 from prerl_lightning.objectives.until import KEY, Until
-from prerl_lightning.types import Prompt, Response, Rollout
+from prerl_lightning.rewards.shaping import WeightedSum
+from prerl_lightning.types import Prompt, Refill, Response, Rollout
 
 # of a step, besides what its rollout and its sums tell; tests/test_resume.py compares with real runs
 STEP = (
@@ -43,14 +44,24 @@ def held_out_names(k: int, greedy: bool, key: str = "val") -> set[str]:
     return {f"{key}/{name}" for name in found}
 
 
-def training_names(group_size: int) -> set[str]:
-    """Of a training step, also those that not every step and objective has."""
-    prompts = [Prompt(i, (1,), "", "") for i in range(2)]
+def training_names(
+    group_size: int, parts: Collection[str] = (), sources: Collection[str] = (), refill: bool = False
+) -> set[str]:
+    """Of a training step, also those that not every step and objective has.
+
+    Args:
+        parts: rewards of a sum.
+        sources: sets of a mixture.
+    """
+    prompts = [Prompt(i, (1,), "", "", source=source) for i, source in enumerate([*sources] or [""]) for _ in range(2)]
+    n = len(prompts) * group_size
     rollout = Rollout.of(
         prompts,
-        [Response(np.ones(1, np.int32), np.zeros(1, np.float32), "", False)] * (2 * group_size),
-        group_ids=torch.arange(2).repeat_interleave(group_size),
-        rewards=torch.arange(2.0, dtype=torch.float64).repeat_interleave(group_size),
+        [Response(np.ones(1, np.int32), np.zeros(1, np.float32), "", False)] * n,
+        group_ids=torch.arange(len(prompts)).repeat_interleave(group_size),
+        rewards=(torch.arange(len(prompts), dtype=torch.float64) % 2).repeat_interleave(group_size),
+        parts={name: torch.zeros(n) for name in parts},
+        refill=Refill(groups=1) if refill else None,
         policy_version=0,
         temperature=1.0,
     )
@@ -68,10 +79,13 @@ def check_monitors(trainer: L.Trainer, modules: Collection[Any], data: RolloutDa
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     packages = {type(x).__module__.partition(".")[0] for x in (*modules, *callbacks)}
-    names = training_names(data.sampling.group_size)
+    rewards = [data.rewards()[key] for key in data.training_sets]
+    parts = dict.fromkeys(name for reward in rewards if isinstance(reward, WeightedSum) for name in reward.parts)
+    sources = [key.partition("/")[2] for key in data.training_sets if "/" in key]
+    names = training_names(data.sampling.group_size, parts, sources, bool(data.refill))
     if data.val is not None and trainer.limit_val_batches != 0:
         for key in data.held_out:
-            names |= held_out_names(data.val_samples, data.val_greedy, key)
+            names |= held_out_names(*data.samples_of(key), key)
     ours = packages <= {"prerl_lightning", "lightning"}
     for callback in callbacks if ours else ():
         check_monitor(callback, names)

@@ -1,3 +1,5 @@
+from .mixture import Mixture as Mixture
+from .mixture import Source as Source
 from .module import RolloutDataModule as RolloutDataModule
 from .named import NamedProblems as NamedProblems
 from .problems import ProblemSet as ProblemSet

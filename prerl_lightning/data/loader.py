@@ -4,8 +4,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from prerl_lightning.data.mixture import MixedPrompts
 from prerl_lightning.types import Prompt
+
+
+def shuffled(prompts: Sequence[Prompt], seed: int, epoch: int) -> Tensor:
+    """(P,) places of the prompts of an epoch."""
+    if isinstance(prompts, MixedPrompts):
+        return prompts.order(seed, epoch)
+    return torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 class PromptLoader:
@@ -39,8 +48,7 @@ class PromptLoader:
             self.epoch, self.cursor = self.epoch + 1, 0
         order = torch.arange(len(self.prompts))
         if self.shuffle_seed is not None:
-            generator = torch.Generator().manual_seed(self.shuffle_seed * 1_000_003 + self.epoch)
-            order = torch.randperm(len(self.prompts), generator=generator)
+            order = shuffled(self.prompts, self.shuffle_seed, self.epoch)
         while self.cursor < len(self):
             batch = order[self.cursor * self.batch_size : (self.cursor + 1) * self.batch_size].tolist()
             share = -(-len(batch) // self.world_size)

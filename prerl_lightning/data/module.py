@@ -1,40 +1,44 @@
 """RolloutDataModule: prompts, engine, reward and validation set of a run, shared by all its lives."""
 
 import os
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
 import torch
 
-from prerl_lightning.data.loader import PromptLoader
+from prerl_lightning import ranks
+from prerl_lightning.data.loader import PromptLoader, shuffled
+from prerl_lightning.data.mixture import MixedPrompts, Mixture, settings_of
 from prerl_lightning.data.preview import check_truths, show_first
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.data.prompts import CHECKED, PromptFormat, Prompts, encode_all
+from prerl_lightning.data.rollouts import as_rollout, refill, signals
+from prerl_lightning.data.sets import Sets, label
 from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.policy.model import load_config, load_tokenizer, model_path
 from prerl_lightning.rewards.pool import RewardPool, Verification
 from prerl_lightning.rewards.score import Reward
 from prerl_lightning.rollout.engine import Engine, HeldOutSampling, Place, Sampling
-from prerl_lightning.rollout.sampler import Group, mixed_seed, sample, sample_for_evaluation
+from prerl_lightning.rollout.sampler import Group, Way, mixed_seed, sample, sample_for_evaluation
 from prerl_lightning.rollout.slow import SlowRollouts, Usage
 from prerl_lightning.rollout.vllm_engine import VLLMEngine
-from prerl_lightning.types import Prompt, Rollout
+from prerl_lightning.types import Prompt, Refill, Rollout
 
 if TYPE_CHECKING:
     from prerl_lightning.policy.model import Policy
 
 
-class RolloutDataModule(L.LightningDataModule):
+class RolloutDataModule(Sets, L.LightningDataModule):
     """Owns the prompts, the engine and the reward; `training_step` asks it for a `Rollout`.
 
     Args:
-        train: the problems to train on.
+        train: the problems to train on. Several sets are a `Mixture`.
         val: the held-out problems; None: no validation.
-        val_more: further held-out sets by name, logged as val/NAME/avg@k and so on. All that watches a run looks at
-            ``val``.
+        val_more: further held-out sets by name, logged as val/NAME/avg@k and so on; a `Source` is sampled in a way of
+            its own. All that watches a run looks at ``val``.
         reward: ``(prompt, response, ground_truth, extra) -> float`` by import path, e.g.
             ``prerl_lightning.rewards.boxed_reward``; None: the problem set's own.
         val_reward: likewise for the held-out sets; None: ``reward``, or each set's own.
@@ -44,6 +48,8 @@ class RolloutDataModule(L.LightningDataModule):
         engine: the inference engine.
         format: how a problem becomes a prompt.
         prompts_per_step: P over all ranks; P * G responses are sampled a step.
+        refill: rounds, in each of which prompts whose responses all have the same reward, so that there is nothing to
+            learn from them, give way to further ones (DAPO's dynamic sampling); 0: none.
         val_samples: k, responses a held-out problem, for avg@k and pass@k.
         val_greedy: one greedy response more, for greedy accuracy.
         val_batch: held-out problems sampled at a time, over all ranks.
@@ -65,6 +71,7 @@ class RolloutDataModule(L.LightningDataModule):
         engine: Engine | None = None,
         format: PromptFormat = PromptFormat(),  # noqa: B008  (frozen)
         prompts_per_step: int = 16,
+        refill: int = 0,
         val_sampling: HeldOutSampling = HeldOutSampling(),  # noqa: B008  (frozen)
         val_samples: int = 8,
         val_greedy: bool = True,
@@ -79,19 +86,15 @@ class RolloutDataModule(L.LightningDataModule):
         self.reward, self.val_reward = reward, val_reward or reward
         self.verification = verification
         self.sampling, self.engine, self.format = sampling, engine or VLLMEngine(), format
-        self.prompts_per_step = prompts_per_step
+        self.prompts_per_step, self.refill = prompts_per_step, refill
         self.val_samples, self.val_greedy, self.val_batch = val_samples, val_greedy, val_batch
         self.max_prompt_tokens, self.on_bad_prompt = max_prompt_tokens, on_bad_prompt
         self.seed = seed
-        least = {"prompts_per_step": 1, "val_samples": 1, "val_batch": 1, "max_prompt_tokens": 1, "seed": 0}
-        check_bounds(self, "data", least)
-        for name in self.val_more:
-            if val is None or not re.fullmatch(r"[\w.-]+", name):
-                raise InputError(
-                    f"data.val_more: {name!r}: a name is of letters, digits, dots and dashes, and data.val has to be "
-                    "there, the set that all that watches a run looks at."
-                )
-        self._prompts: dict[str, Prompts] = {}
+        ones = ("prompts_per_step", "val_samples", "val_batch", "max_prompt_tokens")
+        check_bounds(self, "data", {**dict.fromkeys(ones, 1), "refill": 0, "seed": 0})
+        self.check_sets()
+        self.tokenizer: Any = None
+        self._prompts: dict[str, Prompts | MixedPrompts] = {}
         self._pools: dict[str, RewardPool] = {}
         self._slow = SlowRollouts()
 
@@ -113,7 +116,7 @@ class RolloutDataModule(L.LightningDataModule):
                 f"data.val: missing, and prerl {stage} measures on nothing else. Give the held-out problems."
             )
         if not self._prompts:
-            self._rewards()
+            self.rewards()
             self._load(module, trainer)
         self._check_shares(trainer, stage)
         module.check_prefixes()
@@ -126,11 +129,11 @@ class RolloutDataModule(L.LightningDataModule):
         if not self._pools:
             self._start_pools()
         if strategy.global_rank == 0:
-            for key, problems in ({"train": self.train} | self.held_out).items():
+            for key, problems in self.sets.items():
                 check_truths(label(key), problems, self._prompts[key], self._pools[key], self.sampling_of(key))
         if stage == "fit":
-            longest = self._prompts["train"].longest + self.sampling.max_new_tokens
-            module.plan_memory(self.engine, strategy.root_device, longest)
+            longest = [self._longest(key) + self.sampling_of(key).max_new_tokens for key in self.training_sets]
+            module.plan_memory(self.engine, strategy.root_device, max(longest))
         module.configure_model()  # Lightning would do so when the engine has started, and damaged weights show here
         place = Place(strategy.global_rank, self.trainer.world_size, strategy.local_rank, strategy.root_device)
         self.engine.start(model_path(module.model_name), self.seed or 0, place)
@@ -152,14 +155,13 @@ class RolloutDataModule(L.LightningDataModule):
                     f"trainer.limit_{key}_batches: {share:g} of {batches} batches is none. Give a whole number of them."
                 )
 
-    def _rewards(self) -> dict[str, Reward]:
-        rewards = {"train": first_reward("data.train", self.reward, self.train.reward)}
-        for key, problems in self.held_out.items():
-            rewards[key] = first_reward(label(key), self.val_reward, problems.reward, rewards["train"])
-        return rewards
+    def _longest(self, key: str) -> int:
+        prompts = self._prompts[key]
+        assert isinstance(prompts, Prompts)
+        return prompts.longest
 
     def _start_pools(self) -> None:
-        rewards = self._rewards()
+        rewards = self.rewards()
         for key, reward in rewards.items():
             shared = next((self._pools[k] for k in self._pools if rewards[k] is reward), None)
             self._pools[key] = shared or RewardPool(reward, self.verification)
@@ -173,27 +175,20 @@ class RolloutDataModule(L.LightningDataModule):
             raise InputError(
                 f"data.prompts_per_step: {self.prompts_per_step} prompts do not divide over {world_size} ranks."
             )
-        self._prompts = self.encode(module.model_name, {"train": self.train} | self.held_out)
+        prompts = self.encode(module.model_name, self.sets)
+        self._prompts = {**prompts}
+        if isinstance(self.train, Mixture):
+            of_sets = {key.removeprefix("train/"): prompts[key] for key in self.training_sets}
+            self._prompts["train"] = MixedPrompts(of_sets, self.train.weights)
         if len(self._prompts["train"]) < self.prompts_per_step:
             raise InputError(
                 f"data.train: {len(self._prompts['train'])} usable prompts are fewer than data.prompts_per_step "
                 f"({self.prompts_per_step})."
             )
 
-    @property
-    def held_out(self) -> dict[str, ProblemSet]:
-        """``val`` first, then those of ``val_more`` as val/NAME."""
-        if self.val is None:
-            return {}
-        return {"val": self.val} | {f"val/{name}": problems for name, problems in self.val_more.items()}
-
     def size_of(self, key: str) -> int:
         """Usable problems of ``train`` or of a held-out set, from `setup` on."""
         return len(self._prompts[key])
-
-    def sampling_of(self, key: str) -> Sampling:
-        """``train``, or the key of a held-out set."""
-        return self.sampling if key == "train" else self.val_sampling.over(self.sampling)
 
     def encode(self, model: str, sets: Mapping[str, ProblemSet]) -> dict[str, Prompts]:
         """Open the problem sets and make prompts for ``model`` that its engine has room for; see `encode_all`."""
@@ -206,23 +201,27 @@ class RolloutDataModule(L.LightningDataModule):
             )
         for problems in sets.values():
             problems.load()
-        tokenizer = load_tokenizer(model)
+        self.tokenizer = tokenizer = load_tokenizer(model)
         max_model_len = self.engine.max_model_len(config)
         made = {}
         for key, problems in sets.items():
-            new = self.sampling_of(key).max_new_tokens
+            training = key in self.training_sets
+            sampling = self.sampling_of(key) if training else self.held_out_sampling(problems)
+            new = sampling.max_new_tokens
             longest = max_model_len - new
             if longest < 1:
-                own = key != "train" and self.val_sampling.max_new_tokens is not None
+                place = "data.sampling" if training or self.val_sampling.max_new_tokens is None else "data.val_sampling"
+                place = place if settings_of(problems).max_new_tokens is None else f"{label(key)}.init_args"
                 raise InputError(
-                    f"data.{'val_sampling' if own else 'sampling'}.max_new_tokens: {new} leaves no room for a prompt "
-                    f"in the engine's max_model_len of {max_model_len}."
+                    f"{place}.max_new_tokens: {new} leaves no room for a prompt in the engine's max_model_len of "
+                    f"{max_model_len}."
                 )
             if self.max_prompt_tokens is not None:
                 longest = min(longest, self.max_prompt_tokens)
             made[key] = encode_all(
-                *(problems, label(key), self.format, tokenizer, longest, config.vocab_size, self.on_bad_prompt),
-                checked=CHECKED if key == "train" else None,
+                *(problems, label(key), self.format_of(problems), tokenizer, longest),
+                *(config.vocab_size, self.on_bad_prompt),
+                checked=CHECKED if training else None,
             )
             show_first(label(key), made[key], tokenizer)
         return made
@@ -276,53 +275,56 @@ class RolloutDataModule(L.LightningDataModule):
             )
         seconds: dict[str, float] = {}
         seeds = self._seeds(len(prompts), policy_version)
-        pool = self._pools["train"]
-        before = Usage.now(pool)
-        groups = sample(self.engine, pool, prompts, self.sampling, seeds, seconds=seconds)
-        self._slow.look(policy_version, seconds, before, Usage.now(pool))
-        verdicts = [v for group in groups for v in group.verdicts]
-        failures = [v.failure for v in verdicts]
-        return Rollout.of(
-            prompts,
-            [r for group in groups for r in group.responses],
-            group_ids=torch.arange(len(prompts)).repeat_interleave(self.sampling.group_size),
-            rewards=torch.tensor([v.score for v in verdicts], dtype=torch.float64),
+        pools = {self._pools[key] for key in self.training_sets}
+        before = Usage.now(*pools)
+        groups = sample(self.engine, self._ways(prompts), prompts, seeds, seconds=seconds)
+        self._slow.look(policy_version, seconds, before, Usage.now(*pools))
+        given_up = self._refill(groups, policy_version) if self.refill else None
+        if given_up is not None:
+            seconds["rollout"] += given_up.seconds
+        ways = self._ways([group.prompt for group in groups])
+        return as_rollout(
+            *(groups, [way.pool for way in ways], self.sampling.group_size, given_up),
             policy_version=policy_version,
             temperature=self.sampling.temperature,
-            timeouts=failures.count("timeout"),
-            errors=failures.count("error"),
-            answered=sum(v.answer is not None for v in verdicts),
             seconds=seconds,
         )
 
-    def evaluate(self, prompts: Sequence[Prompt], key: str = "val") -> tuple[list[Group], list[Group]]:
-        """``val_samples`` samples of each prompt of a held-out set, and its greedy response if ``val_greedy``."""
-        pool, k, sampling = self._pools[key], self.val_samples, self.sampling_of(key)
-        return sample_for_evaluation(self.engine, pool, prompts, sampling, k, self.val_greedy, self.seed)
+    def _refill(self, groups: list[Group], step: int) -> Refill:
+        used = set(ranks.gather([(group.prompt.source, group.prompt.row) for group in groups]))
 
-    def _seeds(self, n_prompts: int, step: int) -> list[int]:
+        def further(key: str) -> Iterator[Prompt]:
+            """Of one set, in an order of the step's own, so that nothing has to be remembered; none that the step has
+            seen."""
+            prompts, source = self._prompts[key], key.partition("/")[2]
+            for i in shuffled(prompts, mixed_seed(self.seed, "refill", key, step) >> 24, 0).tolist():
+                prompt = replace(prompts[i], source=source)
+                if (source, prompt.row) not in used:
+                    used.add((source, prompt.row))
+                    yield prompt
+
+        def silent(group: Group) -> bool:
+            (way,) = self._ways([group.prompt])
+            return len(set(signals(group.verdicts, way.pool))) == 1
+
+        def again(turn: int, places: Sequence[int], prompts: Sequence[Prompt]) -> list[Group]:
+            seeds = self._seeds(len(groups), step, turn)
+            return sample(self.engine, self._ways(prompts), prompts, [seeds[i] for i in places])
+
+        more = {key.partition("/")[2]: further(key) for key in self.training_sets}
+        return refill(groups, silent, more, self.refill, again)
+
+    def _ways(self, prompts: Sequence[Prompt]) -> list[Way]:
+        """(P,) of training prompts."""
+        ways = {key: Way(self.sampling_of(key), self._pools[key], self.tokenizer) for key in self.training_sets}
+        return [ways[f"train/{p.source}" if p.source else "train"] for p in prompts]
+
+    def evaluate(self, prompts: Sequence[Prompt], key: str = "val") -> tuple[list[Group], list[Group]]:
+        """k samples of each prompt of a held-out set, and its greedy response where it has one (`samples_of`)."""
+        way = Way(self.sampling_of(key), self._pools[key], self.tokenizer)
+        return sample_for_evaluation(self.engine, way, prompts, *self.samples_of(key), self.seed)
+
+    def _seeds(self, n_prompts: int, step: int, *turn: int) -> list[int]:
         """By position in the global batch: one rank or several draw the same responses."""
         first = (self.trainer.global_rank if self.trainer else 0) * n_prompts
-        return [mixed_seed(self.seed, "train", step, first + i) for i in range(n_prompts)]
-
-
-def label(key: str) -> str:
-    """Of a set of a run its place in the configuration; `prerl evaluate` has others by their names."""
-    if key in ("train", "val"):
-        return f"data.{key}"
-    return f"data.val_more.{key.removeprefix('val/')}" if key.startswith("val/") else key
-
-
-def first_reward(key: str, *candidates: Reward | None) -> Reward:
-    """The first that is there. Raises InputError where none is."""
-    for reward in candidates:
-        if reward is not None and not callable(reward):
-            raise InputError(
-                f"data.reward: {reward!r} is no function. Give the function itself; YAML alone takes its import path."
-            )
-        if reward is not None:
-            return reward
-    raise InputError(
-        f"data.reward: missing, and {key} has no verifier of its own. Give one by import path, e.g. "
-        "prerl_lightning.rewards.boxed_reward."
-    )
+        return [mixed_seed(self.seed, "train", step, first + i, *turn) for i in range(n_prompts)]

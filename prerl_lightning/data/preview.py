@@ -3,14 +3,16 @@
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.rewards.pool import RewardPool, Verdict
+from prerl_lightning.rewards.score import sees_tokens
 from prerl_lightning.rollout.engine import Sampling
 from prerl_lightning.rollout.sampler import item
 from prerl_lightning.terminal import last_part
-from prerl_lightning.types import Prompt
+from prerl_lightning.types import Prompt, Response
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,11 @@ def check_truths(
     forms = [problems.forms(prompt.ground_truth) for prompt in some]
     if not any(forms):
         return None
-    tries = [[item(p, f, False, 1, sampling) for f in them] for p, them in zip(some, forms, strict=True)]
+    seen = sees_tokens(pool.reward)
+    tries = [
+        [item(p, Response(np.zeros(1), np.zeros(1), f, False), sampling, f if seen else None) for f in them]
+        for p, them in zip(some, forms, strict=True)
+    ]
     waiting = [pool.submit(items) for items in tries]
     best: list[tuple[Verdict, str]] = []
     for futures, them in zip(waiting, forms, strict=True):

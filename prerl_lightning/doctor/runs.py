@@ -69,7 +69,8 @@ def budget(subject: Subject) -> Result:
     on_gpu = devices[0].type == "cuda"
     longest = engine.max_model_len(load_config(subject.model_name))
     if cli.datamodule.max_prompt_tokens is not None:  # the prompts themselves are not read here
-        longest = min(longest, cli.datamodule.max_prompt_tokens + cli.datamodule.sampling.max_new_tokens)
+        new = max(s.max_new_tokens for s in cli.datamodule.training_samplings)
+        longest = min(longest, cli.datamodule.max_prompt_tokens + new)
     room = (_on_gpus if on_gpu else _on_host)(subject, module, engine, devices, terms, longest)
     step = {
         "weights": held.weights,

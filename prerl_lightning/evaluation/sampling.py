@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prerl_lightning import ranks
-from prerl_lightning.data.module import RolloutDataModule, first_reward
+from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.data.named import NamedProblems
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.errors import InputError
@@ -21,10 +21,10 @@ from prerl_lightning.evaluation.weights import checkpoint_weights, fingerprint
 from prerl_lightning.metrics.evaluation import answer_number
 from prerl_lightning.policy.model import model_path
 from prerl_lightning.rewards.pool import RewardPool
-from prerl_lightning.rewards.score import Reward
+from prerl_lightning.rewards.score import Reward, sees_tokens
 from prerl_lightning.rollout.endpoint import Endpoint
 from prerl_lightning.rollout.engine import Engine
-from prerl_lightning.rollout.sampler import sample_for_evaluation
+from prerl_lightning.rollout.sampler import Way, sample_for_evaluation
 from prerl_lightning.secrets import hide_in_text
 from prerl_lightning.types import Prompt
 from prerl_lightning.watchdog import watchdog
@@ -92,34 +92,39 @@ def evaluate(
     if endpoint and devices not in (None, 1):
         raise InputError("--endpoint: a server has devices of its own: leave --devices out.")
     place, launch = ranks_on(devices)
+    general: Reward | None = None
     sets = dict(data) if isinstance(data, Mapping) else named_sets(data) if data is not None else {}
     if datamodule is None:
         if not sets:
             raise InputError("prerl evaluate: name sets, or give a data module that has some held out.")
         datamodule = RolloutDataModule(train=next(iter(sets.values())))
     elif data is None:
-        sets, reward = datamodule.held_out, reward or datamodule.val_reward
+        sets, general = datamodule.held_out, datamodule.val_reward
         if not sets:
             raise InputError("prerl evaluate: the configuration has no data.val; name sets with --data.")
     engine: Engine = datamodule.engine
     if engine.weights_dtype is not None and not endpoint:
         raise InputError("evaluate: the data module's engine has been started, with weights of its own: give another.")
-    sampling = datamodule.val_sampling.over(datamodule.sampling)
     seed = datamodule.seed if datamodule.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
     last = datamodule.train.reward
-    rewards = {key: first_reward(key, reward, problems.reward, last) for key, problems in sets.items()}
+    rewards = {
+        key: reward if reward is not None else datamodule.reward_of(key, problems, general, last)
+        for key, problems in sets.items()
+    }
+    if blind := [key for key in sets if endpoint and sees_tokens(rewards[key])]:
+        raise InputError(f"--endpoint: the reward of {blind[0]} sees tokens, and a server sends none. Give another.")
     weights = checkpoint_weights(checkpoint, model) if checkpoint else None
     prompts: Mapping[str, Sequence[Prompt]]
     if endpoint:
-        template = datamodule.format
-        engine = Endpoint(endpoint, model, chat_template_kwargs=template.chat_template_kwargs)
+        engine = Endpoint(endpoint, model, chat_template_kwargs=datamodule.format.chat_template_kwargs)
         for problems in sets.values():
             problems.load()
-        prompts = {key: [template.untokenised(p) for p in problems] for key, problems in sets.items()}
+        prompts = {k: [datamodule.format_of(set_).untokenised(p) for p in set_] for k, set_ in sets.items()}
     else:
         prompts = datamodule.encode(model, sets)
     folder = Path(folder) if folder else default_folder(model, checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
+    ways = {key: datamodule.held_out_sampling(problems) for key, problems in sets.items()}
     files: dict[str, ResultFile] = {}  # rank 0's
     for key, encoded in prompts.items() if place.rank == 0 else ():
         settings = {
@@ -132,7 +137,7 @@ def evaluate(
             "k": k,
             "greedy": greedy,
             "seed": seed,
-            "sampling": {name: value for name, value in asdict(sampling).items() if name != "group_size"},
+            "sampling": {name: value for name, value in asdict(ways[key]).items() if name != "group_size"},
         }
         files[key] = ResultFile(folder / f"{key.replace('/', '_')}.jsonl", settings)
     launch()
@@ -149,11 +154,12 @@ def evaluate(
             pool = RewardPool(rewards[key], datamodule.verification)
             try:
                 start = time.perf_counter()
+                way = Way(ways[key], pool, datamodule.tokenizer)
                 for i in range(0, len(left), datamodule.val_batch):
                     watchdog.mark("evaluation", i // datamodule.val_batch + 1)
                     batch = left[i : i + datamodule.val_batch]
                     first, end = (len(batch) * r // place.world_size for r in (place.rank, place.rank + 1))
-                    groups = sample_for_evaluation(engine, pool, batch[first:end], sampling, k, greedy, seed)
+                    groups = sample_for_evaluation(engine, way, batch[first:end], k, greedy, seed)
                     new = ranks.gather(records(*groups))
                     if key in files:
                         files[key].append(new)

@@ -18,7 +18,10 @@ def rollout_statistics(rollout: Rollout) -> dict[str, float]:
     - rollout/log_prob: mean log p(y given x) a token, as the engine gave it;
     - rollout/repetition: share of 4-grams that stood in the same response before;
     - rollout/no_answer: share of responses without an answer, of a verifier that tells what it read;
-    - rollout/pass@k: unbiased, from each prompt's responses.
+    - rollout/pass@k: unbiased, from each prompt's responses;
+    - reward/NAME/mean: of each reward of a sum, over the responses that have it;
+    - source/NAME/...: of each set of a mixture;
+    - refill/...: of what refilling gave up, where it is on.
     """
     lengths, rewards, n = rollout.lengths, rollout.rewards, len(rollout)
     tokens = int(lengths.sum())
@@ -44,7 +47,38 @@ def rollout_statistics(rollout: Rollout) -> dict[str, float]:
             found[f"rollout/response_length/{name}"] = float(lengths[those].double().mean())
             if lengths[those].sum():
                 found[f"rollout/log_prob/{name}"] = float(log_probs[those].sum() / lengths[those].sum())
-    return found | _groups(rollout)
+    for name, scores in rollout.parts.items():
+        found[f"reward/{name}/mean"] = float(scores.nanmean())
+    return found | _groups(rollout) | _sources(rollout) | _refill(rollout)
+
+
+def _sources(rollout: Rollout) -> dict[str, float]:
+    sources = [prompt.source for prompt in rollout.prompts]
+    found: dict[str, float] = {}
+    for source in sorted({*sources} - {""}):
+        groups = torch.tensor([i for i, name in enumerate(sources) if name == source])
+        those = torch.isin(rollout.group_ids, groups)
+        right, of_group = is_right(rollout.rewards)[those], rollout.group_ids[those]
+        mixed = sum(0 < float(right[of_group == i].double().mean()) < 1 for i in groups)
+        found |= {
+            f"source/{source}/prompts": float(len(groups)),
+            f"source/{source}/reward": float(rollout.rewards[those].mean()),
+            f"source/{source}/groups_mixed": mixed / len(groups),
+            f"source/{source}/response_length": float(rollout.lengths[those].double().mean()),
+            f"source/{source}/truncated": float(rollout.truncated[those].double().mean()),
+        }
+    return found
+
+
+def _refill(rollout: Rollout) -> dict[str, float]:
+    done = rollout.refill
+    if done is None:
+        return {}
+    found = {"refill/rounds": float(done.rounds), "refill/groups": float(done.groups)}
+    found |= {"refill/tokens": float(done.tokens), "time/refill": done.seconds}
+    if done.groups:
+        found["refill/reward"] = done.rewards / (done.groups * len(rollout) / len(rollout.prompts))
+    return found
 
 
 def _groups(rollout: Rollout) -> dict[str, float]:

@@ -80,7 +80,8 @@ def rates(metrics: Mapping[str, float], seconds: Mapping[str, float], peak: floa
     """Of a step: time/... of each stage, tokens a second, and train/mfu where the ``peak`` FLOP/s of all devices is
     known."""
     found = {f"time/{stage}": value for stage, value in seconds.items()}
-    found["rollout/tokens_per_second"] = metrics["rollout/tokens"] / seconds["rollout"]
+    sampled = metrics["rollout/tokens"] + metrics.get("refill/tokens", 0.0)
+    found["rollout/tokens_per_second"] = sampled / seconds["rollout"]
     found["train/tokens_per_second"] = metrics["train/tokens"] / seconds["forward_backward"]
     if peak:
         found["train/mfu"] = metrics["train/flops"] / seconds["forward_backward"] / peak

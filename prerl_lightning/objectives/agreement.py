@@ -46,7 +46,7 @@ def check(module: "PolicyModule") -> None:
     """
     data, strategy = module.data, module.trainer.strategy
     prompts = data.some_prompts(PROMPTS)
-    n_tokens = min(TOKENS, data.sampling.max_new_tokens)
+    n_tokens = min(TOKENS, *(s.max_new_tokens for s in data.training_samplings))
     sampling = replace(data.sampling, group_size=1, top_p=1.0, top_k=0, max_new_tokens=n_tokens)
     seeds = [mixed_seed(data.seed, "check", module.trainer.global_rank, i) for i in range(len(prompts))]
     groups: list[list[Response]] = []
@@ -104,7 +104,7 @@ def warn(module: "PolicyModule", metrics: Mapping[str, float]) -> None:
     if found <= bound or module.host.warned_of_mismatch:
         return
     module.host.warned_of_mismatch = True
-    cut = module.data.sampling.top_p < 1 or module.data.sampling.top_k > 0
+    cut = any(s.top_p < 1 or s.top_k > 0 for s in module.data.training_samplings)
     log.warning(
         "Step %d: engine and trainer differ by %.3g nats a token on average (mismatch/log_prob_difference; %g are "
         "expected at most): the loss is that of other samples. %s",

@@ -211,7 +211,7 @@ class PolicyModule(BaseObjective, RunState):
         alone: what watches a run would take another set's problems for its."""
         key = list(self.data.held_out)[dataloader_idx]
         samples, greedy = self.data.evaluate(batch, key)
-        self.evaluations.add(key, samples, greedy, self.data.val_samples)
+        self.evaluations.add(key, samples, greedy, self.data.samples_of(key)[0])
         return {"samples": samples, "greedy": greedy} if dataloader_idx == 0 else {"samples": [], "greedy": []}
 
     def test_step(self, batch: Sequence[Prompt], batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[Group]]:

@@ -25,7 +25,7 @@ from prerl_lightning.policy.packing import (
     idle_micro_batch,
     micro_batches,
 )
-from prerl_lightning.types import Prompt, Rollout, Sequences
+from prerl_lightning.types import Prompt, Refill, Rollout, Sequences
 from prerl_lightning.watchdog import watchdog
 
 CPU_PACK_TOKENS = 2048  # where nothing else is said
@@ -36,18 +36,24 @@ def gathered(rollout: Rollout) -> Rollout:
     if ranks.world_size() == 1:
         return rollout
     own = (
-        [(p.row, p.token_ids) for p in rollout.prompts],
+        [(p.row, p.token_ids, p.source) for p in rollout.prompts],
         *(rollout.group_ids, rollout.tokens, rollout.log_probs, rollout.lengths, rollout.truncated, rollout.rewards),
         (rollout.timeouts, rollout.errors, rollout.answered),
+        *(rollout.signals, rollout.parts, rollout.refill),
     )
     prompts: list[Prompt] = []
     parts = ranks.gather([own])
     group_ids = []
     for contexts, groups, *_ in parts:
         group_ids.append(groups + len(prompts))
-        prompts += [Prompt(row, ids, "", "") for row, ids in contexts]
+        prompts += [Prompt(row, ids, "", "", source=source) for row, ids, source in contexts]
     tokens, log_probs, lengths, truncated, rewards = (torch.cat([part[i] for part in parts]) for i in range(2, 7))
     timeouts, errors, answered = (sum(part[7][i] for part in parts) for i in range(3))
+    of_names = {name: torch.full_like(rewards, torch.nan) for part in parts for name in part[9]}
+    ends = torch.tensor([len(part[6]) for part in parts]).cumsum(0).tolist()
+    for part, end in zip(parts, ends, strict=True):
+        for name, scores in part[9].items():
+            of_names[name][end - len(scores) : end] = scores
     return replace(
         rollout,
         prompts=tuple(prompts),
@@ -61,6 +67,9 @@ def gathered(rollout: Rollout) -> Rollout:
         timeouts=timeouts,
         errors=errors,
         answered=answered,
+        normalised=torch.cat([part[8] for part in parts]),
+        parts=of_names,
+        refill=rollout.refill and Refill.of_ranks([part[10] for part in parts]),
     )
 
 

@@ -93,7 +93,7 @@ class Term:
         if not self.truncated:
             found &= ~rollout.truncated
         if not self.all_equal:
-            found &= ~all_equal(rollout.rewards, rollout.group_ids)
+            found &= ~all_equal(rollout.signals, rollout.group_ids)
         return found
 
     def coefficient_at(self, step: int) -> float:

@@ -147,7 +147,7 @@ class Update:
     def rewards(self) -> Tensor:
         """(N,) float64, of which advantages are made: the rollout's, less the KL penalty where that is in the reward,
         ``kl_coefficient`` * the sum over a response's tokens of log p - log q (k1), p as it sampled."""
-        rewards = self.rollout.rewards.double()
+        rewards = self.rollout.signals.double()
         if self.reference is None or self.loss.kl_in != "reward":
             return rewards
         passes, space = self.passes, self.terms[0].space

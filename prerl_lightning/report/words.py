@@ -101,7 +101,10 @@ def problems(run: Run, which: str) -> str | None:
     if not part.get("class_path"):
         return None
     given = inside(part, "init_args")
-    named = [str(given[k]) for k in ("name", "path", "config", "split", "task") if given.get(k)]
+    if "problems" in given:  # a Source
+        part, given = given["problems"], inside(given, "problems", "init_args")
+    named = [*inside(given, "sets")]  # of a Mixture
+    named += [str(given[k]) for k in ("name", "path", "config", "split", "task") if given.get(k)]
     size = next((f"{given[k]:,}" for k in ("size", "limit") if isinstance(given.get(k), int)), None)
     inner = ", ".join([*named, size] if size else named)
     return str(part["class_path"]).rpartition(".")[2] + (f" ({inner})" if inner else "")

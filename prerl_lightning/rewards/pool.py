@@ -6,6 +6,10 @@ does not help (a C extension), the worker is killed and replaced. A verifier tha
 `LARGEST` or takes its worker with it twice is an *error*. Both count 0 as a reward and are told apart from wrong
 answers in the log; above a share of a batch they stop the run, as soon as that share is certain. What a lost worker
 still had to do goes to whichever is free.
+
+A reward that is better given many answers (score.py) gets whole groups, up to ``batch`` answers, and has ``timeout``
+seconds for each of them together; what it raises, or does to its worker, is then the failure of all. An async one has
+``timeout`` for each answer, whose failures are its own.
 """
 
 import logging
@@ -15,15 +19,15 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prerl_lightning.errors import InputError, check_ranges
+from prerl_lightning.rewards.judging import Arguments, Failure, Judged, judge, judge_all
 from prerl_lightning.rewards.process import WorkerProcess, counter, not_loadable
-from prerl_lightning.rewards.score import Reward
-from prerl_lightning.rewards.worker import Failure, judge
+from prerl_lightning.rewards.score import Reward, at_once
 from prerl_lightning.terminal import printable
 
 log = logging.getLogger(__name__)
@@ -53,12 +57,14 @@ class Verdict:
         answer: what the verifier read, for maj@k; None: nothing, or the verifier does not say.
         failure: None: a verdict, right or wrong.
         message: of a failure.
+        parts: of a sum, its rewards by name.
     """
 
     score: float
     answer: str | None = None
     failure: Failure | None = None
     message: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 HUNG = Verdict(0.0, None, "timeout", "the verifier did not come back and was killed")
@@ -73,12 +79,14 @@ class Verification:
         timeout: seconds an answer.
         memory_mib: address space of a worker.
         max_failed: the run stops if a larger share of a batch's answers ended in a timeout or an error.
+        batch: answers that a reward which takes many gets at a time: whole groups, until there are so many.
     """
 
     workers: int = 2
     timeout: float = 5.0
     memory_mib: int = 2048
     max_failed: float = 0.1
+    batch: int = 64
 
     def __post_init__(self) -> None:
         checks = {
@@ -86,6 +94,7 @@ class Verification:
             "timeout": self.timeout > 0,
             "memory_mib": self.memory_mib >= 256,
             "max_failed": 0 <= self.max_failed <= 1,
+            "batch": self.batch >= 1,
         }
         check_ranges(self, "data.verification", checks)
 
@@ -100,7 +109,8 @@ class RewardPool:
     def __init__(self, reward: Reward, options: Verification) -> None:
         self.reward, self.options = reward, options
         self._shown = 0
-        self._queue: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self.at_once = at_once(reward)
+        self._queue: queue.SimpleQueue[list[Entry] | None] = queue.SimpleQueue()
         self._threads: list[_Worker] = []
         if options.workers:
             try:
@@ -119,14 +129,22 @@ class RewardPool:
                 raise
 
     def submit(self, items: Sequence[Item]) -> "list[Future[Verdict]]":
-        """Returns at once; the futures are in the items' order."""
+        """Returns at once; the futures are in the items' order. A reward that takes many gets these together."""
         futures: list[Future[Verdict]] = [Future() for _ in items]
-        for item, future in zip(items, futures, strict=True):
-            if self.options.workers:
-                self._queue.put((item, future))
-            else:
-                future.set_result(Verdict(*judge(self.reward, _arguments(item))))
+        entries = [*zip(items, futures, strict=True)]
+        if self.options.workers:
+            for part in [entries] if self.at_once else [[entry] for entry in entries]:
+                self._queue.put(part)
+            return futures
+        for future, judged in zip(futures, self._judged_here([_arguments(item) for item in items]), strict=True):
+            future.set_result(Verdict(*judged))
         return futures
+
+    def _judged_here(self, many: list[Arguments]) -> list[Judged]:
+        if not self.at_once:
+            return [judge(self.reward, arguments) for arguments in many]
+        with ThreadPoolExecutor(1) as thread:  # a notebook's own has an event loop
+            return thread.submit(judge_all, self.reward, many, self.options.timeout).result()
 
     def collect(self, items: Sequence[Item], futures: "Sequence[Future[Verdict]]") -> list[Verdict]:
         """Waits for the verdicts of one batch, says how far it is where that takes long, and shows the first failures
@@ -189,8 +207,8 @@ class RewardPool:
             thread.closing = True
         with suppress(queue.Empty):
             while True:
-                if (entry := self._queue.get_nowait()) is not None:
-                    entry[1].cancel()
+                for _, future in self._queue.get_nowait() or []:
+                    future.cancel()
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
@@ -209,14 +227,14 @@ class _Worker(threading.Thread):
 
     def __init__(
         self,
-        work: "queue.SimpleQueue[Entry | None]",
+        work: "queue.SimpleQueue[list[Entry] | None]",
         reward: Reward,
         pickled: bytes,
         options: Verification,
         written: Iterator[int],
     ) -> None:
         super().__init__(daemon=True, name="prerl-reward")
-        self.work, self.options = work, options
+        self.work, self.options, self.at_once = work, options, at_once(reward)
         self._made_of = (reward, pickled, options.timeout, options.memory_mib, written)
         self.process: WorkerProcess | None = None
         self.started: Future[None] = Future()
@@ -232,15 +250,15 @@ class _Worker(threading.Thread):
             self.process.load()
         return self.process
 
-    def _lose(self, ending: str, chunk: list[Entry]) -> None:
-        """All but the present answer is left to the others."""
+    def _lose(self, ending: str, chunk: list[Entry], present: int) -> None:
+        """All but the present answers is left to the others."""
         self._drop()
         self.lost += 1
         if self.lost <= SHOWN:
             log.warning("reward: at row %d %s; another is started.", chunk[0][0].row, ending)
-        for entry in chunk[1:]:
-            self.work.put(entry)
-        del chunk[1:]
+        for entry in chunk[present:]:
+            self.work.put([entry])
+        del chunk[present:]
 
     def _drop(self) -> None:
         if self.process is not None:
@@ -267,7 +285,7 @@ class _Worker(threading.Thread):
         self._drop()
 
     def _take(self) -> list[Entry] | None:
-        """Some of the work, so that it ends at about the same time for all; None at the end."""
+        """Some of the work, one by one so much that it ends at about the same time for all; None at the end."""
         if self.process is None and not self.closing:  # first the next worker: the others have the work meanwhile
             try:
                 self._begin()
@@ -276,9 +294,9 @@ class _Worker(threading.Thread):
         first = self.work.get()
         if first is None:
             return None
-        chunk = [first]
-        share = self.work.qsize() // (2 * self.options.workers)
-        while len(chunk) < min(CHUNK, share):
+        chunk = [*first]
+        share = min(CHUNK, self.work.qsize() // (2 * self.options.workers))
+        while len(chunk) < (self.options.batch if self.at_once else share):
             try:
                 more = self.work.get_nowait()
             except queue.Empty:
@@ -286,48 +304,49 @@ class _Worker(threading.Thread):
             if more is None:
                 self.work.put(None)
                 break
-            chunk.append(more)
+            chunk += more
         return [entry for entry in chunk if not entry[1].cancelled()]
 
     def _serve(self, chunk: list[Entry]) -> None:
-        deaths = 0  # of workers, at the answer that is next
+        present = len(chunk) if self.at_once else 1  # answers that are judged together
+        deaths = 0  # of workers, at them
         sent = False
         while chunk:
             if self.closing:
                 for _, future in chunk:
                     future.cancel()
                 return
-            verdict: Verdict | None = None
+            verdicts: list[Verdict] | None = None
             try:
                 process = self._begin()
                 if not sent:
                     process.ask([_arguments(item) for item, _ in chunk])
                     sent = True
-                if found := process.next_verdict():
-                    verdict = Verdict(*found)
+                if found := process.next_verdicts(present):
+                    verdicts = [Verdict(*judged) for judged in found]
                 else:
-                    verdict, sent = HUNG, False
-                    self._lose("its worker did not answer", chunk)
+                    verdicts, sent = [HUNG] * present, False
+                    self._lose("its worker did not answer", chunk, present)
             except (EOFError, ConnectionError, BlockingIOError) as error:  # the last: it does not read
                 if self.closing:
                     continue
                 ending = "its worker does not read"
                 if self.process is not None and not isinstance(error, BlockingIOError):
                     ending = self.process.ending()
-                self._lose(ending, chunk)
+                self._lose(ending, chunk, present)
                 sent = False
                 deaths += 1
                 if signal.SIGPROF.name in ending:  # the kernel's timer: see worker.py
-                    verdict = HUNG
+                    verdicts = [HUNG] * present
                 elif deaths == 2:  # at the first time the answer need not be what killed it
-                    verdict = Verdict(0.0, None, "error", ending)
-            if verdict is not None:
+                    verdicts = [Verdict(0.0, None, "error", ending)] * present
+            for verdict in verdicts or []:
                 with suppress(InvalidStateError):  # cancelled: the run stops
                     chunk.pop(0)[1].set_result(verdict)
                 deaths = 0
 
 
-def _arguments(item: Item) -> tuple[str, str, str, Mapping[str, Any]]:
+def _arguments(item: Item) -> Arguments:
     return item.prompt, item.response, item.ground_truth, item.extra
 
 

@@ -14,8 +14,9 @@ from multiprocessing.connection import Pipe
 from typing import IO, Any
 
 from prerl_lightning.errors import InputError
-from prerl_lightning.rewards.score import Reward
-from prerl_lightning.rewards.worker import HARD_LIMIT, Judged
+from prerl_lightning.rewards.judging import Judged
+from prerl_lightning.rewards.score import Reward, name_of
+from prerl_lightning.rewards.worker import HARD_LIMIT
 from prerl_lightning.terminal import printable
 
 log = logging.getLogger(__name__)
@@ -66,12 +67,11 @@ class WorkerProcess:
         if problem:
             raise not_loadable(self.reward, problem)
         self.ready = True
-        self._limit_sending(self.patience)
+        self._limit_sending(self.patience(1))
 
-    @property
-    def patience(self) -> float:
-        """Seconds for an answer, after which it counts as hung."""
-        return HARD_LIMIT * self.timeout + MARGIN
+    def patience(self, answers: int) -> float:
+        """Seconds for so many answers, after which it counts as hung."""
+        return HARD_LIMIT * self.timeout * answers + MARGIN
 
     def _limit_sending(self, seconds: float) -> None:
         """A message larger than the pipe's buffer would wait without end for a worker that does not read."""
@@ -83,9 +83,10 @@ class WorkerProcess:
         """Raises ConnectionError where it died, BlockingIOError where it does not read."""
         self.pipe.send(answers)
 
-    def next_verdict(self) -> Judged | None:
-        """None: it hangs. Raises EOFError or ConnectionError where it died."""
-        return self.pipe.recv() if self.pipe.poll(self.patience) else None
+    def next_verdicts(self, answers: int) -> list[Judged] | None:
+        """Of so many answers, which it judges together. None: it hangs. Raises EOFError or ConnectionError where it
+        died."""
+        return self.pipe.recv() if self.pipe.poll(self.patience(answers)) else None
 
     def ending(self) -> str:
         """How it ended, and the last that it wrote."""
@@ -146,10 +147,6 @@ class _Output(threading.Thread):
 def counter() -> Iterator[int]:
     """For ``written``: `next` of it is one step, whatever the threads."""
     return itertools.count()
-
-
-def name_of(reward: Reward) -> str:
-    return str(getattr(reward, "__qualname__", type(reward).__qualname__))
 
 
 def not_loadable(reward: Reward, problem: str) -> InputError:

@@ -1,35 +1,97 @@
 """Rewards that are put together, and rewards of form instead of truth."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import mean, stdev
 from typing import Any
 
+from prerl_lightning.errors import InputError
 from prerl_lightning.rewards.boxed import last_boxed
-from prerl_lightning.rewards.score import Reward, Score
+from prerl_lightning.rewards.score import Reward, Score, at_once, name_of, sees_tokens
 
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """Sum of weight * reward. The answer that maj@k counts is the first reward's that reads one.
+    """Sum of weight * reward; each is logged by itself as reward/NAME/mean. The answer that maj@k counts is the first
+    reward's that reads one.
 
     Args:
-        rewards: by import path, or class_path and init_args.
-        weights: as many.
+        rewards: by import path, or class_path and init_args; by names, or a list, whose names are the functions'.
+        weights: as many, or by the same names; None: 1 each.
+        normalise: advantages are of sum of weight * (reward - mean) / (std + 1e-6), mean and unbiased std over the
+            prompt's responses, for each reward by itself (GDPO, arXiv 2601.05242): rewards that add up to the same are
+            told apart. What is logged, and what counts as right, is the plain sum.
     """
 
-    rewards: Sequence[Reward]
-    weights: Sequence[float]
+    rewards: Sequence[Reward] | Mapping[str, Reward]
+    weights: Sequence[float] | Mapping[str, float] | None = None
+    normalise: bool = False
+    parts: Mapping[str, Reward] = field(init=False, repr=False)
+    _weights: Sequence[float] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if len(self.rewards) != len(self.weights) or not self.rewards:
-            raise ValueError(f"WeightedSum: {len(self.rewards)} rewards and {len(self.weights)} weights.")
+        rewards, weights = self.rewards, self.weights
+        named = dict(rewards) if isinstance(rewards, Mapping) else _named(rewards)
+        if isinstance(weights, Mapping):
+            if weights.keys() != named.keys():
+                raise InputError(f"WeightedSum.weights: of {', '.join(weights)}; the rewards are {', '.join(named)}.")
+            weights = [weights[name] for name in named]
+        weights = [1.0] * len(named) if weights is None else weights
+        if len(named) != len(weights) or not named:
+            raise InputError(f"WeightedSum: {len(named)} rewards and {len(weights)} weights.")
+        if wrong := [name for name in named if not re.fullmatch(r"[\w.-]+", name)]:
+            raise InputError(f"WeightedSum.rewards: {wrong[0]!r}: a name is of letters, digits, dots and dashes.")
+        object.__setattr__(self, "parts", named)
+        object.__setattr__(self, "_weights", [float(w) for w in weights])
+
+    @property
+    def batched(self) -> bool:
+        """Where one of the rewards is better given many answers, all are (judging.py)."""
+        return any(at_once(reward) for reward in self.parts.values())
+
+    @property
+    def sees_tokens(self) -> bool:
+        return any(sees_tokens(reward) for reward in self.parts.values())
 
     def __call__(self, prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> Score:
-        scores = [reward(prompt, response, ground_truth, extra) for reward in self.rewards]
+        return self.combined([reward(prompt, response, ground_truth, extra) for reward in self.parts.values()])
+
+    def combined(self, scores: Sequence[Any]) -> Score:
+        """Of what each reward said of one response."""
         answers = (getattr(score, "answer", None) for score in scores)
-        value = sum(w * float(s) for w, s in zip(self.weights, scores, strict=True))
-        return Score(value, next((a for a in answers if a is not None), None))
+        found = {name: float(score) for name, score in zip(self.parts, scores, strict=True)}
+        return Score(self._sum(found.values()), next((a for a in answers if a is not None), None), found)
+
+    def signals(self, group: Sequence[Mapping[str, float]]) -> list[float]:
+        """What advantages are of, for the responses to one prompt.
+
+        Args:
+            group: (G,) of each response its rewards by name; of a failed verification none, which count 0.
+        """
+        columns = ([parts.get(name, 0.0) for parts in group] for name in self.parts)
+        return [self._sum(row) for row in zip(*map(_normalised, columns), strict=True)]
+
+    def _sum(self, scores: Iterable[float]) -> float:
+        return sum(w * s for w, s in zip(self._weights, scores, strict=True))
+
+
+def _named(rewards: Sequence[Reward]) -> dict[str, Reward]:
+    """By the last part of each one's own name; what is there twice has a number."""
+    named: dict[str, Reward] = {}
+    for reward in rewards:
+        name = re.sub(r"[^\w.-]", "_", name_of(reward).rpartition(".")[2])
+        same = sum(known == name or known.startswith(f"{name}_") for known in named)
+        named[f"{name}_{same + 1}" if name in named else name] = reward
+    return named
+
+
+def _normalised(scores: Sequence[float]) -> list[float]:
+    """Equal ones are 0 by comparison: their float mean may miss them."""
+    if min(scores) == max(scores):
+        return [0.0] * len(scores)
+    center, spread = mean(scores), stdev(scores)
+    return [(score - center) / (spread + 1e-6) for score in scores]
 
 
 def boxed_format(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> float:
@@ -38,10 +100,11 @@ def boxed_format(prompt: str, response: str, ground_truth: str, extra: Mapping[s
 
 
 def think_format(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> float:
-    """1.0 for a thought that one ``</think>`` closes and an answer behind it. Its ``<think>`` is in front of the
-    response, or was the chat template's. An empty thought counts."""
-    thought, closed, answer = response.partition("</think>")
-    return float(bool(closed) and "think>" not in thought.removeprefix("<think>") + answer and bool(answer.strip()))
+    """1.0 for a thought that one ``<think>`` opens and one ``</think>`` closes, and an answer behind it. The first
+    begins the response, or ends the prompt, where the chat template has opened it. An empty thought counts."""
+    opened = prompt.rstrip().endswith("<think>") or response.lstrip().startswith("<think>")
+    thought, closed, answer = response.lstrip().removeprefix("<think>").partition("</think>")
+    return float(opened and bool(closed) and "think>" not in thought + answer and bool(answer.strip()))
 
 
 @dataclass(frozen=True)

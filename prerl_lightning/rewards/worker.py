@@ -11,56 +11,37 @@ import pickle
 import resource
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from prerl_lightning.rewards.judging import Arguments, Judged, OutOfTime, failed, judge, judge_all
+from prerl_lightning.rewards.score import at_once
 
 HARD_LIMIT = 1.5  # times the timeout
-# of a reward's size: sums of squares over a batch stay finite in fp32, in which metrics are logged and advantages used
-LARGEST = 1e9
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-class OutOfTime(BaseException):
-    pass
-
-
-Failure = Literal["timeout", "error"]
-Judged = tuple[float, str | None, Failure | None, str]  # the fields of pool.Verdict
-
-
-def judge(reward: Any, arguments: tuple[str, str, str, Mapping[str, Any]]) -> Judged:
-    """Score, answer, failure, message."""
-    try:
-        value = reward(*arguments)
-        score = float(value)
-    except OutOfTime:
-        raise
-    except Exception as error:
-        return 0.0, None, "error", repr(error)[:500]
-    if not abs(score) <= LARGEST:  # so is nan
-        return 0.0, None, "error", f"the reward is {score}; it must lie between {-LARGEST:g} and {LARGEST:g}"
-    answer = getattr(value, "answer", None)
-    return score, None if answer is None else str(answer)[:1000], None, ""
-
-
-def _judge_in_time(reward: Any, arguments: Any, timeout: float) -> Judged:
+def _in_time(judged: Callable[[], list[Judged]], answers: int, seconds: float) -> list[Judged]:
+    """As many as there are answers."""
     try:
         # the CPU's timer first: it is the one that nothing can hold up
-        signal.setitimer(signal.ITIMER_PROF, HARD_LIMIT * timeout)
-        signal.setitimer(signal.ITIMER_REAL, timeout)
+        signal.setitimer(signal.ITIMER_PROF, HARD_LIMIT * seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
-            return judge(reward, arguments)
+            return judged()
         except SystemExit as error:
-            return 0.0, None, "error", repr(error)
+            return [failed("error", repr(error))] * answers
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.setitimer(signal.ITIMER_PROF, 0)
     except OutOfTime:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        return 0.0, None, "timeout", f"longer than {timeout:g} s"
+        of = f" for {answers} answers" if answers > 1 else ""
+        return [failed("timeout", f"longer than {seconds:g} s{of}")] * answers
 
 
 def _raise(*_: Any) -> None:
@@ -92,9 +73,16 @@ def main(pipe: Connection) -> None:
     limit = used + (memory_mib << 20)  # what the reward's own imports took does not count
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     pipe.send("")
+    together = at_once(reward)
     while True:
-        for arguments in pipe.recv():
-            pipe.send(_judge_in_time(reward, arguments, timeout))
+        many = pipe.recv()
+        for part in [many] if together else [[arguments] for arguments in many]:
+            judged = partial(judge_all, reward, part, timeout) if together else partial(_one, reward, part)
+            pipe.send(_in_time(judged, len(part), timeout * len(part)))
+
+
+def _one(reward: Any, part: Sequence[Arguments]) -> list[Judged]:
+    return [judge(reward, part[0])]
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ class Usage:
     """Reward workers lost."""
 
     @classmethod
-    def now(cls, pool: RewardPool) -> "Usage":
+    def now(cls, *pools: RewardPool) -> "Usage":
         own = resource.getrusage(resource.RUSAGE_SELF)
-        return cls(time.process_time(), own.ru_majflt, own.ru_nivcsw, pool.replaced)
+        return cls(time.process_time(), own.ru_majflt, own.ru_nivcsw, sum(pool.replaced for pool in pools))
 
 
 @dataclass

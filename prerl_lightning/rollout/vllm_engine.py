@@ -28,6 +28,7 @@ from transformers import AutoConfig, PretrainedConfig
 from prerl_lightning.budget import ModelShape, kv_bytes_per_token
 from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.rollout.engine import Engine, OnGroup, Place, Sampling
+from prerl_lightning.rollout.text import decode, think_tags
 from prerl_lightning.types import Response
 from prerl_lightning.watchdog import watchdog
 
@@ -252,6 +253,7 @@ class VLLMEngine(Engine):
             raise RuntimeError("The engine is asleep: update_weights wakes it.")
         if not prompts:
             return []
+        tags = think_tags(self._llm.get_tokenizer())
         params = [
             SamplingParams(
                 n=1 if greedy else sampling.group_size,
@@ -266,6 +268,7 @@ class VLLMEngine(Engine):
                 flat_logprobs=True,
                 # vLLM decodes token by token, in Python, for the sake of stop strings; here once, at the end
                 detokenize=bool(sampling.stop),
+                skip_special_tokens=not tags,  # of its own decoding
             )
             for seed in seeds
         ]
@@ -331,18 +334,6 @@ class VLLMEngine(Engine):
             self._llm.sleep(level=2)
             self._asleep = True
             self.policy_version = None
-
-
-def decode(tokenizer: Any, prompt: Sequence[int], responses: Sequence[Sequence[int] | np.ndarray]) -> list[str]:
-    """Texts without special tokens, as they stand behind the prompt: what precedes a token decides about its space."""
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    tail = list(prompt[-8:])
-    before = tokenizer.decode(tail, **options)
-    texts = tokenizer.batch_decode([tail + list(ids) for ids in responses], **options)
-    return [
-        text[len(before) :] if text.startswith(before) else tokenizer.decode(list(ids), **options)
-        for text, ids in zip(texts, responses, strict=True)
-    ]
 
 
 def _device(worker: Any) -> str:
