@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from prerl_lightning.errors import InputError, check_ranges
+from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.rewards.process import WorkerProcess, counter, not_loadable
 from prerl_lightning.rewards.score import Reward
 from prerl_lightning.rewards.worker import Failure, judge
@@ -81,13 +81,8 @@ class Verification:
     max_failed: float = 0.1
 
     def __post_init__(self) -> None:
-        checks = {
-            "workers": self.workers >= 0,
-            "timeout": self.timeout > 0,
-            "memory_mib": self.memory_mib >= 256,
-            "max_failed": 0 <= self.max_failed <= 1,
-        }
-        check_ranges(self, "data.verification", checks)
+        least = {"workers": 0, "memory_mib": 256, "max_failed": 0}
+        check_bounds(self, "data.verification", least, {"timeout": 0}, {"max_failed": 1})
 
 
 class RewardPool:
