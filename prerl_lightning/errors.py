@@ -23,15 +23,6 @@ def said_by_us(error: BaseException | None) -> InputError | RunError | None:
     return error
 
 
-def check_ranges(options: object, key: str, checks: Mapping[str, bool]) -> None:
-    """Raises InputError for the first field of ``options``, found under ``key``, whose check is False or whose value
-    is infinite."""
-    for name, fine in checks.items():
-        value = getattr(options, name)
-        if not fine or (isinstance(value, float) and math.isinf(value)):
-            raise InputError(f"{key}.{name}: {value!r} is out of range.")
-
-
 def check_bounds(
     options: object,
     key: str,

@@ -13,7 +13,9 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.optim import Optimizer
 
 from prerl_lightning.errors import InputError
 
@@ -84,6 +86,34 @@ class FSDP2Strategy(ModelParallelStrategy):
             fully_shard(block, **options)
         fully_shard(policy, **options)
         policy.is_sharded = True  # type: ignore[assignment]
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """One of another strategy numbers its optimizer's parameters in the order of its groups, which Lightning takes
+        for the model's order: the moments would go to other parameters."""
+        optimizers, self.optimizers = self.optimizers, []
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        self.optimizers = optimizers
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        for optimizer, state in zip(optimizers, checkpoint["optimizer_states"] if optimizers else [], strict=True):
+            assert self.model is not None
+            set_optimizer_state_dict(self.model, optimizer, _by_name(state, optimizer, self.model), options=options)
+        return checkpoint
+
+
+def _by_name(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """An optimizer's saved state with the parameters' names instead of numbers, each by its place in its group, as
+    torch's own `load_state_dict` has it."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [
+        {**saved, "params": [names[parameter] for parameter in own["params"]]}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    name_of = {
+        number: name
+        for saved, group in zip(state["param_groups"], groups, strict=True)
+        for number, name in zip(saved["params"], group["params"], strict=True)
+    }
+    return {"state": {name_of[number]: each for number, each in state["state"].items()}, "param_groups": groups}
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all ranks, on CPU or CUDA")

@@ -2,13 +2,14 @@
 
 import os
 import re
+import subprocess
 import sys
 import time
 
 
 def hang(how):
     with open(os.environ["PIDS"], "a") as file:
-        file.write(f"{os.getpid()} ")
+        file.write(f"{os.getpid()} {subprocess.Popen(['sleep', '300']).pid} ")
     if "C" in how:  # Python does not come to its turn
         re.match(r"(a+)+$", "a" * 64 + "b")
     while True:

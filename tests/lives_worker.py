@@ -1,11 +1,16 @@
 """Runs under 1 or 2 processes (see test_lives.py): DSRL in several ways on one strategy, the weights of each saved.
 
-Real vLLM, one engine a process, shared by all runs.
+Real vLLM, one engine a process, shared by all runs. When they are done it says so, waits, and goes on with the runs of
+other strategies whose folders it is told of.
 """
 
+import json
+import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -36,6 +41,17 @@ SWITCH, END = 2, 4
 ENGINE = VLLMEngine(max_model_len=64, kv_cache_mib=32)
 
 
+class Drawn(L.Callback):
+    """Each rank's prompts, step by step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        with (self.folder / f"drawn_{trainer.global_rank}.jsonl").open("a") as file:
+            file.write(json.dumps([trainer.global_step, [prompt.row for prompt in batch]]) + "\n")
+
+
 def fit(
     folder: Path, strategy: str, model: PolicyModule, callbacks, steps=END, ckpt_path=None, **checkpoint
 ) -> PolicyModule:
@@ -55,7 +71,7 @@ def fit(
         strategy=strategy,
         max_steps=steps,
         logger=CSVLogger(folder, name="", version=""),
-        callbacks=[*callbacks, RunCheckpoint(**checkpoint, dirpath=str(folder / "checkpoints"))],
+        callbacks=[*callbacks, Drawn(folder), RunCheckpoint(**checkpoint, dirpath=str(folder / "checkpoints"))],
         val_check_interval=2,
         log_every_n_steps=1,
         enable_checkpointing=True,
@@ -141,6 +157,14 @@ def main(out: Path, model: str, strategy: str) -> None:
     for step in (2, 3):
         path = out / "early" / f"step={step}.ckpt"
         fit(out / f"owed_{step}", strategy, first(), [*lives(), RunRecord(), ExportModel()], 3, path, **best)
+
+    (out / f"done_{os.environ.get('RANK', '0')}").touch()
+    while not (out / "others").exists():
+        assert multiprocessing.parent_process().is_alive()
+        time.sleep(0.1)
+    for other in map(Path, (out / "others").read_text().split()):
+        path = other / "whole" / "checkpoints" / "step=1.ckpt"
+        fit(out / f"from_{other.name}", strategy, first(), lives(), ckpt_path=path)
 
 
 if __name__ == "__main__":

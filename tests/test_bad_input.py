@@ -246,6 +246,10 @@ CASES = [
     ("--data.engine.init_args.max_num_seqs=0", "data.engine.init_args.max_num_seqs: 0 must be"),
     ("--data.engine.init_args.gpu_memory_utilization=0", "data.engine.init_args.gpu_memory_utilization: 0.0 must be"),
     ("--data.engine.init_args.gpu_memory_utilization=2", "data.engine.init_args.gpu_memory_utilization: 2.0 must be"),
+    (
+        "{data: {engine: {init_args: {extra: {max_num_batched_token: 64}}}}}",
+        r"data\.engine\.init_args\.extra\.max_num_batched_token: vllm\.LLM .* Did you mean max_num_batched_tokens\?",
+    ),
     ("{data: {engine: {init_args: {extra: {tensor_parallel_size: 2}}}}}", r"data\.engine: extra\.tensor_parallel_size"),
     # --- the model
     ("--model.init_args.model=./nowhere", r"model: './nowhere' is no folder with a config\.json"),

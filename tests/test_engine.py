@@ -2,6 +2,9 @@
 is left out on purpose here, to see that these tests would notice."""
 
 import gc
+from dataclasses import fields
+from inspect import signature
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch
 from prerl_lightning.policy.model import Policy
 from prerl_lightning.rollout import vllm_engine
 from prerl_lightning.rollout.engine import Place, Sampling
+from prerl_lightning.rollout.vllm_arguments import llm_arguments
 from prerl_lightning.rollout.vllm_engine import VLLMEngine
 
 SHAPES = ["llama-tied", "llama-untied", "qwen2-tied", "qwen3-untied"]
@@ -176,3 +180,11 @@ def test_one_engine_runs_in_a_process(model_folder):
     gc.collect()
     assert [r.text for r in second.generate(PROMPTS[:1], SAMPLING, [3])[0]] == [r.text for r in other[0]]
     second.stop()
+
+
+def test_the_arguments_read_in_vllm_s_source_are_those_that_it_takes():
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+
+    taken = {field.name for field in fields(EngineArgs)} | set(signature(vllm.LLM).parameters)
+    assert llm_arguments(Path(vllm.__file__).parent) == taken - {"kwargs"}

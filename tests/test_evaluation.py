@@ -4,6 +4,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from forked import context
 
 from prerl_lightning.metrics.evaluation import (
     EvaluationMetric,
@@ -124,11 +125,8 @@ def _rank(rank, path, queue):
 
 
 def test_one_rank_is_two_ranks(tmp_path):
-    import multiprocessing
-
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=_rank, args=(r, tmp_path / "store", queue)) for r in range(2)]
+    queue = context().Queue()
+    processes = [context().Process(target=_rank, args=(r, tmp_path / "store", queue)) for r in range(2)]
     for process in processes:
         process.start()
     found = [queue.get(timeout=120) for _ in range(4)]

@@ -2,8 +2,6 @@
 
 import ast
 import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -11,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import finish
+from forked import Forked, finish_together
 from test_update import attached, close, gradient
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -82,10 +82,7 @@ assert sums.reduced()["optim/loss"] == 2
 
 def test_a_group_without_a_cpu_backend(free_port):
     """vLLM makes one, NCCL's, even on a single GPU."""
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-c", NCCL_ALONE.format(port=free_port)]
-    found = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
+    finish(Forked(["-c", NCCL_ALONE.format(port=free_port)]))
 
 
 TWO_RANKS = """
@@ -104,11 +101,7 @@ assert [s.tolist() for s in states] == [[0], [0, 1]]
 
 
 def test_collectives_of_two_ranks(free_port):
-    command = [sys.executable, "-c", TWO_RANKS.format(port=free_port)]
-    running = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    for process in running:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    finish_together([Forked(["-c", TWO_RANKS.format(port=free_port), rank]) for rank in range(2)])
 
 
 def test_where_the_group_s_tensors_lie(monkeypatch):

@@ -8,12 +8,13 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked, finish_together
 
 from prerl_lightning.callbacks import PolicyReincarnation
 from prerl_lightning.errors import InputError
@@ -22,36 +23,58 @@ from prerl_lightning.objectives import GRPO, NSRPreRL
 STRATEGIES = {"auto": 1, "ddp": 2, "fsdp2": 2}
 
 
+class Runs:
+    """Called with a strategy it gives the folder with its runs. Those of two ranks go on with a run of one rank's; the
+    process of one rank waits for `end`, to go on with theirs."""
+
+    def __init__(self, made, model: str) -> None:
+        self.made, self.model = made, model
+        self.folders: dict[str, Path] = {}
+        self.processes: dict[str, list[Forked]] = {}
+
+    def __call__(self, strategy: str) -> Path:
+        if strategy not in self.folders:
+            if strategy != "auto":
+                self("auto")
+            out = self.folders[strategy] = self.made.mktemp(strategy, numbered=False)
+            worker = Path(__file__).with_name("lives_worker.py")
+            processes = [Forked([worker, out, self.model, strategy], env=env) for env in self._ranks(strategy)]
+            self.processes[strategy] = processes
+            while strategy == "auto" and not (out / "done_0").exists():
+                assert processes[0].poll() is None, processes[0].said()[-3000:]
+                time.sleep(0.1)
+            if strategy != "auto":
+                self.end(strategy, ["auto"])
+        return self.folders[strategy]
+
+    def _ranks(self, strategy: str) -> list[dict[str, str]]:
+        """Their variables."""
+        n = STRATEGIES[strategy]
+        if n == 1:
+            return [{**os.environ}]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared |= {"OMP_NUM_THREADS": 1, "TORCHELASTIC_RUN_ID": "test"}
+        ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(n)]
+        return [{**os.environ, **{k: str(v) for k, v in rank.items()}} for rank in ranks]
+
+    def end(self, strategy: str, others=()) -> None:
+        """Behind the runs of its own and those that go on with a run of each of the others."""
+        folders = "".join(f"{self(other)}\n" for other in others)
+        new = self.folders[strategy] / "others.new"
+        new.write_text(folders)
+        new.rename(self.folders[strategy] / "others")
+        finish_together(self.processes.pop(strategy), 600)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, model_folder):
-    """A function from a strategy to the folder with its runs."""
-    done = {}
-
-    def run(strategy: str) -> Path:
-        if strategy not in done:
-            out = tmp_path_factory.mktemp(strategy)
-            n = STRATEGIES[strategy]
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            command = [sys.executable, str(Path(__file__).with_name("lives_worker.py"))]
-            command += [str(out), model_folder("llama-tied"), strategy]
-            processes = []
-            for rank in range(n):
-                ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
-                env = {**os.environ, **{k: str(v) for k, v in ranks.items()}, "TORCHELASTIC_RUN_ID": "test"}
-                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-                log = (out / f"log_{rank}").open("w")
-                processes.append(
-                    subprocess.Popen(command, env=env if n > 1 else {**os.environ}, stdout=log, stderr=log)
-                )
-            codes = [p.wait(timeout=600) for p in processes]
-            logs = "".join((out / f"log_{rank}").read_text()[-3000:] for rank in range(n))
-            assert codes == [0] * n, logs
-            done[strategy] = out
-        return done[strategy]
-
-    return run
+    made = Runs(tmp_path_factory, model_folder("llama-tied"))
+    yield made
+    if "auto" in made.processes:
+        made.end("auto")
 
 
 def weights(folder: Path) -> torch.Tensor:
@@ -250,3 +273,26 @@ def test_wrong_successors_are_refused(runs, model_folder):
     callbacks = [PolicyReincarnation(at_step=1, successor=GRPO(model="other"))]
     with pytest.raises(InputError, match=r"GRPO\.model: 'other', while the run trains"):
         fit(runs("auto") / "refused", "auto", NSRPreRL(model=folder), callbacks)
+
+
+def test_resumed_on_another_number_of_ranks_and_strategy(runs, model_folder):
+    """In the first life: the same prompts in the same order, at the same places of the global batch, and weights that
+    differ by rounding; as `test_same_as_one_process`."""
+    runs.end("auto", ["ddp", "fsdp2"])
+    origin, whole = start(model_folder("llama-tied")), runs("auto") / "whole"
+    assert [step for step, _ in _drawn(whole)] == [0, 1, 2, 3]
+    for strategy, other in (("auto", "ddp"), ("auto", "fsdp2"), ("ddp", "auto"), ("fsdp2", "auto")):
+        found = runs(strategy) / f"from_{other}"
+        assert _drawn(found) == _drawn(whole)[1:], (strategy, other)
+        assert distance(weights(found), weights(whole), origin) < 1e-3, (strategy, other)
+        assert _column(found / "metrics.csv", "life") == [1, 2, 2]
+        for name in ("reward/mean", "val/avg@2", "optim/loss"):
+            expected = _column(whole / "metrics.csv", name)
+            values = _column(found / "metrics.csv", name)
+            assert values == pytest.approx(expected[-len(values) :], rel=1e-4, abs=1e-6), (strategy, other, name)
+
+
+def _drawn(folder: Path) -> list[tuple[int, list[int]]]:
+    """Of each step the rows of the global batch."""
+    ranks = [_lines(path) for path in sorted(folder.glob("drawn_*.jsonl"))]
+    return [(steps[0][0], [row for _, rows in steps for row in rows]) for steps in zip(*ranks, strict=True)]

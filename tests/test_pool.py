@@ -230,6 +230,29 @@ def test_a_pool_closes_without_waiting_for_what_hangs(tmp_path):
     assert len(asked.read_text()) <= 2
 
 
+def starting(prompt, response, ground_truth, extra):
+    """Starts a process that nobody waits for; then what `awkward` does."""
+    os.system(f"sleep 300 & echo $! >> {extra['pids']}")
+    return awkward(prompt, response, ground_truth, extra)
+
+
+def test_what_a_verifier_starts_ends_with_its_worker(tmp_path):
+    """Killed as it hangs, dead by itself, and closed."""
+    pids = tmp_path / "pids"
+    pool = RewardPool(starting, Verification(workers=1, timeout=0.5, max_failed=1.0))
+    try:
+        found = pool.verify(items("regex", "once", "fine", pids=str(pids), flag=str(tmp_path / "flag")))
+        *lost, last = map(int, pids.read_text().split())
+        assert [v.failure for v in found] == ["timeout", None, None]
+        assert len(lost) == 3  # one asked twice
+        _wait_for(lambda: not any(map(_runs, lost[:-1])))
+        assert _runs(lost[-1])  # the worker goes on, and may need it
+        assert _runs(last)
+    finally:
+        pool.close()
+    _wait_for(lambda: not _runs(last))
+
+
 def test_what_workers_write_is_shown_once_and_blocks_none(capfd, caplog):
     caplog.set_level("INFO")
     pool = RewardPool(awkward, Verification(workers=2, timeout=60, max_failed=1.0))
@@ -286,7 +309,7 @@ def test_a_reward_that_a_worker_cannot_load_is_named(monkeypatch):
 
 @pytest.mark.parametrize("how", ["import", "import of C", "Python", "C", "sleep"])
 def test_workers_end_with_the_training_process(tmp_path, how):
-    """Killed with -9, while they hang for good."""
+    """Killed with -9, while they hang for good; and with them what they have started."""
     pids = tmp_path / "pids"
     code = (
         "import hanging; from prerl_lightning.rewards.pool import *; "
@@ -296,7 +319,7 @@ def test_workers_end_with_the_training_process(tmp_path, how):
     environment = os.environ | {"HANGS": how, "PIDS": str(pids), "PYTHONPATH": path}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
     try:
-        _wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+        _wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 4)
     finally:
         process.kill()
         process.wait()
@@ -324,5 +347,12 @@ def _runs(pid):
 
 
 def test_options_are_checked():
-    with pytest.raises(InputError, match=r"data\.verification\.timeout: 0"):
-        Verification(timeout=0)
+    for name, wrong, words in (
+        ("workers", -1, "-1 must be a finite number of at least 0"),
+        ("timeout", 0, "0 must be a finite number above 0"),
+        ("timeout", float("nan"), "nan must be"),
+        ("memory_mib", 255, "255 must be a finite number of at least 256"),
+        ("max_failed", 1.5, "1.5 must be a finite number of at most 1"),
+    ):
+        with pytest.raises(InputError, match=rf"data\.verification\.{name}: {words}"):
+            Verification(**{name: wrong})

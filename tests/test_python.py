@@ -42,6 +42,8 @@ def fitted(tmp_path_factory, quietly):
     folder = tmp_path_factory.mktemp("python")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        checks, check = [], prerl.RolloutDataModule.check
+        patch.setattr(prerl.RolloutDataModule, "check", lambda *args: checks.append(check(*args)))
         data = small()
         run = prerl.fit(
             prerl.NSRPreRL(model="embedded", lr=3e-4),
@@ -54,6 +56,7 @@ def fitted(tmp_path_factory, quietly):
             seed=5,
         )
         assert data.engine._llm is data.engine.weights_dtype is None  # freed, as if it had never been started
+        assert len(checks) == 1
     return folder, run
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import start
+from forked import prerl
 from lives_worker import ENGINE
 
 from prerl_lightning.callbacks.monitors import held_out_names, training_names
@@ -70,7 +70,7 @@ def killed(tmp_path_factory, model_folder):
     (folder / "before.yaml").write_text(BEFORE)
     files = ["--config=small.yaml", "--config=before.yaml", "--checkpoint.monitor=val/avg@2"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-    process = start(folder, "fit", *files, env=env)
+    process = prerl(folder, "fit", *files, env=env)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, output
     return folder
@@ -119,6 +119,11 @@ def test_killed_in_a_validation(whole, here):
     assert list(column("runs/small/version_1", "reward/mean")) == [3]
     assert json.loads(Path("runs/small/version_1/run.json").read_text())["status"] == "finished"
     assert Path("runs/small/version_1/model/model.safetensors").is_file()
+
+
+def test_fast_dev_run(here):
+    fit("--trainer.fast_dev_run=true")
+    assert [path.name for path in Path("runs/small").iterdir()] == ["version_0"]
 
 
 def test_nothing_left_to_train(whole, here, caplog):

@@ -1,16 +1,16 @@
-"""`prerl` end to end, as a user starts it: the embedded run, kill -9 and resume, validate on the exported folder."""
+"""`prerl` end to end, as a user starts it: the embedded run, and validate on the exported folder. tests/faults has the
+same seed again, kills and resumes, and two ranks."""
 
 import csv
 import json
 import os
 import re
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from commands import finish, start
+from forked import prerl
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -96,62 +96,7 @@ def test_the_exported_model_loads_and_validates_alike(whole, tmp_path):
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
     for name, tensor in model.named_parameters():
         assert torch.equal(tensor, saved[f"policy.model.{name}"]), name
-    output = finish(start(tmp_path, "validate", *SMALL, f"--model.init_args.model={run / 'model'}"))
+    output = finish(prerl(tmp_path, "validate", *SMALL, f"--model.init_args.model={run / 'model'}"))
     found = [line for line in output.splitlines() if "held out at step" in line][-1]
     last = rows(run, "val/avg@8")[-1][1]
     assert f"avg@8 {last:.3f}" in found
-
-
-def test_the_same_seed_gives_the_same_run(whole, tmp_path):
-    folder, _ = whole
-    finish(start(tmp_path, "fit", *SMALL, "--trainer.max_steps=2"))
-    for column in ("reward/mean", "optim/loss", "val/avg@8"):
-        again, before = (rows(base / "runs" / "dsrl" / "version_0", column) for base in (tmp_path, folder))
-        assert [v for _, v in again] == pytest.approx([v for _, v in before[: len(again)]], rel=1e-4)
-
-
-def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
-    """In the first life; tests/faults has the second, and signals."""
-    folder, _ = whole
-    process = start(tmp_path, "fit", *SMALL, "--trainer.max_steps=6", bufsize=1)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 2/"):
-            break
-    else:
-        pytest.fail("the run ended before it could be killed")
-    while not list((tmp_path / "runs").glob("**/step=2.ckpt")) and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    output = finish(start(tmp_path, "fit", *SMALL, "--trainer.max_steps=6", "--ckpt_path=last"))
-    assert "Resuming from" in output
-    assert "life 1 NSRPreRL" in output
-    assert len(rows(tmp_path / "runs" / "dsrl" / "version_0", "reward/mean")) >= 1
-    weights = [
-        torch.load(next((base / "runs" / "dsrl").glob(f"version_{v}/checkpoints/last.ckpt")), weights_only=False)
-        for base, v in ((folder, 0), (tmp_path, 1))
-    ]
-    assert weights[0]["global_step"] == weights[1]["global_step"] == 6
-    for name, tensor in weights[0]["state_dict"].items():
-        torch.testing.assert_close(weights[1]["state_dict"][name], tensor, rtol=1e-5, atol=1e-6)
-
-
-def test_fast_dev_run(tmp_path):
-    finish(start(tmp_path, "fit", *SMALL, "--trainer.fast_dev_run=true"))
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_by_lightning_s_own_launcher(whole, tmp_path, strategy):
-    """The same prompts, seeds and global batch as the whole run's on one process, and so the same rewards."""
-    folder, _ = whole
-    overlay = f"--config={ROOT / 'configs' / 'strategy' / f'{strategy}.yaml'}"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    output = finish(start(tmp_path, "fit", *SMALL, overlay, "--trainer.max_steps=4", env=env, start_new_session=True))
-    assert "step 4/4  life 2 GRPO" in output
-    run = tmp_path / "runs" / "dsrl" / "version_0"
-    assert (run / "model" / "model.safetensors").is_file()
-    for column in ("reward/mean", "val/avg@8", "optim/grad_norm"):
-        found, expected = ([v for _, v in rows(base, column)][:4] for base in (run, folder / "runs/dsrl/version_0"))
-        assert found == pytest.approx(expected[: len(found)], rel=1e-3), column

@@ -2,12 +2,11 @@
 gradients against those of one process in fp32."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked, finish_together
 from test_update import attached, gradient
 
 from prerl_lightning.objectives import GRPO, NSRPreRL
@@ -26,15 +25,8 @@ def sharded(tmp_path_factory, folders, make_rollout):
     # of one prompt, two responses contribute, and one of them, a negative, under NSR-PreRL: a rank has nothing to do
     rollout = make_rollout(2, 2, rewards=[1, 0, 1, 1])
     torch.save((folders, rollout), out / "input")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(Path(__file__).with_name("sharded_worker.py"))]
-    running = [
-        subprocess.Popen([*command, str(rank), str(out)], env=env, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+    worker, env = Path(__file__).with_name("sharded_worker.py"), {**os.environ, "OMP_NUM_THREADS": "1"}
+    finish_together([Forked([worker, rank, out], env=env) for rank in range(2)])
     return out, rollout
 
 

@@ -97,6 +97,7 @@ class RolloutDataModule(Sets, L.LightningDataModule):
         self._prompts: dict[str, Prompts | MixedPrompts] = {}
         self._pools: dict[str, RewardPool] = {}
         self._slow = SlowRollouts()
+        self._checked: tuple[Any, ...] = ()  # the module, the Trainer and the stage, from `check` until `setup`
 
     # ------------------------------------------------------------------ set-up
 
@@ -120,12 +121,15 @@ class RolloutDataModule(Sets, L.LightningDataModule):
             self._load(module, trainer)
         self._check_shares(trainer, stage)
         module.check_prefixes()
+        self._checked = (module, trainer, stage)
 
     def setup(self, stage: str) -> None:
         """The cheap errors first: `check`, the reward's workers, the policy's weights, and then the engine."""
         assert self.trainer is not None
         module, strategy = cast(Any, self.trainer.lightning_module), cast(Any, self.trainer.strategy)
-        self.check(module, self.trainer, stage)
+        if self._checked != (module, self.trainer, stage):
+            self.check(module, self.trainer, stage)
+        self._checked = ()
         if not self._pools:
             self._start_pools()
         if strategy.global_rank == 0:

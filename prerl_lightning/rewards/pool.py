@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from prerl_lightning.errors import InputError, check_ranges
+from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.rewards.judging import Arguments, Failure, Judged, judge, judge_all
 from prerl_lightning.rewards.process import WorkerProcess, counter, not_loadable
 from prerl_lightning.rewards.score import Reward, at_once
@@ -89,14 +89,8 @@ class Verification:
     batch: int = 64
 
     def __post_init__(self) -> None:
-        checks = {
-            "workers": self.workers >= 0,
-            "timeout": self.timeout > 0,
-            "memory_mib": self.memory_mib >= 256,
-            "max_failed": 0 <= self.max_failed <= 1,
-            "batch": self.batch >= 1,
-        }
-        check_ranges(self, "data.verification", checks)
+        least = {"workers": 0, "memory_mib": 256, "max_failed": 0, "batch": 1}
+        check_bounds(self, "data.verification", least, {"timeout": 0}, {"max_failed": 1})
 
 
 class RewardPool:

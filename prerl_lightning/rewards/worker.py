@@ -1,8 +1,8 @@
 """A worker process of rewards/pool.py: ``python -m prerl_lightning.rewards.worker FD PARENT``.
 
-Whatever the user's code does, the kernel sees to three things, also where Python does not come to its turn: a timer by
-the clock raises an exception in the verifier; one of CPU time, later, ends the process; and it ends with the thread of
-the training process that started it, however that went.
+Whatever the user's code does, the kernel sees to four things, also where Python does not come to its turn: a timer by
+the clock raises an exception in the verifier; one of CPU time, later, ends the process; it ends with the thread of the
+training process that started it, however that went; and what the verifier has started ends with it.
 """
 
 import ctypes
@@ -48,14 +48,29 @@ def _raise(*_: Any) -> None:
     raise OutOfTime
 
 
-def _end_with(parent: int) -> None:
-    """No thread of Python's could: an import of C code may hold the interpreter for good."""
-    if sys.platform != "linux":  # a worker between two answers sees the pipe's end
-        return
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL):
+def _signal_at_the_end_of(parent: int, number: int) -> None:
+    """No thread of Python's could see to it: an import of C code may hold the interpreter for good."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:  # it has ended before the call
-        sys.exit(1)
+        os.kill(os.getpid(), number)
+
+
+def _end_with(parent: int) -> None:
+    """And with this process whatever it starts from here on: another one waits for its end, and ends its group."""
+    if sys.platform != "linux":  # a worker between two answers sees the pipe's end
+        return
+    _signal_at_the_end_of(parent, signal.SIGKILL)
+    os.setpgid(0, 0)
+    worker, ended = os.getpid(), signal.SIGRTMAX  # which nobody else sends
+    signal.pthread_sigmask(signal.SIG_BLOCK, {ended})
+    if os.fork():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {ended})
+        return
+    os.closerange(0, 1 << 16)  # the pipes' other ends must see the worker's end
+    _signal_at_the_end_of(worker, ended)
+    signal.sigwait({ended})
+    os.killpg(0, signal.SIGKILL)
 
 
 def main(pipe: Connection) -> None:
@@ -86,10 +101,11 @@ def _one(reward: Any, part: Sequence[Arguments]) -> list[Judged]:
 
 
 if __name__ == "__main__":
-    _end_with(int(sys.argv[2]))
     # what is sent to the whole job is the training process's to answer; not ignored, which children would inherit
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda *_: None)
+    os.set_inheritable(int(sys.argv[1]), False)  # what the verifier starts must not hold the pipe
+    _end_with(int(sys.argv[2]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]  # a pipe, too
     with suppress(EOFError, ConnectionError):  # the training process has ended

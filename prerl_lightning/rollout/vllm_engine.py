@@ -29,6 +29,7 @@ from prerl_lightning.budget import ModelShape, kv_bytes_per_token
 from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.rollout.engine import Engine, OnGroup, Place, Sampling
 from prerl_lightning.rollout.text import decode, think_tags
+from prerl_lightning.rollout.vllm_arguments import check_arguments
 from prerl_lightning.types import Response
 from prerl_lightning.watchdog import watchdog
 
@@ -85,6 +86,7 @@ class VLLMEngine(Engine):
                 f"data.engine: extra.{min(parallel)}: an engine over several GPUs would be given other prompts by each "
                 "of its ranks: not built yet. Leave it out: each rank has an engine of its own."
             )
+        check_arguments(extra or {}, "data.engine.init_args.extra")
         self._llm: Any = None
         self._started: tuple[str, int, Place] | None = None
         self._asleep = self._sleeping = self._updated = False

@@ -5,10 +5,12 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,7 @@ class Fault:
     signals: sent one after the other.
     to: ``tree``: each process of the run; ``first``: the process that was started; ``rank 1``, or ``worker``.
     delay: seconds behind that place.
+    launched: by Lightning's launcher, whatever `Run` says.
     """
 
     at: str
@@ -44,14 +47,18 @@ class Fault:
     to: str = "tree"
     delay: float = 0.0
     arguments: tuple[str, ...] = ()
+    launched: bool = False
 
 
 class Run:
     """One run in ``folder``, in as many processes one after the other as its faults ask for."""
 
-    def __init__(self, folder: Path, strategy: str = "", arguments=(), environment=None) -> None:
+    def __init__(self, folder: Path, strategy: str = "", arguments=(), environment=None, starts=None) -> None:
+        """``starts``: what to start each of its ranks with, as torchrun does; default: Python anew, for the first, and
+        Lightning's launcher for the other."""
         self.folder, self.mark, self.ranks = folder, uuid.uuid4().hex, 2 if strategy else 1
-        self.command = [sys.executable, "-m", "prerl_lightning.cli", "fit", *SMALL, *OVERLAYS[strategy], *arguments]
+        self.command = ["-m", "prerl_lightning.cli", "fit", *SMALL, *OVERLAYS[strategy], *arguments]
+        self.starts, self.started = starts, []
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
         self.environment = {
             **os.environ,
@@ -67,20 +74,24 @@ class Run:
     def runs(self) -> Path:
         return self.folder / "runs" / "dsrl"
 
-    def start(self, *arguments: str, resume: bool = True) -> subprocess.Popen:
+    def start(self, *arguments: str, resume: bool = True, launched: bool = False, anew: bool = False):
         """Resumed from what is there, unless ``resume`` says otherwise."""
         if resume and list(self.runs.glob("*/checkpoints/last.ckpt")):
             arguments = ("--ckpt_path=last", *arguments)
-        self._log = (self.folder / "out.log").open("w+b")
-        return subprocess.Popen(
-            [*self.command, *arguments],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_hear,
-        )
+        ranks = [{}]
+        if self.starts is not None and not (launched or anew) and self.ranks > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": self.mark}
+            ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+        self.started = []
+        for rank, variables in enumerate(ranks):
+            where = {"cwd": self.folder, "env": self.environment | variables, "start_new_session": True}
+            where["output"] = self.folder / (f"out_{rank}.log" if rank else "out.log")
+            starts = _anew if anew or self.starts is None else self.starts
+            self.started.append(starts([*self.command, *arguments], **where))
+        return self.started[0]
 
     def said(self) -> str:
         return (self.folder / "out.log").read_text(errors="replace")
@@ -90,7 +101,8 @@ class Run:
             status = process.wait(SECONDS)
         finally:
             for pid in self.processes():
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
         self.output = self.said()
         return status
@@ -107,11 +119,11 @@ class Run:
         shutil.rmtree(hold, ignore_errors=True)
         hold.mkdir()
         (hold / "hold").touch()
-        arguments = []
-        if place != "start-up":
+        arguments, anew = [], place == "start-up"  # in the midst of the imports
+        if not anew:
             held = {"class_path": "places.Hold", "init_args": {"place": place, "step": int(step), "folder": str(hold)}}
             arguments = [f"--trainer.callbacks+={json.dumps(held)}"]
-        process = self.start(*fault.arguments, *arguments)
+        process = self.start(*fault.arguments, *arguments, launched=fault.launched, anew=anew)
         try:
             end = time.monotonic() + SECONDS
             while arguments and len(list(hold.glob("rank-*"))) < self.ranks:
@@ -139,14 +151,20 @@ class Run:
         """Those of this run, whoever their parent is now, after waiting so long for them to end."""
         end = time.monotonic() + wait
         while True:
-            found = [pid for pid in _pids() if f"FAULTS={self.mark}" in _environment(pid)]
+            found = [pid for pid in _pids() if f"FAULTS={self.mark}" in _environment(pid) or self._is_started(pid)]
             if not found or time.monotonic() >= end:
                 return found
             time.sleep(0.2)
 
+    def _is_started(self, pid: int) -> bool:
+        """One that was forked has the variables of the process that it was forked from."""
+        return any(process.pid == pid and process.poll() is None for process in self.started)
+
     def _targets(self, to: str, process: subprocess.Popen) -> list[int]:
         if to in ("first", "rank 0"):
             return [process.pid]
+        if to == "rank 1" and len(self.started) == 2:
+            return [self.started[1].pid]
         pids = self.processes()
         if to == "tree":
             return pids
@@ -166,6 +184,12 @@ class Run:
     def checkpoint(self) -> dict:
         newest = max(self.runs.glob("version_*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
         return torch.load(newest, map_location="cpu", weights_only=False)
+
+
+def _anew(command, output, **options) -> subprocess.Popen:
+    with output.open("wb") as log:
+        options |= {"stdout": log, "stderr": subprocess.STDOUT, "preexec_fn": _hear}
+        return subprocess.Popen([sys.executable, *command], **options)
 
 
 def _hear() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from driver import Fault, Run, differences
+from forked import Forked
 
 INT, TERM, HUP, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 
@@ -24,18 +25,34 @@ def left(run):
     return [*(path.name for path in run.runs.glob("**/*.new")), *(p.name for p in (run.folder / "tmp").glob("prerl*"))]
 
 
-def test_one_process(tmp_path):
-    alone = Run(tmp_path / "alone")
-    alone.whole()
-    run = Run(tmp_path / "run")
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A function from a strategy to a run without a fault, to its end."""
+    done = {}
+
+    def run(strategy: str) -> Run:
+        if strategy not in done:
+            done[strategy] = Run(tmp_path_factory.mktemp("alone"), strategy, starts=Forked)
+            done[strategy].whole()
+        return done[strategy]
+
+    return run
+
+
+def test_one_process(tmp_path, alone):
+    run = Run(tmp_path / "run", starts=Forked)
 
     assert run.suffer(Fault("start-up", (INT,), delay=1.0)) == 128 + INT, run.output
     assert run.output.strip().splitlines() == ["prerl: ended by SIGINT."]
     assert not run.runs.exists()
 
+    assert run.suffer(Fault("step 3")) == -signal.SIGKILL, run.output
+
     # in the validation where life 2 begins; the reward's workers get it too
     assert run.suffer(Fault("validation 4", (TERM,))) == 128 + TERM, run.output
     assert "Traceback" not in run.output
+    assert "Resuming from" in run.output
+    assert "step 3/12  life 1 NSRPreRL" in run.output
     assert "SIGTERM: stopped at step 4. The checkpoint: " in run.output
     assert (record(run)["status"], record(run)["error"]) == ("interrupted", "SIGTERM")
     assert not list(run.runs.glob("*/model"))
@@ -61,21 +78,19 @@ def test_one_process(tmp_path):
     assert "step 9/" not in run.output
     assert "held out    avg@2" in run.output
 
-    assert differences(alone, run)[0] == 0
+    assert differences(alone(""), run)[0] == 0
     assert not left(run)
 
 
-def test_two_ranks(tmp_path):
-    alone = Run(tmp_path / "alone", "ddp")
-    alone.whole()
-    run = Run(tmp_path / "run", "ddp", ["--watchdog.warn_after=11", "--watchdog.end_after=2"])
+def test_two_ranks(tmp_path, alone):
+    run = Run(tmp_path / "run", "ddp", ["--watchdog.warn_after=11", "--watchdog.end_after=2"], starts=Forked)
 
     assert run.suffer(Fault("step 2", (TERM,), to="rank 1")) == 128 + TERM, run.output
     assert "SIGTERM: stopped at step 3. " in run.output
     assert "Traceback" not in run.output
     assert not run.left
 
-    assert run.suffer(Fault("step 6", (signal.SIGSTOP,), to="rank 1")) == 1, run.output
+    assert run.suffer(Fault("step 6", (signal.SIGSTOP,), to="rank 1", launched=True)) == 1, run.output
     last = run.output.strip().splitlines()[-1]
     assert last.startswith("prerl: error: No rank has moved for "), run.output
     assert "rank 1 (pid " in last
@@ -83,7 +98,7 @@ def test_two_ranks(tmp_path):
     assert record(run)["status"] == "failed"
     assert not run.left
 
-    assert run.suffer(Fault("step 8", to="rank 1")) == 1, run.output
+    assert run.suffer(Fault("step 8", to="rank 1", launched=True)) == 1, run.output
     last = run.output.strip().splitlines()[-1]
     assert "rank 1 (pid " in last, run.output
     assert "was killed by SIGKILL in the " in last
@@ -92,8 +107,22 @@ def test_two_ranks(tmp_path):
     assert not run.left
 
     run.whole()
-    assert differences(alone, run)[0] == 0
+    assert differences(alone("ddp"), run)[0] == 0
     assert not left(run)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_without_a_fault_are_one(alone, strategy):
+    """The same prompts, seeds and global batch as on one process, and so the same rewards and steps, but for rounding.
+    In `test_two_ranks` Lightning's launcher starts the ranks."""
+    run, one = alone(strategy), alone("").values()
+    assert "step 12/12  life 2 GRPO" in run.output
+    assert len(list(run.runs.glob("version_0/model/model.safetensors"))) == 1
+    found = run.values()
+    for name in ("reward/mean", "val/avg@2", "optim/grad_norm"):
+        values, expected = ({step: v for (key, step), v in r.items() if key == name} for r in (found, one))
+        assert len(expected) >= 4
+        assert values == pytest.approx(expected, rel=1e-3), name
 
 
 @pytest.mark.slow
