@@ -284,8 +284,10 @@ def fit(
     found = resume.chosen(told, resume.runs_of(runs), objective.model_name, keeps.monitor, keeps.mode, True)
     if found is not None and resume.is_file(found):
         resume.compare(found, configuration, allow_changes)
+    folder: Path | None = None
     try:
         runs.fit(objective, datamodule=data, ckpt_path=found, weights_only=True)
+        folder = run_folder(runs)
     except SystemExit as ending:
         number = ending.number if isinstance(ending, Interrupted) else signals.received
         if number == SIGINT:  # Lightning's ending of one that came at once is an exit, too
@@ -294,9 +296,9 @@ def fit(
     finally:
         data.teardown("fit")
         data.engine.stop()
-        watchdog.finish(60.0)
+        if folder is None:  # else all ranks go on with the script
+            watchdog.finish(60.0)
         signals.restore()
-    folder = run_folder(runs)
     assert folder is not None  # there is a logger
     return load_run(folder)
 

@@ -145,20 +145,22 @@ def test_vllm_serve_answers_token_for_token_as_the_engine_in_process(tmp_path, f
     command += ["--max-model-len", "128", "--enforce-eager"]
     command += ["--chat-template", "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"]
     url, environment = f"http://127.0.0.1:{free_port}/v1", {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # tests/conftest.py has it off, for the engine in this process
     options = ["--config=dsrl", "--data.val.init_args.size=8", "--data.sampling.max_new_tokens=64", "--k=4"]
     there = ["--endpoint", url, "--model", "tiny"]
-    found = {}
+    found, up = {}, False
     with (
         (tmp_path / "log").open("w") as log,
         subprocess.Popen(command, env=environment, stdout=log, stderr=log) as server,
     ):
         try:
-            while not found:
+            while not up:
                 assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
                 time.sleep(1)
                 with contextlib.suppress(InputError):  # it is not up yet
                     Endpoint(url, "tiny").start("", 0, Place())
-                    found["text"] = evaluate([*options, *there, "--out", "text"])
+                    up = True
+            found["text"] = evaluate([*options, *there, "--out", "text"])
             found["chat"] = evaluate([*options, *there, "--out", "chat", "--data.format.chat=true"])
         finally:
             server.terminate()

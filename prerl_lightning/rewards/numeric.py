@@ -107,11 +107,11 @@ class NumericReward:
 
 
 _NAME = re.compile(r"[^\d+*/^-][^+*/^-]*")  # what may stand before an "=": f(2), a_1, \text{speed}; not 2x, x + y
+# possessive: " . . . !" has 2^n ways
 _POWER = r"(?:\^\{?-?\d\}?|[²³])"
 _UNIT = re.compile(
-    r"(?:[\s$.°'\")}*/]|\\?%|\\(?:[,;:!) ]|right\b)|\^?\{?\\circ\}?|\\degree"
-    rf"|\\(?:text|mathrm|mbox|textrm|rm|textbf)\s*\{{(?:[^{{}}\d^]|{_POWER})*\}}{_POWER}?"
-    rf"|(?<=[\s,;])[A-Za-z/.]+{_POWER}?)*"
+    rf"(?:(?<=[\s,;])[A-Za-z/.]+{_POWER}?|[\s$.°'\")}}*/]|\\?%|\\(?:[,;:!) ]|right\b)|\^?\{{?\\circ\}}?|\\degree"
+    rf"|\\(?:text|mathrm|mbox|textrm|rm|textbf)\s*\{{(?:[^{{}}\d^]|{_POWER})*\}}{_POWER}?)*+"
 )
 
 

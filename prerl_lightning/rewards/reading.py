@@ -124,7 +124,7 @@ _SEPARATED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\\!\s?|\{,\}|\\[,!; ]|[ 
 
 
 _REPEATING = re.compile(
-    r"(?<![\w.,])(\d*)\.(\d{0,20})(?:\\(?:overline|bar)\s*(?:\{\s*(\d{1,20})\s*\}|(\d))"
+    r"(?<![\w.,])(\d{0,20})\.(\d{0,20})(?:\\(?:overline|bar)\s*(?:\{\s*(\d{1,20})\s*\}|(\d))"
     r"|\\dot\s*(?:\{\s*(\d)\s*\}|(\d))(?:(\d{0,20})\\dot\s*(?:\{\s*(\d)\s*\}|(\d)))?)"  # on its first and last digit
 )
 
