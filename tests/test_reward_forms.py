@@ -5,11 +5,13 @@ import asyncio
 import pytest
 import torch
 from reward_forms import Model, judge, length
+from test_step import fit
 from tokenizers import AddedToken
 
 from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.glossary import column
 from prerl_lightning.metrics.rollout import rollout_statistics
+from prerl_lightning.objectives import GRPO
 from prerl_lightning.objectives.advantages import group_advantages
 from prerl_lightning.policy.model import load_tokenizer
 from prerl_lightning.rewards import WeightedSum, boxed_reward, think_format
@@ -104,6 +106,24 @@ def test_gdpo_against_its_formula():
     third = [{"a": 1 / 3, "b": y} for y in (0.1, 0.1, 0.1)]  # the float mean of which misses it
     assert rewards.signals([*third, {}])[0] != 0  # a failure counts 0
     assert rewards.signals(third) == [0.0] * 3
+
+
+def odd(prompt, response, ground_truth, extra):
+    return float(len(response) % 2)
+
+
+def twice_even(prompt, response, ground_truth, extra):
+    return 2.0 - 2.0 * (len(response) % 2)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_step_learns_from_the_rewards_of_a_sum_one_by_one(model_folder, normalise):
+    """Their sum is always 1, so without it there is nothing to learn; with it half of one stands against the other."""
+    reward = WeightedSum({"odd": odd, "even": twice_even}, {"odd": 1.0, "even": 0.5}, normalise)
+    found = fit(GRPO(model=model_folder("llama-untied")), reward=reward).callback_metrics
+    assert float(found["optim/skipped"]) == (not normalise)
+    assert float(found["reward/mean"]) == 1
+    assert float(found["reward/odd/mean"]) + 0.5 * float(found["reward/even/mean"]) == pytest.approx(1)
 
 
 def test_rewards_of_a_sum_have_columns_of_their_own(make_rollout):
