@@ -83,7 +83,7 @@ class Signals:
 
 def first_rank() -> bool:
     """Of several processes that are sent the same, the one to say so."""
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
 
 
 def _say(text: str) -> None:

@@ -15,8 +15,8 @@ from prerl_lightning.data.named import SETS
 from prerl_lightning.errors import ArgumentParser, InputError
 from prerl_lightning.evaluation import comparison, sampling
 from prerl_lightning.evaluation.comparison import Comparison
-from prerl_lightning.ranks import rank
 from prerl_lightning.run import RunParts
+from prerl_lightning.signals import first_rank
 
 
 def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -57,7 +57,7 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
         datamodule=data,
         devices=own.devices,
     )
-    if rank() == 0:
+    if first_rank():
         print(_table(found))
         print(f"Samples and summary.json are in {folder}")
     return found

@@ -167,12 +167,12 @@ def evaluate(
                     log.info("%s: %d of %d problems, %.0f s", key, there, len(prompts[key]), seconds)
             finally:
                 pool.close()
+        found = {key: measures(list(file.records.values())) for key, file in files.items()}
+        if files:
+            (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+        found = _of_first([found])
     finally:
         engine.stop()
-    found = {key: measures(list(file.records.values())) for key, file in files.items()}
-    if files:
-        (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
-    found = _of_first([found])
     watchdog.close()
     return found
 

@@ -146,9 +146,14 @@ class VLLMEngine(Engine):
         llm, self._llm = self._llm, None
         self._asleep = self._updated = False
         self.policy_version, self.weights_dtype, self.suspects = None, None, ()
-        if llm is not None and self._started is not None and self._started[2].world_size == 1:
-            llm.llm_engine.engine_core.shutdown()  # which ends torch's process group, too
-            del llm
+        if llm is not None and self._started is not None:
+            client = llm.llm_engine.engine_core
+            if self._started[2].world_size == 1:
+                client.shutdown()  # which ends torch's process group, too
+            else:  # the ranks need theirs, and collection would do the same
+                client._finalizer.detach()
+                client.engine_core.model_executor.shutdown()
+            del llm, client
             gc.collect()  # its parts hold each other
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
