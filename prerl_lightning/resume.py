@@ -1,5 +1,6 @@
 """What a run is resumed from: which file `last` and `best` are, and its configuration against the present one."""
 
+import inspect
 import logging
 import os
 import re
@@ -15,7 +16,9 @@ import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.cli import SaveConfigCallback
 
 from prerl_lightning.callbacks.saving import kept_best
+from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, in_one_line
+from prerl_lightning.objectives.objective import BaseObjective
 from prerl_lightning.policy.model import empty_model
 from prerl_lightning.secrets import hide
 from prerl_lightning.signals import first_rank
@@ -209,6 +212,7 @@ def compare(path: str, present: Mapping[str, Any], allow_changes: bool, weights_
         log.warning("%s holds no configuration that the present one could be compared with.", path)
         return
     before, now = dict(_flat(_with_lives(found))), dict(_flat(_with_lives(present)))
+    before = {k: _default(k) for k in now} | before
     keys = [k for k in (before | now) if before.get(k) != now.get(k) and k not in UNLISTED]
     lines = {k: f"  {k}: {_short(before.get(k))} in the checkpoint, {_short(now.get(k))} now" for k in keys}
     # a decay ends where the run does
@@ -230,6 +234,15 @@ def compare(path: str, present: Mapping[str, Any], allow_changes: bool, weights_
         )
     if lines:
         log.info("Not as in the checkpoint:\n%s", "\n".join(bound + free))
+
+
+def _default(key: str) -> Any:
+    """What a release that had not this argument yet did; None: that is not known."""
+    place, _, name = key.rpartition(".")
+    objective = place.endswith(("model.init_args", ".successor.init_args"))
+    owner: Any = BaseObjective if objective else RolloutDataModule if place == "data" else object
+    found = inspect.signature(owner).parameters.get(name)
+    return None if found is None or found.default is inspect.Parameter.empty else found.default
 
 
 def _is_bound(key: str) -> bool:
@@ -264,9 +277,9 @@ def _with_lives(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves by dotted keys; None, which is absent, is none."""
+    """Leaves by dotted keys."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
-        elif value is not None:
+        else:
             yield f"{prefix}{name}", value

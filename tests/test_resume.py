@@ -217,6 +217,24 @@ def test_each_of_these_alone_is_refused(killed, tmp_path, key):
         compare(str(tmp_path / "alone.ckpt"), present, allow_changes=False)
 
 
+def test_an_argument_that_is_newer_than_the_checkpoint(killed, tmp_path):
+    """Left at its default it changes nothing, in any life."""
+    before = load(killed / BEFORE_2)["configuration"]
+    present = deepcopy(before)
+    (life,) = before["trainer"]["callbacks"][:1]
+    for place, name in (
+        (before["data"], "refill"),
+        (before["model"]["init_args"], "kl_in"),
+        (life["init_args"]["successor"]["init_args"], "entropy_coefficient"),
+    ):
+        del place[name]
+    torch.save({"configuration": before}, tmp_path / "older.ckpt")
+    compare(str(tmp_path / "older.ckpt"), present, allow_changes=False)
+    present["data"]["refill"] = 2
+    with pytest.raises(InputError, match=r"data\.refill: 0 in the checkpoint, 2 now"):
+        compare(str(tmp_path / "older.ckpt"), present, allow_changes=False)
+
+
 def test_lives_are_compared_by_their_steps(tmp_path):
     """In whatever order they stand in the file."""
 
