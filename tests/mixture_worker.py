@@ -80,15 +80,7 @@ def rollouts(model, steps, rank=0, ranks=1, refill=2, state=None):
     return found, loader.state_dict()
 
 
-def join(port, rank):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-
-
-def leave():
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    model, out, port = sys.argv[1:]
-    join(port, 1)
-    torch.save(rollouts(model, 3, 1, 2)[0], f"{out}/other.pt")
+    model, out, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
+    torch.save(rollouts(model, 3, rank, 2)[0], f"{out}/{rank}.pt")

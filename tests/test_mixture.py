@@ -1,15 +1,13 @@
 """Several sets to train on, sets with settings of their own, and groups without signal that give way to others."""
 
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
 import mixture_worker
 import pytest
 import torch
+from forked import Forked, finish_together
 from mixture_worker import G, P, odd, rollouts
 from test_plain_runs import Engine
 from trainers import quiet_trainer
@@ -139,19 +137,10 @@ def test_a_resume_samples_the_same(whole, folder):
     assert resumed == whole[0][2:]
 
 
-def test_two_ranks_sample_the_same(whole, folder, tmp_path, free_port):
-    """This process and another."""
-    command = [sys.executable, Path(mixture_worker.__file__), folder, tmp_path, str(free_port)]
-    other = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    mixture_worker.join(free_port, 0)
-    try:
-        own, _ = rollouts(folder, 3, 0, 2)
-    finally:
-        mixture_worker.leave()
-    _, errors = other.communicate(timeout=300)
-    assert other.returncode == 0, errors
-    for found in (own, torch.load(tmp_path / "other.pt", weights_only=False)):
-        for one, two in zip(whole[0], found, strict=True):
+def test_two_ranks_sample_the_same(whole, folder, tmp_path):
+    finish_together([Forked([mixture_worker.__file__, folder, tmp_path, rank]) for rank in range(2)])
+    for rank in range(2):
+        for one, two in zip(whole[0], torch.load(tmp_path / f"{rank}.pt", weights_only=False), strict=True):
             assert one.keys() == two.keys()
             for key in one:
                 assert two[key] == (pytest.approx(one[key]) if isinstance(one[key], float) else one[key]), key

@@ -106,7 +106,11 @@ class SignedReward(Advantage):
 
 @dataclass(frozen=True)
 class ConstantBaseline(Advantage):
-    """r - ``baseline``, the same for all responses: REINFORCE (Williams, 1992)."""
+    """r - ``baseline``: REINFORCE (Williams, 1992).
+
+    Args:
+        baseline: the same for all responses, such as 0.5 where half of the answers are right.
+    """
 
     baseline: float = 0.0
     of_groups = False
