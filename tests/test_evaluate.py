@@ -12,6 +12,7 @@ import pytest
 import torch
 from commands import finish, start
 from forked import prerl
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from plain_engine import PlainEngine
 
 from prerl_lightning.data.module import RolloutDataModule
@@ -188,6 +189,7 @@ def test_from_python(model_folder, tmp_path, monkeypatch):
 )
 def test_ranks_that_were_started_by_others(variables, monkeypatch):
     """Lightning's own launcher starts none beside them."""
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # Fabric sets it for this process's whole life
     for key, value in variables.items():
         monkeypatch.setenv(key, str(value))
     for devices in (None, 2):

@@ -5,12 +5,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from prerl_lightning.errors import InputError
-from prerl_lightning.rewards.boxed import boxed_reward
 from prerl_lightning.rewards.pool import Item, RewardPool, Verification
 from prerl_lightning.rollout.slow import SlowRollouts, Usage
 
@@ -296,15 +296,34 @@ def test_without_workers_rewards_run_here(tmp_path):
 
     assert RewardPool(local, Verification(workers=0)).verify(items("x"))[0].score == 1.0
     assert seen == [os.getpid()]
-    with pytest.raises(InputError, match=r"local cannot be used in a worker process.*workers: 0"):
-        RewardPool(local, Verification())
 
 
-def test_a_reward_that_a_worker_cannot_load_is_named(monkeypatch):
-    monkeypatch.setattr(boxed_reward, "__module__", "__main__")
-    monkeypatch.setattr(sys.modules["__main__"], "boxed_reward", boxed_reward, raising=False)
-    with pytest.raises(InputError, match=r"boxed_reward cannot be used in a worker process.*module on PYTHONPATH"):
-        RewardPool(boxed_reward, Verification())
+def test_a_reward_of_a_script_or_a_notebook_s_cell_goes_to_workers():
+    """With what it calls, which no import would find."""
+    here = {"__name__": "__main__"}
+    code = "import os\ndef half(): return os.getpid() / 2\ndef reward(*arguments): return half() * 2"
+    exec(code, here)
+    pool = RewardPool(here["reward"], Verification(workers=1))
+    try:
+        assert pool.verify(items("x"))[0].score not in (0.0, os.getpid())
+    finally:
+        pool.close()
+
+
+def test_a_reward_that_a_worker_cannot_load_is_named():
+    lock = threading.Lock()
+
+    def locked(*arguments):
+        return float(lock.locked())
+
+    class Unloadable:
+        def __reduce__(self):
+            return eval, ("1 / 0",)
+
+    with pytest.raises(InputError, match=r"locked cannot be used in a worker process.*pickle.*workers: 0"):
+        RewardPool(locked, Verification())
+    with pytest.raises(InputError, match=r"in a worker process: ZeroDivisionError.*module on PYTHONPATH"):
+        RewardPool(Unloadable(), Verification())
 
 
 @pytest.mark.parametrize("how", ["import", "import of C", "Python", "C", "sleep"])

@@ -305,7 +305,7 @@ def test_one_lucky_seed_against_three_is_compared_with_its_own_seed(tmp_path):
     assert [s.order for s in compare.sooner(*groups)] == [-1, -1, -1]
     said = headlined(groups)
     assert "To 50, 80 and 95 % of grpo's gain in held-out accuracy (0.223 to 0.630) psr is later: 0.63" in said
-    assert said.endswith("over 1 pair of seeds.")
+    assert said.endswith("over 1 pair of seeds, which tells little.")
     assert not re.search(r"1\.[0-9]+\u00d7", said)
 
 

@@ -165,6 +165,6 @@ def test_a_thought_is_opened_by_its_response_or_by_the_prompt():
     assert think_format("...<think>\n", "\nhm\n</think>\n4", "", {}) == 1
     assert think_format("", "<think>hm</think> 4", "", {}) == 1
     assert think_format("", "\n<think>hm</think> 4", "", {}) == 1
-    assert think_format("", "hm</think> 4", "", {}) == 0  # by neither
+    assert think_format("", "hm</think> 4", "", {}) == 1  # by a template, which is not seen
     assert think_format("<think>\n\n</think>\n\n", "hm</think> 4", "", {}) == 0  # closed there, too
     assert think_format("...<think>\n", "hm 4", "", {}) == 0

@@ -96,7 +96,10 @@ def closing(run: Run, folder: Path, best: RunCheckpoint | None) -> Lines:
         yield "model", str(model)
     yield "next", f"prerl report {folder} -o report.html"
     if model.is_dir():
-        yield "", f"prerl evaluate --model {model} --data SET --k 8"
+        config = folder / "config.yaml"
+        own = config.is_file() and run.accuracy is not None  # problems held out, whatever they are
+        of = f"--config {config} --model {model}" if own else f"--model {model} --data SET"
+        yield "", f"prerl evaluate {of} --k 8"
         yield "", f"vllm serve {model}"
 
 

@@ -145,7 +145,10 @@ class NamedProblems(RowProblems):
         source = name if path is None else path if isinstance(path, str) else ", ".join(path)
         super().__init__(source, limit, fold, max_unusable)
         if name not in SETS:
-            raise InputError(f"NamedProblems: {name!r} is none of {', '.join(SETS)}.")
+            raise InputError(
+                f"NamedProblems: {name!r} is none of {', '.join(SETS)}. A file of your own is read by Files; prerl "
+                "evaluate takes it as data.val of a configuration: --config runs/NAME/version_0/config.yaml --model MODEL"
+            )
         self.name, self.path, self.style = name, path, style
         self.set = SETS[name]
         self._given_split = split  # a file is what it is

@@ -79,7 +79,10 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Record], int]:
         first, *records = map(json.loads, lines)
         return first["settings"], records, sum(map(len, lines))
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no result of prerl evaluate ({error!r}).") from None
+        raise InputError(
+            f"{path} is no result of prerl evaluate ({error!r}). A run is evaluated first: prerl evaluate --config "
+            "RUN/config.yaml --model RUN/model --out FOLDER"
+        ) from None
 
 
 def records(samples: Sequence[Group], greedy: Sequence[Group]) -> list[Record]:

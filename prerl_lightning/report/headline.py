@@ -61,7 +61,8 @@ def _beside(base: Group, name: str, found: Sequence[Sooner]) -> str:
     """Steps of the baseline over the setting's, at each share."""
     group, ratios, pairs = tag("b", escape(name)), ", ".join(map(words.sooner, found)), len(found[0].seeds)
     if pairs:
-        return f"{group} is {words.order(found)}: {ratios}, over {words.some(pairs, 'pair')} of seeds"
+        little = ", which tells little" if pairs == 1 else ""
+        return f"{group} is {words.order(found)}: {ratios}, over {words.some(pairs, 'pair')} of seeds{little}"
     return f"{group} has no seed in common with {tag('b', escape(base.name))} and is called neither sooner nor later"
 
 

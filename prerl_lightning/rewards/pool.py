@@ -13,7 +13,6 @@ seconds for each of them together; what it raises, or does to its worker, is the
 """
 
 import logging
-import pickle
 import queue
 import signal
 import threading
@@ -23,6 +22,8 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+import cloudpickle
 
 from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.rewards.judging import Arguments, Failure, Judged, judge, judge_all
@@ -108,7 +109,8 @@ class RewardPool:
         self._threads: list[_Worker] = []
         if options.workers:
             try:
-                pickled = pickle.dumps(reward)
+                # by value where a worker cannot import it: of a script, a notebook's cell, another function
+                pickled = cloudpickle.dumps(reward)
             except Exception as error:
                 raise not_loadable(reward, str(error)) from error
             written = counter()

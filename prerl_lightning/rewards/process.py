@@ -152,6 +152,6 @@ def counter() -> Iterator[int]:
 def not_loadable(reward: Reward, problem: str) -> InputError:
     return InputError(
         f"data.reward: {name_of(reward)} cannot be used in a worker process: {printable(problem)}. Put it into a "
-        "module on PYTHONPATH, or set data.verification.workers: 0, which verifies in the training process and has no "
-        "time limit."
+        "module on PYTHONPATH, or set data.verification.workers: 0 (in Python verification=Verification(workers=0)), "
+        "which verifies in the training process and has no time limit."
     )
