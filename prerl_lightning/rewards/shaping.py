@@ -101,7 +101,7 @@ def boxed_format(prompt: str, response: str, ground_truth: str, extra: Mapping[s
 
 def think_format(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> float:
     """1.0 for a thought that one ``</think>`` closes, and an answer behind it. The ``<think>`` begins the response, or
-    is missing there: the chat template has opened the thought, unless it has closed it, too. An empty thought counts."""
+    is missing: the chat template has opened the thought, unless it has closed it, too. An empty thought counts."""
     opened = response.lstrip().startswith("<think>") or not prompt.rstrip().endswith("</think>")
     thought, closed, answer = response.lstrip().removeprefix("<think>").partition("</think>")
     return float(opened and bool(closed) and "think>" not in thought + answer and bool(answer.strip()))
