@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import NoReturn
@@ -21,6 +22,11 @@ def said_by_us(error: BaseException | None) -> InputError | RunError | None:
     while error is not None and not isinstance(error, (InputError, RunError)):
         error = error.__cause__
     return error
+
+
+def is_name(text: str) -> bool:
+    """Of letters, digits, dots and dashes alone, so that it can stand in a column and a key."""
+    return re.fullmatch(r"[\w.-]+", text) is not None
 
 
 def check_bounds(

@@ -24,17 +24,15 @@ from prerl_lightning.objectives.until import KEY, Until
 from prerl_lightning.rewards.shaping import WeightedSum
 from prerl_lightning.types import Prompt, Refill, Response, Rollout
 
+# what no two runs have alike, besides time/...
+CLOCKED = ("rollout/tokens_per_second", "train/tokens_per_second", "train/mfu")
 # of a step, besides what its rollout and its sums tell; tests/test_resume.py compares with real runs
 STEP = (
     *("life", "optim/grad_norm", "optim/lr", "optim/skipped", "optim/non_finite", "rollout/not_finite"),
-    *("rollout/tokens_per_second", "train/tokens_per_second", "train/mfu"),
+    *CLOCKED,
     *(f"time/{stage}" for stage in ("update_weights", "rollout", "reward", "statistics", "forward_backward")),
     *(f"time/{stage}" for stage in ("optimizer", "other", "step", "since_start")),
 )
-
-
-# what no two runs have alike, besides time/...
-CLOCKED = ("rollout/tokens_per_second", "train/tokens_per_second", "train/mfu")
 
 
 def held_out_names(k: int, greedy: bool, key: str = "val") -> set[str]:
@@ -79,8 +77,9 @@ def check_monitors(trainer: L.Trainer, modules: Collection[Any], data: RolloutDa
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     packages = {type(x).__module__.partition(".")[0] for x in (*modules, *callbacks)}
-    rewards = [data.rewards()[key] for key in data.training_sets]
-    parts = dict.fromkeys(name for reward in rewards if isinstance(reward, WeightedSum) for name in reward.parts)
+    rewards = data.rewards()
+    sums = [rewards[key] for key in data.training_sets if isinstance(rewards[key], WeightedSum)]
+    parts = dict.fromkeys(name for reward in sums for name in cast(WeightedSum, reward).parts)
     sources = [key.partition("/")[2] for key in data.training_sets if "/" in key]
     names = training_names(data.sampling.group_size, parts, sources, bool(data.refill))
     if data.val is not None and trainer.limit_val_batches != 0:

@@ -9,7 +9,6 @@ train:
     weights: {sums: 1, maths: 3}
 """
 
-import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.data.prompts import PromptFormat
-from prerl_lightning.errors import InputError, check_bounds
+from prerl_lightning.errors import InputError, check_bounds, is_name
 from prerl_lightning.rewards.score import Reward
 from prerl_lightning.rollout.engine import ABOVE, LEAST, MOST, HeldOutSampling
 from prerl_lightning.rollout.sampler import mixed_seed
@@ -107,7 +106,7 @@ class Mixture(ProblemSet):
     def __init__(self, sets: dict[str, ProblemSet], weights: dict[str, float] | None = None) -> None:
         self.sets, self.weights = sets, weights
         for name, problems in sets.items():
-            if not re.fullmatch(r"[\w.-]+", name) or isinstance(problems, Mixture):
+            if not is_name(name) or isinstance(problems, Mixture):
                 raise InputError(f"Mixture.sets: {name!r}: a name is of letters, digits, dots and dashes, of one set.")
         if not sets or (weights is not None and weights.keys() != sets.keys()):
             raise InputError(f"Mixture.weights: of {', '.join(weights or [])}; the sets are {', '.join(sets)}.")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from prerl_lightning import ranks
+from prerl_lightning.rewards.judging import Failure
 from prerl_lightning.rewards.pool import RewardPool, Verdict
 from prerl_lightning.rewards.shaping import WeightedSum
 from prerl_lightning.rollout.sampler import Group
@@ -25,7 +26,7 @@ def as_rollout(
         rest: further fields.
     """
     verdicts = [v for group in groups for v in group.verdicts]
-    failures = [v.failure for v in verdicts]
+    lost = given_up or Refill()
     names = dict.fromkeys(name for v in verdicts for name in v.parts)
     parts = {name: [v.parts.get(name, torch.nan) for v in verdicts] for name in names}
     compared = [s for group, pool in zip(groups, pools, strict=True) for s in signals(group.verdicts, pool)]
@@ -37,8 +38,8 @@ def as_rollout(
         rewards=torch.tensor([v.score for v in verdicts], dtype=torch.float64),
         normalised=torch.tensor(compared, dtype=torch.float64) if own else None,
         parts={name: torch.tensor(scores, dtype=torch.float64) for name, scores in parts.items()},
-        timeouts=failures.count("timeout") + (given_up.timeouts if given_up else 0),
-        errors=failures.count("error") + (given_up.errors if given_up else 0),
+        timeouts=_failed(verdicts, "timeout") + lost.timeouts,
+        errors=_failed(verdicts, "error") + lost.errors,
         answered=sum(v.answer is not None for v in verdicts),
         refill=given_up,
         **rest,
@@ -50,6 +51,10 @@ def signals(verdicts: Sequence[Verdict], pool: RewardPool) -> list[float]:
     if _normalises(pool):
         return pool.reward.signals([v.parts for v in verdicts])  # type: ignore[attr-defined]
     return [v.score for v in verdicts]
+
+
+def _failed(verdicts: Sequence[Verdict], how: Failure) -> int:
+    return sum(v.failure == how for v in verdicts)
 
 
 def _normalises(pool: RewardPool) -> bool:
@@ -87,13 +92,12 @@ def refill(
             given_up.append(groups[i])
             groups[i] = group
     verdicts = [v for group in given_up for v in group.verdicts]
-    failures = [v.failure for v in verdicts]
     return Refill(
         rounds=turn,
         groups=len(given_up),
         tokens=sum(len(r.token_ids) for group in given_up for r in group.responses),
         rewards=sum(v.score for v in verdicts),
-        timeouts=failures.count("timeout"),
-        errors=failures.count("error"),
+        timeouts=_failed(verdicts, "timeout"),
+        errors=_failed(verdicts, "error"),
         seconds=time.perf_counter() - start,
     )

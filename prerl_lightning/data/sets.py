@@ -3,13 +3,12 @@
 Keys: ``train``, or ``train/NAME`` of a mixture; ``val``, and ``val/NAME`` of ``val_more``.
 """
 
-import re
 from collections.abc import Mapping
 
 from prerl_lightning.data.mixture import Mixture, settings_of
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.data.prompts import PromptFormat
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, is_name
 from prerl_lightning.rewards.score import Reward
 from prerl_lightning.rollout.engine import HeldOutSampling, Sampling
 
@@ -31,7 +30,7 @@ class Sets:
     def check_sets(self) -> None:
         """Raises InputError for a name that is none, and for settings that a set does not take in its place."""
         for name in self.val_more:
-            if self.val is None or not re.fullmatch(r"[\w.-]+", name):
+            if self.val is None or not is_name(name):
                 raise InputError(
                     f"data.val_more: {name!r}: a name is of letters, digits, dots and dashes, and data.val has to be "
                     "there, the set that all that watches a run looks at."

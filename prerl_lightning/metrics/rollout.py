@@ -55,11 +55,11 @@ def rollout_statistics(rollout: Rollout) -> dict[str, float]:
 def _sources(rollout: Rollout) -> dict[str, float]:
     sources = [prompt.source for prompt in rollout.prompts]
     found: dict[str, float] = {}
+    right, sizes = _counts(rollout)
     for source in sorted({*sources} - {""}):
-        groups = torch.tensor([i for i, name in enumerate(sources) if name == source])
-        those = torch.isin(rollout.group_ids, groups)
-        right, of_group = is_right(rollout.rewards)[those], rollout.group_ids[those]
-        mixed = sum(0 < float(right[of_group == i].double().mean()) < 1 for i in groups)
+        groups = [i for i, name in enumerate(sources) if name == source]
+        those = torch.isin(rollout.group_ids, torch.tensor(groups))
+        mixed = sum(0 < right[i] < sizes[i] for i in groups)
         found |= {
             f"source/{source}/prompts": float(len(groups)),
             f"source/{source}/reward": float(rollout.rewards[those].mean()),
@@ -84,8 +84,7 @@ def _refill(rollout: Rollout) -> dict[str, float]:
 def _groups(rollout: Rollout) -> dict[str, float]:
     """Shares of prompts with mixed, all right and all wrong responses, and pass@k."""
     n_prompts = len(rollout.prompts)
-    right = rollout.group_ids[is_right(rollout.rewards)].bincount(minlength=n_prompts).tolist()
-    sizes = rollout.group_ids.bincount(minlength=n_prompts).tolist()
+    right, sizes = _counts(rollout)
     all_right = sum(r == s for r, s in zip(right, sizes, strict=True)) / n_prompts
     all_wrong = right.count(0) / n_prompts
     found = {
@@ -97,6 +96,13 @@ def _groups(rollout: Rollout) -> dict[str, float]:
     for k in sorted({*(1 << e for e in range(most.bit_length())), most} - {0}):
         found[f"rollout/pass@{k}"] = sum(pass_at_k(s, c, k) for s, c in zip(sizes, right, strict=True)) / n_prompts
     return found
+
+
+def _counts(rollout: Rollout) -> tuple[list[int], list[int]]:
+    """Of each prompt its right responses, and all of them."""
+    of_all = (rollout.group_ids[is_right(rollout.rewards)], rollout.group_ids)
+    right, sizes = (group_ids.bincount(minlength=len(rollout.prompts)).tolist() for group_ids in of_all)
+    return right, sizes
 
 
 def repetition(tokens: Tensor, lengths: Tensor) -> float:

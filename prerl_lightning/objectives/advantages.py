@@ -74,9 +74,8 @@ class BatchStd(Advantage):
         return self.less_group_mean
 
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
-        one_group = torch.zeros_like(group_ids)
         if not self.less_group_mean:
-            return group_advantages(rewards, one_group, "std")
+            return group_advantages(rewards, torch.zeros_like(group_ids), "std")  # of one group
         centred = group_advantages(rewards, group_ids, "mean")
         return centred / (centred.std() + EPSILON) if len(centred) > 1 else centred
 

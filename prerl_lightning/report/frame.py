@@ -39,7 +39,7 @@ def frame(run: Run, width: int = 100, height: int = 48, now: float | None = None
         return Group(*parts, Text("no step yet", style="dim"))
     curves = _curves(run, width)
     parts += [Text(), curves]
-    used = 7 + len(alarms) + len(_ended(run)) + curves.row_count
+    used = 7 + len(alarms) + len(words.ended(run, run.planned)) + curves.row_count
     if run.training:
         parts += [Text(), _times(run, width)]
         used += 3
@@ -88,14 +88,9 @@ def _progress(run: Run, width: int) -> Text:
     bar.append(f"   {words.duration(gone)}", style="dim")
     if left is not None and run.status()[0] == "running":
         bar.append(f", about {words.duration(left)} left", style="dim")
-    for line in _ended(run):
+    for line in words.ended(run, run.planned):
         bar.append(f"\n{line}", style="dim")
     return bar
-
-
-def _ended(run: Run) -> list[str]:
-    """Why lives ended ahead of their time."""
-    return [f"{run.planned[n - 1][0]} ended: {why}" for n, why in run.endings.items() if why and n < len(run.planned)]
 
 
 def colour(run: Run, step: float) -> str:

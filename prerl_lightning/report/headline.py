@@ -174,10 +174,7 @@ def states(groups: Sequence[Group], now: float) -> str:
         for run in group.runs:
             state, said = run.status(now)
             seed = run.info.get("seed", run.config.get("seed_everything"))
-            ended = [
-                f"{run.lives[n - 1][0]} ended: {why}" for n, why in run.endings.items() if why and n < len(run.lives)
-            ]
-            told = [*ended, *run.notes, *(f"warned: {said}" for said in run.warnings)]
+            told = [*words.ended(run, run.lives), *run.notes, *(f"warned: {said}" for said in run.warnings)]
             notes = f"; {'; '.join(told)}" if told else ""
             text = f"{run.folder}{f', seed {seed}' if seed is not None else ''}: {said}{notes}"
             items.append(tag("li", tag("span", state, class_=f"state {state}") + " " + escape(text)))

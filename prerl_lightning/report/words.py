@@ -95,6 +95,11 @@ def model(run: Run) -> str:
     return f"{said or 'unknown model'}{f' ({count(parameters)} parameters)' if parameters else ''}"
 
 
+def ended(run: Run, lives: Sequence[tuple[str, int]]) -> list[str]:
+    """Why those of its ``lives`` that another follows ended ahead of their time."""
+    return [f"{lives[n - 1][0]} ended: {why}" for n, why in run.endings.items() if why and n < len(lives)]
+
+
 def problems(run: Run, which: str) -> str | None:
     """data.train or data.val in a few words: ArithmeticProblems (train, 4,096)."""
     part = inside(run.config, "data", which)

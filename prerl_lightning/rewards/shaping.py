@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, is_name
 from prerl_lightning.rewards.boxed import last_boxed
 from prerl_lightning.rewards.score import Reward, Score, at_once, name_of, sees_tokens
 
@@ -40,7 +40,7 @@ class WeightedSum:
         weights = [1.0] * len(named) if weights is None else weights
         if len(named) != len(weights) or not named:
             raise InputError(f"WeightedSum: {len(named)} rewards and {len(weights)} weights.")
-        if wrong := [name for name in named if not re.fullmatch(r"[\w.-]+", name)]:
+        if wrong := [name for name in named if not is_name(name)]:
             raise InputError(f"WeightedSum.rewards: {wrong[0]!r}: a name is of letters, digits, dots and dashes.")
         object.__setattr__(self, "parts", named)
         object.__setattr__(self, "_weights", [float(w) for w in weights])

@@ -1,6 +1,7 @@
 """Token ids back to text."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,8 @@ def decode(
         special: with all special tokens; else with none but the tags of a thought, which rewards read.
     """
     tail, own = list(prompt[-8:]), [list(ids) for ids in responses]
-    tags = think_tags(tokenizer)
+    tags, unseen = _special(tokenizer)
     if tags and not special:
-        unseen = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - tags
         tail, *own = ([i for i in ids if i not in unseen] for ids in (tail, *own))
     options = {"skip_special_tokens": not special and not tags, "clean_up_tokenization_spaces": False}
     before = tokenizer.decode(tail, **options)
@@ -30,6 +30,14 @@ def decode(
     ]
 
 
-def think_tags(tokenizer: Any) -> set[int]:
+def think_tags(tokenizer: Any) -> frozenset[int]:
     """Ids of the tags that are special tokens; mostly they are none."""
-    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content in TAGS}
+    return _special(tokenizer)[0]
+
+
+@lru_cache(maxsize=8)
+def _special(tokenizer: Any) -> tuple[frozenset[int], frozenset[int]]:
+    """Ids of those tags, and of the other special tokens. Asked for each group, of what a tokenizer makes anew each
+    time, of all its added tokens."""
+    special = {i: token.content in TAGS for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(i for i in special if special[i]), frozenset(i for i in special if not special[i])
