@@ -182,6 +182,23 @@ def test_one_engine_runs_in_a_process(model_folder):
     second.stop()
 
 
+def test_engines_of_one_process_agree_whatever_the_number_of_threads_has_become(model_folder):
+    """oneDNN keeps kernels for the packing of the first: seen 2 nats off with 2 threads after 1, or 1 after 2."""
+    policy, before = moved_policy(model_folder("llama-tied")), torch.get_num_threads()
+    engine = VLLMEngine(dtype="float32", max_model_len=256, kv_cache_mib=64)
+    try:
+        for threads in (2, 1, 3):
+            torch.set_num_threads(threads)
+            engine.stop()
+            engine.start(model_folder("llama-tied"), 0, Place())
+            engine.update_weights(policy.named_weights(), 1)
+            assert difference(engine, policy) < 1e-4
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+        engine.stop()
+
+
 def test_the_arguments_read_in_vllm_s_source_are_those_that_it_takes():
     import vllm
     from vllm.engine.arg_utils import EngineArgs

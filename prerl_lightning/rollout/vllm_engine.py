@@ -17,6 +17,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
@@ -400,6 +401,12 @@ def _fingerprints(worker: Any) -> dict[str, tuple[float, float]]:
     return found
 
 
+@cache
+def _threads() -> int:
+    """Of every engine in this process."""
+    return torch.get_num_threads()
+
+
 @contextmanager
 def _host_state_kept() -> Iterator[None]:
     """Leave torch.set_num_threads, the threads and all global random states as they were.
@@ -409,6 +416,8 @@ def _host_state_kept() -> Iterator[None]:
     """
     set_num_threads = torch.set_num_threads
     threads, states = torch.get_num_threads(), (torch.get_rng_state(), np.random.get_state(), random.getstate())
+    if threads != _threads():
+        set_num_threads(_threads())
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     try:
