@@ -5,6 +5,8 @@ ifndef EXTRA
 EXTRA := $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU '),gpu,cpu)
 endif
 CONFIG ?= configs/dsrl.yaml
+# a process a core pays up to two, and each has an engine, of which a GPU holds one
+JOBS ?= $(if $(filter gpu,$(EXTRA)),0,2)
 
 # shows the command as one would type it with .venv active
 in_venv = @echo '$(subst ','\'',$(strip $(1)))'; PATH="$(CURDIR)/.venv/bin:$$PATH" $(1)
@@ -14,7 +16,7 @@ in_venv = @echo '$(subst ','\'',$(strip $(1)))'; PATH="$(CURDIR)/.venv/bin:$$PAT
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
 	@echo
-	@echo 'EXTRA=cpu or gpu (here: $(EXTRA)); PYTHON=the Python 3.11 or 3.12 to use; ARGS=more arguments of demo or test'
+	@echo 'EXTRA=cpu or gpu (here: $(EXTRA)); PYTHON=the Python 3.11 or 3.12 to use; ARGS=more arguments of demo or test; JOBS=processes of test'
 
 setup: .venv/.ready-$(EXTRA) ## .venv with everything in it
 
@@ -22,7 +24,7 @@ demo: setup ## train a tiny model on this machine (CONFIG=another file)
 	$(call in_venv,prerl fit --config $(CONFIG) $(ARGS))
 
 test: setup ## the tests
-	$(call in_venv,pytest $(ARGS))
+	$(call in_venv,pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS))
 
 soak: setup ## hours: 50 kills, and 2,000 steps without a leak; figures into benchmarks/results/soak.json
 	$(call in_venv,python tests/faults/soak.py kills)

@@ -4,6 +4,9 @@ import logging
 import os
 import socket
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # OpenMP threads that wait spin: two processes would take turns at spinning
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from commands import environment_kept
