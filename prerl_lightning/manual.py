@@ -83,7 +83,7 @@ TITLES = {
 # the module of each axis of a term, and its classes; and what follows the entropy
 AXES = {
     "advantages": ("GroupStd", "GroupMean", "LeaveOneOut", "BatchStd", "SignedReward", "ConstantBaseline"),
-    "surrogates": ("PPOClip", "GSPO", "CISPO", "SAPO", "PolicyGradient"),
+    "surrogates": ("PPOClip", "GSPO", "CISPO", "SAPO", "DPPO", "PolicyGradient"),
     "aggregations": ("TokenMean", "SeqMeanTokenMean", "ConstantLength"),
     "token_weights": ("BySign", "Confidence"),
     "coefficients": ("Linear", "Cosine", "Exponential"),

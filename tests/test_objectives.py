@@ -27,7 +27,7 @@ from prerl_lightning.objectives import GRPO, Objective, PolicyModule, checks
 from prerl_lightning.objectives import advantages as adv
 from prerl_lightning.objectives.coefficients import Cosine, Exponential, Linear
 from prerl_lightning.objectives.entropy import TargetEntropy
-from prerl_lightning.objectives.surrogates import CISPO, GSPO, SAPO, PolicyGradient, PPOClip, Tokens
+from prerl_lightning.objectives.surrogates import CISPO, DPPO, GSPO, SAPO, PolicyGradient, PPOClip, Tokens
 from prerl_lightning.objectives.term import Term
 from prerl_lightning.objectives.token_weights import BySign, Confidence
 from prerl_lightning.policy.model import Policy
@@ -194,6 +194,18 @@ def sapo(c, s):
     return total / len(c.batch)
 
 
+def dppo(c, s):
+    def token(new, old, a):
+        total = 0.0
+        for log_p, log_q in zip(new, old, strict=True):
+            p, q = math.exp(log_p.item()), math.exp(log_q.item())
+            if not (p - q > 0.2 if a > 0 else q - p > 0.2):
+                total = total - min(p / q, 20.0) * a * log_p
+        return total
+
+    return token_mean(c, s, c.grpo, token=token)
+
+
 def entropy_control(c, s):
     tokens = sum(len(c.new[s][i]) for i in c.batch)
     return token_mean(c, s, c.grpo) - STATE * sum(c.h[s][i].sum() for i in c.batch) / tokens
@@ -209,7 +221,7 @@ EXPECTED = {
     f.__name__: f
     for f in (
         *(dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, w_reinforce, nsr, a_nsr, cw_nsr, gspo, cispo),
-        *(sapo, entropy_control, soft_switch),
+        *(sapo, dppo, entropy_control, soft_switch),
     )
 }
 
@@ -398,7 +410,7 @@ def test_which_terms_need_groups():
 def test_all_surrogates_have_one_gradient_at_the_first_update():
     advantages = torch.tensor([1.5, 1.5, 1.5, -0.5, -0.5, -2.0], dtype=torch.float64)
     response, lengths = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([3, 2, 1])
-    for surrogate in (PPOClip(), CISPO(), SAPO(), PolicyGradient(), GSPO()):
+    for surrogate in (PPOClip(), CISPO(), SAPO(), DPPO(), PolicyGradient(), GSPO()):
         log_probs = torch.linspace(-3, -0.1, 6, dtype=torch.float64).requires_grad_()
         found = surrogate(Tokens(log_probs, log_probs.detach(), advantages, response, lengths))
         # GSPO's tokens share their response's ratio: each has 1 / length of it from each

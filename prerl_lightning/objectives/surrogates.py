@@ -147,6 +147,31 @@ class SAPO(Surrogate):
 
 
 @dataclass(frozen=True)
+class DPPO(Surrogate):
+    """-min(r, ``highest``) A log p, the ratio without gradient, of tokens whose probability has not yet moved by more
+    than a bound the way that A pushes it; of others nothing: the trust region is one of total variation, seen at the
+    sampled token alone, so that rare tokens may move by large ratios (DPPO-Binary-TV, arXiv 2602.04879).
+
+    Args:
+        low, high: bounds of q - p for A < 0 and of p - q for A > 0, q the probability at sampling; 0.2 as in verl.
+        highest: of the weight; 20 as in verl.
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+    highest: float = 20.0
+
+    def __post_init__(self) -> None:
+        check_bounds(self, type(self).__name__, above={"low": 0, "high": 0, "highest": 0})
+
+    def __call__(self, tokens: Tokens) -> TokenLosses:
+        moved = (tokens.log_probs.exp() - tokens.old_log_probs.exp()).detach()
+        beyond = torch.where(tokens.advantages > 0, moved > self.high, moved < -self.low)
+        weight = tokens.log_ratios.detach().exp().clamp(max=self.highest).masked_fill(beyond, 0.0)
+        return tokens.losses(-weight * tokens.advantages * tokens.log_probs, beyond)
+
+
+@dataclass(frozen=True)
 class PolicyGradient(Surrogate):
     """-A log p, without a ratio: REINFORCE (Williams, 1992). Beyond the first update of a rollout it is biased, since
     nothing says that other weights sampled."""

@@ -47,7 +47,7 @@ class Term:
             of your own derived from `Advantage`; None: `GroupStd`.
         contributing: ``all``, ``positive`` or ``negative``, by the sign of the advantage.
         coefficient: a number, or `Linear`, `Cosine` or `Exponential` over the optimizer steps of the life.
-        surrogate: `PPOClip`, `GSPO`, `CISPO`, `SAPO`, `PolicyGradient`; None: `PPOClip` with the objective's
+        surrogate: `PPOClip`, `GSPO`, `CISPO`, `SAPO`, `DPPO`, `PolicyGradient`; None: `PPOClip` with the objective's
             ``clip_low``, ``clip_high`` and ``clip_dual``, of which other surrogates know nothing.
         aggregation: `TokenMean`, `SeqMeanTokenMean`, `ConstantLength`; None: the objective's.
         weight: a function from `Tokens` to (T,) factors by its import path, `BySign` or `Confidence`; None: 1.
