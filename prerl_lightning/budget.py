@@ -106,7 +106,7 @@ class TrainingBytes:
     weights: int
     gradients: int
     moments: int
-    reference: int
+    copies: int
     buckets: int
     gathered: int
 
@@ -116,9 +116,10 @@ class TrainingBytes:
 
 
 def training_bytes(
-    shape: ModelShape, strategy: Strategy, world_size: int, precision: str, reference: bool = False
+    shape: ModelShape, strategy: Strategy, world_size: int, precision: str, copies: int = 0
 ) -> TrainingBytes:
-    """fp32 weights, gradients and two Adam moments; ``reference``: a copy of the weights for a KL penalty.
+    """fp32 weights, gradients and two Adam moments; ``copies``: of the weights, that a life keeps beside, such as
+    a KL reference.
 
     DDP has buckets unless made with ``gradient_as_bucket_view=True``, which neither Lightning nor torch does unasked.
     FSDP2 has whole: embedding and head and their gradients; of the layers one, its successor twice (as received, and
@@ -127,7 +128,7 @@ def training_bytes(
     own = 4 * shape.parameters // (world_size if strategy == "fsdp2" else 1)
     size, ends = _size(precision), shape.parameters - shape.block_parameters
     gathered = 2 * size * ends + (4 * size + 4) * shape.largest_block if strategy == "fsdp2" else 0
-    return TrainingBytes(own, own, 2 * own, own * reference, own * (strategy == "ddp"), gathered)
+    return TrainingBytes(own, own, 2 * own, own * copies, own * (strategy == "ddp"), gathered)
 
 
 def activation_bytes_per_token(shape: ModelShape, precision: str, checkpointing: bool, padded: bool = False) -> int:
@@ -266,7 +267,7 @@ def rank_budget(
     strategy: Strategy = "single",
     world_size: int = 1,
     precision: str = "bf16-mixed",
-    reference: bool = False,
+    copies: int = 0,
     checkpointing: bool | None = None,
     max_tokens: int | None = None,
 ) -> RankBudget:
@@ -276,12 +277,12 @@ def rank_budget(
         total: bytes that are free before anything of the run is loaded.
         engine: what the engine takes in a rollout, and while it sleeps.
         longest: tokens of the longest prompt and response.
-        reference: a KL reference is kept.
+        copies: see `training_bytes`.
 
     Raises:
         InputError: it does not fit, with what helps.
     """
-    held = training_bytes(shape, strategy, world_size, precision, reference)
+    held = training_bytes(shape, strategy, world_size, precision, copies)
     mends = "; ".join(
         ["a smaller data.engine.init_args.gpu_memory_utilization"] * (engine[0] > 0)
         + ["--trainer.strategy fsdp2 with more GPUs", "a smaller model"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def world_size() -> int:
@@ -47,6 +47,14 @@ def gather(rows: list[Any]) -> list[Any]:
 def gather_state(tensor: Tensor, group: Any = None) -> list[Tensor]:
     """Each rank's ``tensor``, of any sizes: for torchmetrics, whose own function leaves it on the CPU."""
     return [part.to(tensor.device) for part in gather([tensor.cpu()])]
+
+
+def held_as(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A full tensor in the type of ``parameter`` and where that lies, sharded as it is. Collective under FSDP2."""
+    there = tensor.to(parameter.device, parameter.dtype)
+    if not isinstance(parameter, DTensor):
+        return there
+    return distribute_tensor(there, parameter.device_mesh, parameter.placements)
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -234,7 +234,7 @@ FAULTS = [
     Fault(
         "reference-forgotten-by-a-resume",
         "callbacks/reincarnation.py",
-        '            self.successor.restore_reference(lives["reference"])\n',
+        '            self.successor.restore_life(lives)\n',
         "",
         "test_plain_runs.py::test_a_resume_goes_on_in_its_life_with_its_reference",
     ),
@@ -628,8 +628,8 @@ FAULTS = [
     Fault(
         "reference-not-loaded",
         "policy/reference.py",
-        "            self.shards[name].copy_(full)\n",
-        "            self.shards[name].copy_(self.shards[name])\n",
+        "copy_(_local(ranks.held_as(state[name], parameter)))",
+        "copy_(self.shards[name])",
         "test_plain_runs.py::test_a_resume_goes_on_in_its_life_with_its_reference",
     ),
     Fault(
@@ -747,6 +747,41 @@ FAULTS = [
         "test_objectives.py -k formula and cispo",
     ),
     Fault(
+        "gae-without-lambda",
+        "objectives/advantages.py",
+        "gamma * gae_lambda * following",
+        "gamma * following",
+        "test_ppo.py::test_gae_is_its_sum",
+    ),
+    Fault(
+        "penalty-by-response",
+        "objectives/values.py",
+        "rewards, some = -self.penalties, self.lengths > 0",
+        "rewards, some = -self.penalties.mean() + 0 * self.penalties, self.lengths > 0",
+        "test_ppo.py::test_an_update_is_that_of_a_plain_loop",
+    ),
+    Fault(
+        "values-of-one-rank",
+        "objectives/values.py",
+        "return ranks.all_reduce(found.cpu())",
+        "return found.cpu()",
+        "test_ppo.py::test_two_ranks_learn_what_one_does",
+    ),
+    Fault(
+        "value-gradient-of-one-rank",
+        "objectives/values.py",
+        "if ranks.world_size() > 1 and not isinstance(gradient, DTensor):",
+        "if False:",
+        "test_ppo.py::test_two_ranks_learn_what_one_does",
+    ),
+    Fault(
+        "value-moments-forgotten",
+        "objectives/values.py",
+        'self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})',
+        "pass",
+        "test_ppo.py::test_resumed_in_mid_life_it_goes_on",
+    ),
+    Fault(
         "steps-of-the-run",
         "objectives/base.py",
         "step = self.trainer.global_step - self.first_step",
@@ -755,9 +790,9 @@ FAULTS = [
     ),
     Fault(
         "entropy-s-coefficient-forgotten",
-        "callbacks/reincarnation.py",
-        'self.successor.entropy_state = lives.get("entropy_coefficient", 0.0)',
-        "self.successor.entropy_state = 0.0",
+        "objectives/objective.py",
+        'self.entropy_state = state.get("entropy_coefficient", 0.0)',
+        "self.entropy_state = 0.0",
         "test_objectives.py::test_schedules_count_the_steps_of_their_life_and_resume_exactly",
     ),
     Fault(

@@ -195,7 +195,7 @@ def test_counts_and_what_follows():
     assert budget.checkpoint_bytes(small) == pytest.approx(12 * small.parameters * 1.01)
     n = 4 * small.parameters
     assert training_bytes(small, "single", 1, "bf16-mixed").total == 4 * n
-    assert training_bytes(small, "ddp", 8, "bf16-mixed", reference=True).total == 6 * n
+    assert training_bytes(small, "ddp", 8, "bf16-mixed", copies=1).total == 6 * n
     sharded = training_bytes(small, "fsdp2", 8, "bf16-mixed")
     assert sharded.total - sharded.gathered == pytest.approx(4 * n / 8)
     assert 2 * small.largest_block < sharded.gathered < n
@@ -288,5 +288,5 @@ def test_what_a_rank_s_gpu_holds():
     ):
         with pytest.raises(InputError, match=words):
             rank_budget(QWEN3[model], gpu, (int(share * gpu), 0), 4096, strategy, world_size)
-    with_reference = rank_budget(shape, gpu, engine, 4096, "fsdp2", 8, reference=True)
+    with_reference = rank_budget(shape, gpu, engine, 4096, "fsdp2", 8, copies=1)
     assert with_reference.held.total - found.held.total == 4 * shape.parameters // 8

@@ -81,7 +81,7 @@ class PolicyReincarnation(L.Callback):
 
     def switch(self, trainer: L.Trainer, host: PolicyModule, carry: bool) -> None:
         """Make the successor the acting module, with an optimizer of its own over the same parameters."""
-        host.acting.reference = None  # the successor anchors its own, at the weights it starts from
+        host.acting.let_go()
         host.hand_over(self.successor)
         if trainer.strategy.optimizers:  # while a checkpoint is restored there may be none yet
             optimizer = self.successor.make_optimizer()
@@ -97,5 +97,4 @@ class PolicyReincarnation(L.Callback):
         lives = checkpoint["lives"]
         if trainer.state.fn == "fit" and lives["alive"] == self.successor.life:
             self.switch(trainer, pl_module, carry=True)
-            self.successor.restore_reference(lives["reference"])
-            self.successor.entropy_state = lives.get("entropy_coefficient", 0.0)
+            self.successor.restore_life(lives)

@@ -25,6 +25,7 @@ from prerl_lightning.callbacks.requeue import requeue
 from prerl_lightning.compat import requeue_signal, validation_follows
 from prerl_lightning.errors import InputError, RunError, check_bounds
 from prerl_lightning.objectives.base import PolicyModule
+from prerl_lightning.objectives.memory import copies
 from prerl_lightning.policy.model import Policy, load_config, load_tokenizer
 from prerl_lightning.signals import Interrupted
 from prerl_lightning.watchdog import watchdog
@@ -202,7 +203,8 @@ class RunCheckpoint(ModelCheckpoint):
             parameters = ModelShape.of_config(config).parameters
         except ValueError:  # no language model, which its loading says better
             return
-        needed = 2 * parameters * (4 if self.save_weights_only else 12)  # fp32, and Adam's two moments
+        beside = 0 if self.save_weights_only else 4 * copies(pl_module, trainer.callbacks)[1]  # type: ignore[attr-defined]
+        needed = 2 * parameters * ((4 if self.save_weights_only else 12) + beside)  # fp32, and Adam's two moments
         free = shutil.disk_usage(there).free
         if free < needed:
             said = (

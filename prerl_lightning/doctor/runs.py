@@ -20,14 +20,14 @@ from prerl_lightning.doctor.ranks_worker import STAGES
 from prerl_lightning.doctor.subject import GIB, Result, Subject, result, skipped
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives.base import PolicyModule
-from prerl_lightning.objectives.memory import keeps_reference
+from prerl_lightning.objectives.memory import copies
 from prerl_lightning.objectives.passes import CPU_PACK_TOKENS
 from prerl_lightning.policy.model import load_config, model_path
 from prerl_lightning.rollout.engine import Engine
 from prerl_lightning.rollout.vllm_engine import Dtype, VLLMEngine
 
 Row = dict[str, float]
-Terms = tuple[Strategy, int, str, bool]  # strategy, world size, precision, whether a reference is kept
+Terms = tuple[Strategy, int, str, int]  # strategy, world size, precision, copies of the weights beside
 
 # ---------------------------------------------------------------------- the budget
 
@@ -63,8 +63,8 @@ def budget(subject: Subject) -> Result:
     world_size = len(devices) * trainer.num_nodes
     sharded = trainer.strategy == "fsdp2" or isinstance(trainer.strategy, ModelParallelStrategy)
     strategy: Strategy = "fsdp2" if sharded else "ddp" if world_size > 1 else "single"
-    reference = keeps_reference(module, trainer.callbacks or ())
-    terms: Terms = (strategy, world_size, str(trainer.precision), reference)
+    beside, _ = copies(module, trainer.callbacks or ())
+    terms: Terms = (strategy, world_size, str(trainer.precision), beside)
     held = training_bytes(subject.shape, *terms)
     on_gpu = devices[0].type == "cuda"
     longest = engine.max_model_len(load_config(subject.model_name))
@@ -76,7 +76,7 @@ def budget(subject: Subject) -> Result:
         "weights": held.weights,
         "gradients": held.gradients,
         "moments": held.moments,
-        "other": held.reference + held.buckets + held.gathered,
+        "other": held.copies + held.buckets + held.gathered,
         "engine": room.engine[1],
         "pack": room.pack,
         "reserve": room.reserve,

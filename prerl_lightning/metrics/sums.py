@@ -21,6 +21,7 @@ class Sums:
         *("optim/clipped", "optim/dual_clipped", "optim/approx_kl", "optim/reference_kl"),
         "optim/entropy",
         *("mismatch/log_prob_difference", "mismatch/kl"),
+        *("value/loss", "value/clipped"),
     )
     KEYS = TOTALS + MEANS
 

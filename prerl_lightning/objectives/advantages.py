@@ -170,3 +170,26 @@ def contributing_responses(advantages: Tensor, contributing: Contributing) -> Te
     if contributing == "negative":
         return advantages < 0
     return torch.ones_like(advantages, dtype=torch.bool)
+
+
+def generalised_advantages(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """Of each token its advantage by GAE (arXiv 1506.02438, equation 16): sum over k of (gamma lambda)^k d_{t+k} with
+    d_t = r_t + gamma V_{t+1} - V_t, and V = 0 behind a response's last token.
+
+    Args:
+        rewards: (T,), that come with each token.
+        values: (T,), of the text in front of each token.
+        lengths: (N,) tokens of each response, one behind the other in the other two.
+
+    Returns:
+        (T,), of the rewards' type.
+    """
+    found = torch.zeros_like(rewards)
+    ends = lengths.cumsum(0)
+    following, value = rewards.new_zeros(len(lengths)), rewards.new_zeros(len(lengths))  # of the token behind
+    for back in range(1, int(lengths.max()) + 1 if len(lengths) else 0):  # all responses at once, from their ends
+        some = lengths >= back
+        here = ends[some] - back
+        following[some] = rewards[here] + gamma * value[some] - values[here] + gamma * gae_lambda * following[some]
+        found[here], value[some] = following[some], values[here]
+    return found

@@ -63,13 +63,17 @@ class PolicyModule(BaseObjective, RunState):
         if self.policy is None:
             # Lightning's warning of modules in eval mode: here they are meant to be
             warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
-            self.policy = Policy.from_pretrained(
-                self.model_name,
-                attn_implementation=self.attn_implementation,
-                gradient_checkpointing=bool(self.gradient_checkpointing),
-                chunked_head=self.chunked_head,
-                longest=self.data.engine.max_model_len(load_config(self.model_name)) if self.is_attached else None,
-            )
+            self.policy = self.load_policy()
+
+    def load_policy(self) -> Policy:
+        """As the run begins with it, on the CPU."""
+        return Policy.from_pretrained(
+            self.model_name,
+            attn_implementation=self.attn_implementation,
+            gradient_checkpointing=bool(self.gradient_checkpointing),
+            chunked_head=self.chunked_head,
+            longest=self.data.engine.max_model_len(load_config(self.model_name)) if self.is_attached else None,
+        )
 
     def configure_optimizers(self) -> Optimizer:
         return self.acting.make_optimizer()

@@ -81,16 +81,14 @@ def end_life(host: "PolicyModule", step: int, why: str) -> bool:
 
 
 def state(host: "PolicyModule") -> dict[str, Any]:
-    """For a checkpoint. Collective where a life keeps a reference."""
-    reference = host.acting.reference
+    """For a checkpoint. Collective where a life keeps weights beside the policy's."""
     return {
+        **host.acting.life_state(),
         "schedule": [list(life) for life in host.planned_lives],
         "began": [first for _, first in host.lives],
         "alive": host.acting.life,
-        "entropy_coefficient": host.acting.entropy_state,
         "endings": host.endings,
         "ending": host.acting.ending and host.acting.ending.state_dict(),
-        "reference": reference.state_dict(host.live_policy) if reference is not None else None,
     }
 
 
@@ -112,8 +110,7 @@ def resume(host: "PolicyModule", found: dict[str, Any]) -> None:
     if alive.ending is not None and (seen := found.get("ending")):
         alive.ending.load_state_dict(seen)
     if found["alive"] == 1:
-        host.restore_reference(found["reference"])
-        host.entropy_state = found.get("entropy_coefficient", 0.0)
+        host.restore_life(found)
 
 
 def _described(lives: Sequence[Sequence[Any]] | None) -> str:

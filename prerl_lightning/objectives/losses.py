@@ -57,6 +57,24 @@ def clipped_surrogate(
     )
 
 
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """(T,) max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2) / 2 of each token, not aggregated; and (T,) bool,
+    where the bound takes the gradient. The form of PPO's first implementation, which the paper has not.
+
+    Args:
+        values, old_values: (T,), current (with gradient) and at sampling.
+        returns: (T,).
+        clip: c; None: no bound.
+    """
+    plain = (values - returns) ** 2
+    if clip is None:
+        return plain / 2, torch.zeros_like(plain, dtype=torch.bool)
+    bound = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2
+    return torch.maximum(plain, bound) / 2, (bound > plain).detach()
+
+
 def kl_penalty(log_probs: Tensor, reference_log_probs: Tensor, estimator: KLEstimator) -> Tensor:
     """(T,) per-token estimate of KL(policy || reference), with gradient (J. Schulman, "Approximating KL Divergence").
 

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def keeps_reference(module: "PolicyModule", callbacks: Iterable[Any]) -> bool:
-    """Whether any life of a run keeps a copy of the weights for a KL penalty."""
+def copies(module: "PolicyModule", callbacks: Iterable[Any]) -> tuple[int, int]:
+    """Of the weights, that a life of the run keeps beside the policy, at most: in memory, and in a checkpoint."""
     modules = [module, *(c.successor for c in reincarnations(callbacks))]
-    return any(life.loss.kl_coefficient > 0 for life in modules)
+    in_memory, on_disk = zip(*(life.copies for life in modules), strict=True)
+    return max(in_memory), max(on_disk)
 
 
 def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: int) -> PackChoice | None:
@@ -53,7 +54,7 @@ def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: 
         strategy="fsdp2" if sharded else "ddp" if isinstance(trainer.strategy, DDPStrategy) else "single",
         world_size=trainer.world_size,
         precision=str(trainer.precision),
-        reference=keeps_reference(module, trainer.callbacks),  # type: ignore[attr-defined]
+        copies=copies(module, trainer.callbacks)[0],  # type: ignore[attr-defined]
         checkpointing=module.gradient_checkpointing,
         max_tokens=module.batching.max_tokens_per_microbatch,
     )

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from prerl_lightning.errors import InputError
@@ -94,6 +93,7 @@ class BaseObjective(L.LightningModule):
     """
 
     terms: tuple[Term, ...] = ()
+    update_kind: type[Update] = Update
 
     def __init__(
         self,
@@ -200,8 +200,9 @@ class BaseObjective(L.LightningModule):
         return Passes(rollout, self.live_policy, batching, self.compute_device, prefix_id)
 
     def make_update(self, rollout: Rollout, **how: Any) -> Update:
-        """Of the policy on a rollout of all ranks; ``how``: `Update`'s ``life_step``, ``backward`` and ``no_sync``."""
-        return Update(
+        """Of the policy on a rollout of all ranks; ``how``: `Update`'s ``life_step``, ``backward`` and ``no_sync``, and
+        what an `update_kind` of one's own takes beside."""
+        return self.update_kind(
             self.make_passes(rollout),
             self.terms,
             self.loss,
@@ -229,6 +230,28 @@ class BaseObjective(L.LightningModule):
             self.reference = Reference(self.live_policy)
         return self.reference
 
-    def restore_reference(self, state: dict[str, Tensor] | None) -> None:
-        if state is not None:
-            self.anchored_reference().load_state_dict(self.live_policy, state)
+    # ------------------------------------------------------------------ beside weights and optimizer
+
+    @property
+    def copies(self) -> tuple[int, int]:
+        """Of the weights, that this life keeps beside the policy and its optimizer: in memory, and in a checkpoint."""
+        kept = int(self.loss.kl_coefficient > 0)
+        return kept, kept
+
+    def life_state(self) -> dict[str, Any]:
+        """For a checkpoint. Collective where a life keeps a reference."""
+        reference = self.reference
+        return {
+            "entropy_coefficient": self.entropy_state,
+            "reference": reference.state_dict(self.live_policy) if reference is not None else None,
+        }
+
+    def restore_life(self, state: dict[str, Any]) -> None:
+        """Of a checkpoint of this life. Raises InputError where it is of another one's."""
+        self.entropy_state = state.get("entropy_coefficient", 0.0)
+        if state["reference"] is not None:
+            self.anchored_reference().load_state_dict(self.live_policy, state["reference"])
+
+    def let_go(self) -> None:
+        """Of what only this life needed, which is over."""
+        self.reference = None

@@ -3,17 +3,17 @@
 from collections.abc import Iterable
 from typing import Any, cast
 
+from torch import nn
 from torch.optim import Optimizer
 
 from prerl_lightning.objectives.schedule import learning_rate_factor
 from prerl_lightning.objectives.settings import OptimizerSettings
-from prerl_lightning.policy.model import Policy
 
 
-def make_optimizer(policy: Policy, settings: OptimizerSettings) -> Optimizer:
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
     """Over two groups in all lives, what has several dimensions and what has one, so that a checkpoint's optimizer fits
     whichever life's."""
-    parameters = list(policy.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1]},
         {"params": [p for p in parameters if p.ndim <= 1]},

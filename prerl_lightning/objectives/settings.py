@@ -20,14 +20,16 @@ ImportanceSampling = Literal["none", "token", "sequence-mask"]
 
 @dataclass(frozen=True)
 class Settings:
-    """``LEAST``: of each argument the least value that is meant; ``ABOVE``: the value that it has to be above."""
+    """``LEAST``: of each argument the least value that is meant; ``ABOVE``: the value that it has to be above;
+    ``MOST``: the largest."""
 
     LEAST: ClassVar[dict[str, float]] = {}
     ABOVE: ClassVar[dict[str, float]] = {}
+    MOST: ClassVar[dict[str, float]] = {}
 
     def check(self, key: str) -> None:
         """Raises InputError, with the argument's name behind ``key``."""
-        check_bounds(self, key, self.LEAST, self.ABOVE)
+        check_bounds(self, key, self.LEAST, self.ABOVE, self.MOST)
 
 
 @dataclass(frozen=True)

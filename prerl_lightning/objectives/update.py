@@ -40,7 +40,7 @@ class Work:
         contributing: (N,) bool, what the denominator counts.
         selected: (N,) bool, what has a gradient, and so is forwarded, by one rank or another.
         own: (N,) bool, what of it this rank forwards.
-        advantages: (N,) on the device.
+        advantages: (T,) of each token, on the device.
         weights: (N,) of each response's tokens, before division by the denominator; on the device.
         coefficients: of the term at each of the rollout's optimizer steps.
         old: (T,) log-probs at sampling; None: the current ones are. This and the next two on the device, and of this
@@ -99,12 +99,14 @@ class Update:
         no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.passes, self.terms, self.loss, self.reference = passes, terms, loss, reference
+        self.space = terms[0].space  # of the KL penalty
         self.entropy_coefficient, self.life_step = entropy_coefficient, life_step
         self.mismatch_samples, self.entropy = mismatch_samples, entropy
         self.run_backward, self.no_sync = backward, no_sync
         self.policy, self.rollout, self.lengths = passes.policy, passes.rollout, passes.lengths
         self.device, self.sums = passes.device, passes.sums
         self.lengths_on_device = self.lengths.to(self.device)
+        self.of_response = torch.arange(len(self.lengths)).repeat_interleave(self.lengths)  # (T,) each token's
         self.flops = TrainingFlops(passes.policy)
         self.last: dict[str, float] = {}
         self.seconds = {"forward_backward": 0.0, "optimizer": 0.0}
@@ -144,25 +146,32 @@ class Update:
     # ------------------------------------------------------------------ what to compute
 
     @cached_property
-    def rewards(self) -> Tensor:
-        """(N,) float64, of which advantages are made: the rollout's, less the KL penalty where that is in the reward,
-        ``kl_coefficient`` * the sum over a response's tokens of log p - log q (k1), p as it sampled."""
-        rewards = self.rollout.signals.double()
+    def penalties(self) -> Tensor:
+        """(T,) float64, of each token where the KL penalty is in the reward: ``kl_coefficient`` * (log p - log q) (k1),
+        p as it sampled; else 0."""
+        passes, space = self.passes, self.space
         if self.reference is None or self.loss.kl_in != "reward":
-            return rewards
-        passes, space = self.passes, self.terms[0].space
+            return torch.zeros(len(self.of_response), dtype=torch.float64)
         own = passes.share(space, passes.sound & (self.lengths > 0))
         policy = passes.log_probs(space, own)
         with self.reference.in_place(self.policy):
             apart = policy - passes.log_probs(space, own)  # 0 of what other ranks forward
-        number = torch.arange(len(self.lengths)).repeat_interleave(self.lengths)
-        sums = torch.zeros(len(self.lengths), dtype=torch.float64).index_add_(0, number, apart.double().cpu())
-        self.sums.add("optim/reference_kl", sums.sum(), int(self.lengths[own].sum()))
-        return rewards - self.loss.kl_coefficient * ranks.all_reduce(sums)
+        self.sums.add("optim/reference_kl", apart.sum(), int(self.lengths[own].sum()))
+        return self.loss.kl_coefficient * ranks.all_reduce(apart.double().cpu())
+
+    @cached_property
+    def rewards(self) -> Tensor:
+        """(N,) float64, of which advantages are made: the rollout's, less its `penalties`."""
+        return self.rollout.signals.double().index_add(0, self.of_response, -self.penalties)
+
+    def of_tokens(self, advantages: Tensor) -> Tensor:
+        """(T,) float64 of each token, from the (N,) of responses."""
+        return advantages[self.of_response]
 
     def work(self, term: Term) -> Work:
         passes, loss = self.passes, self.loss
         advantages = term.advantages(self.rewards, self.rollout.group_ids)
+        of_tokens = self.of_tokens(advantages)
         contributing = term.counted(advantages, self.rollout)
         contributing &= passes.sound & (self.lengths > 0)
         steps = range(self.life_step, self.life_step + passes.batching.steps)
@@ -172,7 +181,8 @@ class Update:
         entropy_coefficient = self.entropy_coefficient if first else 0.0
         selected = contributing
         if not kl and not entropy_coefficient:
-            selected = contributing & (advantages != 0) & any(coefficients)
+            taught = torch.zeros(len(advantages)).index_add_(0, self.of_response, (of_tokens != 0).float()) > 0
+            selected = contributing & taught & any(coefficients)
         own = passes.share(term.space, selected)
         many_updates = passes.batching.steps > 1
         old = passes.log_probs(term.space, own) if many_updates else None
@@ -186,13 +196,12 @@ class Update:
             # the ratio is one of log p(y given x) at sampling
             trainer = old if term.space == "post-train" else passes.log_probs("post-train", own)
             assert trainer is not None
-            number = torch.arange(len(self.lengths)).repeat_interleave(self.lengths).to(self.device)
-            correction = self._correction(trainer, passes.engine_log_probs, number)
+            correction = self._correction(trainer, passes.engine_log_probs, self.of_response.to(self.device))
         self.sums.add("rollout/contributing", int(own.sum()))
         self.sums.add("rollout/contributing_tokens", int(self.lengths[own].sum()))
         weights = term.aggregation_by(loss).weights(self.lengths)
         return Work(
-            *(term, contributing, selected, own, advantages.to(self.device), weights.to(self.device), coefficients),
+            *(term, contributing, selected, own, of_tokens.to(self.device), weights.to(self.device), coefficients),
             *(old, reference, correction, entropy_coefficient),
         )
 
@@ -237,7 +246,7 @@ class Update:
         n_tokens, sequence, source = len(log_probs), batch.sequence, batch.source
         current = log_probs.detach()
         old = current if work.old is None else work.old[source]
-        tokens = Tokens(log_probs, old, work.advantages[sequence].to(current), sequence, self.lengths_on_device)
+        tokens = Tokens(log_probs, old, work.advantages[source].to(current), sequence, self.lengths_on_device)
         found = term.surrogate_by(settings)(tokens)
         loss = found.loss
         engine = self.passes.engine_log_probs[source]

@@ -290,17 +290,24 @@ class Policy(nn.Module):
         return "varlen" if all(attention.varlen_works(device, dtype, *s) for s in self.head_shapes) else "sdpa"
 
     def forward(
-        self, batch: MicroBatch, temperature: float = 1.0, entropy: bool = False
+        self,
+        batch: MicroBatch,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        read: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(T,) fp32 log-probs of ``batch.targets``, fp64 of a model in it, logits divided by ``temperature`` as in
         sampling; and, where asked for, the (T,) entropies of their distributions.
 
         For ``backward()``, which finds the head's gradient already in place (`head_log_probs`, ``into_grad``).
+
+        Args:
+            read: what is returned instead of log-probs, of the (T, H) last hidden states in front of the targets.
         """
         packed: dict[str, Any] = {} if batch.plan is None else {"position_ids": batch.positions}
         if self.can_share and batch.plan is not None:
             packed["plan"] = batch.plan
-        if not self.chunked_head:
+        if not self.chunked_head and read is None:
             logits = self.model(input_ids=batch.input_ids, use_cache=False, **packed).logits
             return log_probs_of(logits.flatten(0, 1)[batch.predictors], batch.targets, 1 / temperature, entropy)
         body: Any = self.model.base_model
@@ -308,6 +315,8 @@ class Policy(nn.Module):
             body = next(m for m in self.model.children() if isinstance(m, PreTrainedModel))
         hidden = body(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.predictors)
+        if read is not None:
+            return read(hidden), None
         head = cast(nn.Linear, self.model.get_output_embeddings())
         tied = head.weight is self.model.get_input_embeddings().weight
         return head_log_probs(

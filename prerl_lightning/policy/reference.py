@@ -46,12 +46,7 @@ class Reference:
     @torch.no_grad()
     def load_state_dict(self, policy: Policy, state: Mapping[str, Tensor]) -> None:
         for name, parameter in policy.named_parameters():
-            full = state[name].to(_local(parameter))
-            if isinstance(parameter, DTensor):
-                from torch.distributed.tensor import distribute_tensor
-
-                full = distribute_tensor(full, parameter.device_mesh, parameter.placements).to_local()
-            self.shards[name].copy_(full)
+            self.shards[name].copy_(_local(ranks.held_as(state[name], parameter)))
 
 
 def _local(tensor: Tensor) -> Tensor:

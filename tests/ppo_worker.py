@@ -1,0 +1,49 @@
+"""Runs as one rank of two (see test_ppo.py): PPO as second life, on ddp and fsdp2, and resumed on the other."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_step import fit
+
+import prerl_lightning.strategies  # noqa: F401
+from prerl_lightning.callbacks import PolicyReincarnation
+from prerl_lightning.objectives import PPO, NSRPreRL
+
+SWITCH, END = 1, 5  # PPO's rollouts have two optimizer steps each
+
+
+def lives(body, **options):
+    options = {"lr": 1e-2, "value_lr": 1e-2, "value_body": body, "epochs": 2, "gae_lambda": 0.9} | options
+    return [PolicyReincarnation(at_step=SWITCH, successor=PPO(**options), optimizer="reset")]
+
+
+def run(model, body, folder, steps=END, ckpt_path=None, callbacks=None, **options):
+    """The policy's weights behind it and the value model's, as vectors; a checkpoint of each step is in ``folder``."""
+    host = NSRPreRL(model=model, lr=1e-2) if isinstance(model, str) else model
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    callbacks = lives(body) if callbacks is None else callbacks
+    options = {"enable_checkpointing": True, "callbacks": [*callbacks, saver], **options}
+    fit(host, steps, ckpt_path, **options)
+    whole = torch.cat([w.flatten() for _, w in host.live_policy.named_weights()]).double()
+    critic = host.acting._critic
+    state = critic.state_dict() if critic is not None else None
+    return whole, state and torch.cat([w.flatten() for w in state["weights"].values() if w is not None]).double()
+
+
+def main(out: Path, model: str) -> None:
+    rank, found = int(os.environ["RANK"]), {}
+    for body in ("own", "policy"):
+        for strategy in ("ddp", "fsdp2"):
+            found[f"{body} {strategy}"] = run(model, body, out / body / strategy, devices=2, strategy=strategy)
+    for strategy, other in (("ddp", "fsdp2"), ("fsdp2", "ddp")):
+        path, folder = out / "own" / other / "step=3.ckpt", out / "resumed" / strategy
+        found[f"resumed {strategy}"] = run(model, "own", folder, ckpt_path=path, devices=2, strategy=strategy)
+    if rank == 0:
+        torch.save(found, out / "found.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
