@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def world_size() -> int:
@@ -52,3 +52,22 @@ def gather_state(tensor: Tensor, group: Any = None) -> list[Tensor]:
 def full(tensor: Tensor) -> Tensor:
     """All of a tensor that FSDP2 has sharded; another one as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of one that FSDP2 has sharded; another one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of ``whole``, sharded as ``like`` is, on its device and in its dtype."""
+    whole = whole.to(local(like))
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements).to_local()
+
+
+@torch.no_grad()
+def copy_full(tensor: Tensor, whole: Tensor) -> None:
+    """``whole`` into ``tensor``, which FSDP2 may have sharded."""
+    local(tensor).copy_(shard(whole, tensor))

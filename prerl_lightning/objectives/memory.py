@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def keeps_reference(module: "PolicyModule", callbacks: Iterable[Any]) -> bool:
-    """Whether any life of a run keeps a copy of the weights for a KL penalty."""
+    """Whether any life of a run keeps a copy of what it trains for a KL penalty."""
     modules = [module, *(c.successor for c in reincarnations(callbacks))]
     return any(life.loss.kl_coefficient > 0 for life in modules)
 
@@ -40,7 +40,7 @@ def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: 
     if device.type != "cuda":
         return None
     config, trainer = load_config(module.model_name), module.trainer
-    shape = replace(ModelShape.of_config(config), whole_logits=not module.chunked_head)
+    shape = replace(ModelShape.of_config(config, module.lora), whole_logits=not module.chunked_head)
     engine.sleep()  # one that an earlier fit of this process has started
     free, total = torch.cuda.mem_get_info(device)
     free = int(ranks.all_reduce(torch.tensor(free), ReduceOp.MIN))

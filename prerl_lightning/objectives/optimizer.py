@@ -11,9 +11,9 @@ from prerl_lightning.policy.model import Policy
 
 
 def make_optimizer(policy: Policy, settings: OptimizerSettings) -> Optimizer:
-    """Over two groups in all lives, what has several dimensions and what has one, so that a checkpoint's optimizer fits
-    whichever life's."""
-    parameters = list(policy.parameters())
+    """Of what is trained; over two groups in all lives, what has several dimensions and what has one, so that a
+    checkpoint's optimizer fits whichever life's."""
+    parameters = [p for _, p in policy.trained()]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1]},
         {"params": [p for p in parameters if p.ndim <= 1]},
