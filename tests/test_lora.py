@@ -38,7 +38,7 @@ def moved(folder, objective=GRPO, **options):
 
 
 def close(a, b, most=1e-5):
-    assert float((a - b).norm()) < most * float(b.norm())
+    assert float((a - b).detach().norm()) < most * float(b.detach().norm())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -88,8 +88,7 @@ def test_the_reference_is_the_model_without_adapters(model_folder, make_rollout)
     assert reference.state_dict(module.policy).keys() == dict(module.policy.trained()).keys()  # no copy of the base
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed"])
-def test_a_base_that_rests_in_16_bits(model_folder, make_rollout, precision):
+def test_a_base_that_rests_in_16_bits(model_folder, make_rollout):
     """Its gradients are as far from those in fp32 as those of an fp32 base in bf16-mixed are."""
     folder, rollout = model_folder("llama-tied"), make_rollout()
     exact = gradient(moved(folder), rollout)
@@ -127,7 +126,7 @@ def test_a_checkpoint_holds_the_adapters_alone(run, model_folder):
     assert checkpoint_bytes(shape) == trained * 12 * 101 // 100
 
 
-@pytest.mark.parametrize("start", [1, 2, 3])
+@pytest.mark.parametrize("start", [1, 3])
 def test_resumed_in_either_life_equals_uninterrupted(run, tmp_path, model_folder, start):
     """Behind the merge too, where the base is no longer the folder's."""
     out, module = run
@@ -290,7 +289,7 @@ def test_merges_and_successors(model_folder):
     merge = PolicyReincarnation(1, GRPO(), optimizer="reset", merge=True)
     with pytest.raises(InputError, match=r"merge: at step 1 there are no adapters\. Leave merge out\."):
         fit(GRPO(model=model), engine, callbacks=[merge])
-    with pytest.raises(InputError, match=r"merge: at step 1 bfloat16 would round .* base: float32"):
+    with pytest.raises(InputError, match=r"merge: at step 1 bfloat16 would round .*lora\.base: float32"):
         fit(GRPO(model=model, lora=Lora(base="bfloat16")), engine, callbacks=[merge], precision="bf16-mixed")
     other = PolicyReincarnation(1, GRPO(lora=Lora(rank=2)))
     with pytest.raises(InputError, match="leave its lora out"):
