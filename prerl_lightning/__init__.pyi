@@ -38,6 +38,7 @@ from .objectives.signed import NSRRL as NSRRL
 from .objectives.signed import PSRRL as PSRRL
 from .objectives.term import Term as Term
 from .objectives.until import Until as Until
+from .policy.lora import Lora as Lora
 from .rewards.pool import Verification as Verification
 from .rollout.engine import Engine as Engine
 from .rollout.engine import HeldOutSampling as HeldOutSampling

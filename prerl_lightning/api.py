@@ -281,7 +281,7 @@ def fit(
     data.check(objective, runs, "fit")
     keeps = next(iter(callbacks_of(runs, RunCheckpoint)), RunCheckpoint())
     told = None if ckpt_path is None else str(ckpt_path)
-    found = resume.chosen(told, resume.runs_of(runs), objective.model_name, keeps.monitor, keeps.mode, True)
+    found = resume.chosen(told, resume.runs_of(runs), objective, keeps.monitor, keeps.mode, True)
     if found is not None and resume.is_file(found):
         resume.compare(found, configuration, allow_changes)
     folder: Path | None = None

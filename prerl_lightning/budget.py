@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from prerl_lightning.errors import InputError
 from prerl_lightning.policy.head import BLOCK_ELEMENTS, BLOCK_ROWS
+from prerl_lightning.policy.lora import Adapters, Lora
 
 Strategy = Literal["single", "ddp", "fsdp2"]
 
@@ -37,6 +38,8 @@ class ModelShape:
         experts: that one token goes through; 0: no mixture.
         norms: of a layer, over the hidden size; ``qk_norm``: queries and keys have theirs too.
         whole_logits: all at once, by the model itself (``chunked_head: false``).
+        adapters: parameters of LoRA's, which alone are trained; 0: all are.
+        frozen_bytes: of the weights that are not.
     """
 
     parameters: int
@@ -55,10 +58,18 @@ class ModelShape:
     qk_norm: bool = False
     softcap: bool = False
     whole_logits: bool = False
+    adapters: int = 0
+    frozen_bytes: int = 0
+
+    @property
+    def trained(self) -> int:
+        """Parameters with gradients and moments."""
+        return self.adapters or self.parameters
 
     @classmethod
-    def of_config(cls, config: PretrainedConfig) -> "ModelShape":
-        """Of the language model, where there are more parts; built on the meta device. ValueError: no causal LM."""
+    def of_config(cls, config: PretrainedConfig, lora: Lora | None = None) -> "ModelShape":
+        """Of the language model, where there are more parts; built on the meta device. ValueError: no causal LM;
+        InputError: it has not the layers that ``lora`` targets."""
         config = deepcopy(config.get_text_config())
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -76,8 +87,10 @@ class ModelShape:
         dense = known("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", default=4 * hidden)
         experts, width = known("num_experts_per_tok"), known("moe_intermediate_size", default=dense)
         routed = (experts + known("n_shared_experts")) * width + known("shared_expert_intermediate_size")
+        parameters = sum(p.numel() for p in model.parameters())
+        adapters = sum(p.numel() for p in Adapters(model, lora).parameters().values()) if lora else 0
         return cls(
-            *(sum(p.numel() for p in model.parameters()), sum(sizes), max(sizes)),
+            *(parameters, sum(sizes), max(sizes)),
             *(layers, hidden, max(dense, routed) if experts else dense),
             *(heads, known("num_key_value_heads", default=heads), known("head_dim", default=hidden // heads)),
             *(config.vocab_size, model.get_output_embeddings().weight is model.get_input_embeddings().weight),
@@ -85,6 +98,8 @@ class ModelShape:
             norms=max(2, sum(p.shape == (hidden,) for n, p in norms.items() if n not in of_queries)),
             qk_norm=bool(of_queries),
             softcap=bool(getattr(config, "final_logit_softcapping", None)),
+            adapters=adapters,
+            frozen_bytes=sum(p.nbytes for p in model.parameters() if not p.requires_grad),
         )
 
 
@@ -94,8 +109,8 @@ def kv_bytes_per_token(shape: ModelShape, dtype_bytes: int = 2) -> int:
 
 
 def checkpoint_bytes(shape: ModelShape) -> int:
-    """On disk: fp32 weights and two Adam moments, and 1 % for the rest."""
-    return shape.parameters * 12 * 101 // 100
+    """On disk: what is trained, in fp32, and two Adam moments, and 1 % for the rest."""
+    return shape.trained * 12 * 101 // 100
 
 
 @dataclass(frozen=True)
@@ -118,17 +133,18 @@ class TrainingBytes:
 def training_bytes(
     shape: ModelShape, strategy: Strategy, world_size: int, precision: str, copies: int = 0
 ) -> TrainingBytes:
-    """fp32 weights, gradients and two Adam moments; ``copies``: of the weights, that a life keeps beside, such as
-    a KL reference.
+    """fp32 weights, gradients and two Adam moments of what is trained, and the frozen weights; ``copies``: of what is
+    trained, that a life keeps beside, such as a KL reference.
 
     DDP has buckets unless made with ``gradient_as_bucket_view=True``, which neither Lightning nor torch does unasked.
     FSDP2 has whole: embedding and head and their gradients; of the layers one, its successor twice (as received, and
     cut into parameters), and the gradients of one, also in fp32.
     """
-    own = 4 * shape.parameters // (world_size if strategy == "fsdp2" else 1)
+    sharing = world_size if strategy == "fsdp2" else 1
+    own, frozen = 4 * shape.trained // sharing, shape.frozen_bytes // sharing
     size, ends = _size(precision), shape.parameters - shape.block_parameters
     gathered = 2 * size * ends + (4 * size + 4) * shape.largest_block if strategy == "fsdp2" else 0
-    return TrainingBytes(own, own, 2 * own, own * copies, own * (strategy == "ddp"), gathered)
+    return TrainingBytes(own + frozen, own, 2 * own, own * copies, own * (strategy == "ddp"), gathered)
 
 
 def activation_bytes_per_token(shape: ModelShape, precision: str, checkpointing: bool, padded: bool = False) -> int:
@@ -159,9 +175,11 @@ def _layer_bytes(shape: ModelShape, precision: str, padded: bool) -> int:
 
 def weight_copy_bytes(shape: ModelShape, precision: str, checkpointing: bool = False) -> int:
     """Autocast's 16-bit weights of linear layers. Lightning switches off autocast's cache of them, but autograd keeps
-    each from a layer's forward to its backward pass. None in fp32, nor under FSDP2, which gathers 16 bits."""
+    each from a layer's forward to its backward pass. None in fp32, of what rests in 16 bits, nor under FSDP2, which
+    gathers 16 bits."""
     kept = shape.largest_block if checkpointing else shape.block_parameters
-    return 2 * kept if _size(precision) == 2 else 0
+    rest_in_16_bits = 0 < shape.frozen_bytes < 4 * shape.parameters
+    return 2 * kept if _size(precision) == 2 and not rest_in_16_bits else 0
 
 
 def head_bytes(shape: ModelShape, tokens: int, block_elements: int) -> int:

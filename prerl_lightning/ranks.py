@@ -60,3 +60,14 @@ def held_as(tensor: Tensor, parameter: Tensor) -> Tensor:
 def full(tensor: Tensor) -> Tensor:
     """All of a tensor that FSDP2 has sharded; another one as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of one that FSDP2 has sharded; another one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_full(tensor: Tensor, whole: Tensor) -> None:
+    """``whole`` into ``tensor``, which FSDP2 may have sharded."""
+    local(tensor).copy_(local(held_as(whole, tensor)))

@@ -19,7 +19,8 @@ from prerl_lightning.callbacks.saving import kept_best
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, in_one_line
 from prerl_lightning.objectives.objective import BaseObjective
-from prerl_lightning.policy.model import empty_model
+from prerl_lightning.policy.lora import KEY, Lora
+from prerl_lightning.policy.model import Policy, empty_model
 from prerl_lightning.secrets import hide
 from prerl_lightning.signals import first_rank
 
@@ -70,12 +71,13 @@ def is_file(ckpt_path: str | None) -> bool:
 
 
 def chosen(
-    ckpt_path: str | None, runs: Path, model: str, monitor: str | None, mode: str, weights_only: bool
+    ckpt_path: str | None, runs: Path, objective: BaseObjective, monitor: str | None, mode: str, weights_only: bool
 ) -> str | None:
     """The checkpoint that ``last``, ``best`` or a path names, looked through on the first rank.
 
     Args:
         runs: the folder of all runs of this name.
+        objective: whose policy it is to be.
         monitor: of the best; None: the one that the run had.
 
     Raises:
@@ -99,7 +101,7 @@ def chosen(
     if first_rank():
         if not newest_of_all:  # that has been read through: it is the newest that is whole
             check_whole(path)
-        check_weights(path, model, weights_only)
+        check_weights(path, objective.model_name, objective.lora, weights_only)
     return str(path)
 
 
@@ -123,22 +125,36 @@ def check_whole(path: Path) -> None:
         raise InputError(f"--ckpt_path: {path} is {problem}. Give another; last takes the newest that is whole.")
 
 
-def check_weights(path: Path, model: str, weights_only: bool = True) -> None:
-    """Raises InputError where it is no training checkpoint, or one of another model; and as `load` does."""
+def check_weights(path: Path, model: str, lora: Lora | None = None, weights_only: bool = True) -> None:
+    """Raises InputError where it is no training checkpoint, one of another model, or one of adapters where the run has
+    none, or the other way round; and as `load` does."""
     found = load(str(path), weights_only)
     if not isinstance(found, dict) or not {"state_dict", "loops", "pytorch-lightning_version"} <= found.keys():
         raise InputError(
             f"--ckpt_path: {path} is no training checkpoint of this library. To start a new run from exported weights, "
             "give their folder as --model.init_args.model."
         )
-    ours = empty_model(model)
-    theirs = {name.removeprefix("policy.model."): tensor.shape for name, tensor in found["state_dict"].items()}
+    if ("lora" in found) != (lora is not None):
+        holds, mend = (
+            ("adapters alone (LoRA)", f"give {KEY} as its run had it")
+            if lora is None
+            else (
+                "all weights, and this run trains adapters",
+                f"leave {KEY} out, or start anew from its exported model",
+            )
+        )
+        raise InputError(f"--ckpt_path: {path} holds {holds}: {mend}.")
+    ours = Policy(empty_model(model))
+    if lora is not None:
+        ours.adapt(lora)
+    theirs = {name.removeprefix("policy."): tensor.shape for name, tensor in found["state_dict"].items()}
     expected = {name: tensor.shape for name, tensor in ours.state_dict().items()}
-    for name in [*theirs, *(name for name, _ in ours.named_parameters())]:
+    for name in [*theirs, *(name for name, _ in ours.trained())]:
         if theirs.get(name) != expected.get(name):
             there, here = (str(tuple(s[name])) if name in s else "absent" for s in (theirs, expected))
+            other, name = "model" if lora is None else f"model or {KEY}", name.removeprefix("model.")
             raise InputError(
-                f"--ckpt_path: {path} is of another model: {name} is {there} in it, and {here} in {model}."
+                f"--ckpt_path: {path} is of another {other}: {name} is {there} in it, and {here} in {model}."
             )
 
 

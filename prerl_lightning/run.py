@@ -159,7 +159,7 @@ class PrerlCLI(LightningCLI):
         self.datamodule.check(self.model, self.trainer, self.subcommand)  # before a logger makes its folder
         checkpoint = subconfig["checkpoint"]
         subconfig["ckpt_path"] = resume.chosen(
-            *(subconfig.get("ckpt_path"), resume.runs_of(self.trainer), self.model.model_name),
+            *(subconfig.get("ckpt_path"), resume.runs_of(self.trainer), self.model),
             *(checkpoint.monitor, checkpoint.mode, self.weights_only),
         )
         if self.subcommand == "fit" and resume.is_file(subconfig["ckpt_path"]):

@@ -50,9 +50,11 @@ class Blocks(L.Callback):
 
 
 def opening(trainer: L.Trainer, host: PolicyModule, folder: Path | None) -> Lines:
-    data, size = host.data, sum(p.numel() for p in host.live_policy.parameters())
+    data, policy = host.data, host.live_policy
+    size, trained = (sum(p.numel() for p in some) for some in (policy.parameters(), (p for _, p in policy.trained())))
+    adapted = f", {words.count(trained)} of them trained" if trained < size else ""
     where = f"{trainer.world_size} ranks, {host.compute_device.type}" if trainer.world_size > 1 else host.compute_device
-    yield "model", f"{host.model_name}, {words.count(size)} parameters, {trainer.precision}, on {where}"
+    yield "model", f"{host.model_name}, {words.count(size)} parameters{adapted}, {trainer.precision}, on {where}"
     begin = ["by" if host.endings.get(life, "") is None else "from" for life in range(len(host.lives))]
     lives = [f"{objective(n)}{f' {begin[i]} step {first}' if first else ''}" for i, (n, first) in enumerate(host.lives)]
     steps = words.steps(trainer.max_steps) if trainer.max_steps > 0 else "no last step"

@@ -30,6 +30,8 @@ class PolicyReincarnation(L.Callback):
         successor: the next objective. It leaves ``model`` out.
         optimizer: ``carry`` keeps the optimizer's state (Adam's moments), under the successor's settings; ``reset``
             starts with an empty one.
+        merge: fold LoRA's adapters into the model, whose outputs stay, and begin new ones; for ``optimizer: reset``,
+            since a state is of the old ones.
         until: ends the life before ahead of ``at_step``, by a metric: ``{metric: rollout/pass@8, worse_by: 0.1}``.
     """
 
@@ -39,6 +41,7 @@ class PolicyReincarnation(L.Callback):
         successor: PolicyModule,
         optimizer: Literal["carry", "reset"] = "carry",
         until: Until | None = None,
+        merge: bool = False,
     ) -> None:
         if at_step < 1:
             raise InputError(f"PolicyReincarnation.at_step: {at_step} must be at least 1.")
@@ -47,6 +50,11 @@ class PolicyReincarnation(L.Callback):
                 f"{KEY}.not_before: {until.not_before} is not before at_step ({at_step}), which "
                 "ends the life in any case. Lower it, or raise at_step."
             )
+        if merge and optimizer == "carry":
+            raise InputError(
+                "PolicyReincarnation.merge: the optimizer's state is of the old adapters. Write optimizer: reset."
+            )
+        self.merge = merge
         self.at_step, self.successor, self.optimizer, self.until = at_step, successor, optimizer, until
 
     @property
@@ -67,6 +75,8 @@ class PolicyReincarnation(L.Callback):
     ) -> None:
         if trainer.global_step >= self.successor.first_step and pl_module.acting.life < self.successor.life:
             before = pl_module.acting
+            if self.merge and (adapters := pl_module.live_policy.adapters) is not None:
+                adapters.fold()
             self.switch(trainer, pl_module, carry=self.optimizer == "carry")
             log.info(
                 "Step %d: the policy of %s is reborn as %s (life %d, optimizer state: %s).",

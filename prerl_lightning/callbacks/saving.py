@@ -26,7 +26,7 @@ from prerl_lightning.compat import requeue_signal, validation_follows
 from prerl_lightning.errors import InputError, RunError, check_bounds
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.objectives.memory import copies
-from prerl_lightning.policy.model import Policy, load_config, load_tokenizer
+from prerl_lightning.policy.model import Policy, load_config, load_tokenizer, model_path
 from prerl_lightning.signals import Interrupted
 from prerl_lightning.watchdog import watchdog
 
@@ -200,7 +200,7 @@ class RunCheckpoint(ModelCheckpoint):
             raise InputError(f"{key}: {folder} cannot be written in: {error.strerror}.") from error
         config = load_config(pl_module.model_name)
         try:
-            parameters = ModelShape.of_config(config).parameters
+            parameters = ModelShape.of_config(config, pl_module.lora).trained
         except ValueError:  # no language model, which its loading says better
             return
         beside = 0 if self.save_weights_only else 4 * copies(pl_module, trainer.callbacks)[1]  # type: ignore[attr-defined]
@@ -396,7 +396,8 @@ def _link(file: Path, name: Path) -> None:
 
 
 class ExportModel(L.Callback):
-    """Writes the policy as a Hugging Face folder (weights, config, tokenizer) when training ends.
+    """Writes the policy as a Hugging Face folder, ``model`` (weights, config, tokenizer), when training ends; with LoRA
+    its adapters folded in, and alone in ``adapter``, as peft has them.
 
     Args:
         enabled: False: do not.
@@ -427,8 +428,10 @@ class ExportModel(L.Callback):
 
 
 def export(module: PolicyModule, folder: Path, dtype: torch.dtype, write: bool = True) -> None:
-    """The policy and its tokenizer; called on all ranks."""
+    """The policy and its tokenizer, and what adapters it has beside them; called on all ranks."""
     export_policy(module.live_policy, folder, dtype, write)
+    if (adapters := module.live_policy.adapters) is not None:
+        adapters.save(folder.with_name("adapter"), model_path(module.model_name), write)
     if write:
         load_tokenizer(module.model_name).save_pretrained(folder)
 

@@ -61,12 +61,12 @@ def _life(trainer: L.Trainer, module: PolicyModule) -> int:
 @torch.no_grad()
 def weight_sketch(policy: Policy) -> Tensor:
     """(buckets,) float64 on the CPU, the same however the weights are sharded. Collective under FSDP2."""
-    parameters = list(policy.parameters())
-    sketch = Sketch(device=parameters[0].device)
+    first = next(policy.parameters())
+    sketch = Sketch(device=first.device)
     start = 0
-    for parameter in parameters:
-        piece, offset = local_piece(parameter)
+    for weight in policy.weights():
+        piece, offset = local_piece(weight)
         sketch.add(piece, start + offset)
-        start += parameter.numel()
+        start += weight.numel()
     sums = sketch.sums.cpu()
-    return ranks.all_reduce(sums) if isinstance(parameters[0], DTensor) else sums
+    return ranks.all_reduce(sums) if isinstance(first, DTensor) else sums

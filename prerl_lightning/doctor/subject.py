@@ -95,7 +95,8 @@ class Subject:
         from prerl_lightning.budget import ModelShape
         from prerl_lightning.policy.model import load_config
 
-        return ModelShape.of_config(load_config(self.model_name))
+        lora = self.configured.model.lora if self.configured else None
+        return ModelShape.of_config(load_config(self.model_name), lora)
 
     @cached_property
     def device(self) -> "torch.device":

@@ -155,7 +155,7 @@ class GradientComparison:
         parameters = list(policy.parameters())
         self.device = device or parameters[0].device
         self.sharded = isinstance(parameters[0], DTensor)
-        n_local = sum(local_piece(p)[0].numel() for p in parameters)
+        n_local = sum(local_piece(p)[0].numel() for p in parameters if p.requires_grad)
         self.sketch = sketch if sketch is not None else 0 if n_local <= EXACT_PARAMETERS else SIZE
 
     def responses(

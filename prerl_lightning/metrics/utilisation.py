@@ -1,7 +1,8 @@
 """Model FLOPs utilisation of the train step: the arithmetic that the model needs over what the device could do.
 
-Needed are the forward and twice that for the backward pass; recomputing for gradient checkpointing, or in the output
-head, is not (PaLM's definition, arXiv 2204.02311, appendix B). Tokens are those forwarded, without padding.
+Needed are the forward and twice that for the backward pass, once where weights are frozen; recomputing for gradient
+checkpointing, or in the output head, is not (PaLM's definition, arXiv 2204.02311, appendix B). Tokens are those
+forwarded, without padding.
 """
 
 from collections.abc import Mapping
@@ -60,20 +61,20 @@ class TrainingFlops:
         config = policy.model.config.get_text_config()
         embedding: Any = policy.model.get_input_embeddings().weight
         head: Any = policy.model.get_output_embeddings().weight
-        whole = sum(p.numel() for p in policy.parameters())
-        self.head = head.numel()
-        self.body = whole - embedding.numel() - (0 if head is embedding else head.numel())
+        self.head = _of_token(head)
+        self.body = sum(_of_token(p) for p in policy.parameters() if p is not embedding and p is not head)
         heads = getattr(config, "num_attention_heads", 0)  # state-space layers have none
         head_dim = (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
         self.attention = config.num_hidden_layers * heads * head_dim
 
     def __call__(self, attended: Tensor, n_targets: int) -> float:
         """Forward and backward of one micro-batch: its `attended_tokens`, and how many log-probs it gives."""
-        return (
-            6.0 * self.body * len(attended)
-            + 6.0 * self.head * n_targets
-            + 12.0 * self.attention * float(attended.sum())
-        )
+        return self.body * len(attended) + self.head * n_targets + 12.0 * self.attention * float(attended.sum())
+
+
+def _of_token(weight: Tensor) -> float:
+    """Forward and backward, of which a frozen weight's leaves out its own gradient."""
+    return (6.0 if weight.requires_grad else 4.0) * weight.numel()
 
 
 def rates(metrics: Mapping[str, float], seconds: Mapping[str, float], peak: float | None) -> dict[str, float]:

@@ -64,6 +64,7 @@ class PolicyModule(BaseObjective, RunState):
             # Lightning's warning of modules in eval mode: here they are meant to be
             warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
             self.policy = self.load_policy()
+            self.strict_loading = self.lora is None  # the base is in no checkpoint
 
     def load_policy(self) -> Policy:
         """As the run begins with it, on the CPU."""
@@ -72,6 +73,7 @@ class PolicyModule(BaseObjective, RunState):
             attn_implementation=self.attn_implementation,
             gradient_checkpointing=bool(self.gradient_checkpointing),
             chunked_head=self.chunked_head,
+            lora=self.lora,
             longest=self.data.engine.max_model_len(load_config(self.model_name)) if self.is_attached else None,
         )
 
@@ -267,9 +269,13 @@ class PolicyModule(BaseObjective, RunState):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lives"] = lives.state(self)
+        if (adapters := self.live_policy.adapters) is not None:
+            checkpoint["lora"] = adapters.state_dict()
         self.validations.on_save_checkpoint(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if (adapters := self.live_policy.adapters) is not None:
+            adapters.load_state_dict(checkpoint["lora"], str(self.trainer.ckpt_path))
         if self.trainer.state.fn == "fit":
             lives.resume(self, checkpoint.get("lives", {"schedule": None}))
             self.validations.on_load_checkpoint(self.trainer, checkpoint)

@@ -16,6 +16,8 @@ from prerl_lightning.objectives import lives
 from prerl_lightning.objectives.advantages import SignedReward
 from prerl_lightning.objectives.trainer_arguments import ARGUMENTS, CALLBACKS, HOOKS
 from prerl_lightning.objectives.until import Ending
+from prerl_lightning.policy.lora import KEY, targeted
+from prerl_lightning.policy.model import empty_model
 
 if TYPE_CHECKING:
     from prerl_lightning.objectives.base import PolicyModule
@@ -135,6 +137,7 @@ def check_run(host: "PolicyModule", data: RolloutDataModule, trainer: L.Trainer)
     for module in modules:
         check_hooks(type(module), successor=module is not host)
     _check_successors(host, switches, isinstance(trainer.strategy, ModelParallelStrategy))
+    _check_lora(host, switches, str(trainer.precision))
     for module in modules:
         endless = module.end_step is None and trainer.max_steps < 0
         if endless and (schedule := module.optimization.lr_schedule) != "constant":
@@ -216,6 +219,32 @@ def _check_successors(host: "PolicyModule", switches: Sequence[Any], sharded: bo
                 f"PolicyReincarnation.successor: {name}.optimizer: {new.__name__} follows {old.__name__}, and under "
                 "fsdp2 a resume would load the wrong one. Use one optimizer class in all lives."
             )
+
+
+def _check_lora(host: "PolicyModule", switches: Sequence[Any], precision: str) -> None:
+    lora = host.lora
+    for switch in switches:
+        if switch.successor.lora not in (None, lora):
+            raise InputError(
+                f"PolicyReincarnation.successor: {type(switch.successor).__name__}.lora: a successor takes over the "
+                "policy and its adapters: leave its lora out."
+            )
+        if switch.merge and (lora is None or lora.base == "bfloat16"):
+            why = "there are no adapters" if lora is None else "bfloat16 would round off most of what they have learned"
+            mend = "Leave merge out" + (f", or write {KEY}.base: float32." if lora else ".")
+            raise InputError(f"PolicyReincarnation.merge: at step {switch.at_step} {why}. {mend}")
+    if lora is None:
+        return
+    if lora.base == "bfloat16" and not precision.startswith("bf16"):
+        raise InputError(
+            f"{KEY}.base: bfloat16 while trainer.precision is {precision}, whose products are fp32. Write "
+            "trainer.precision: bf16-mixed, or base: float32."
+        )
+    try:
+        model = empty_model(host.model_name)
+    except ValueError:  # no language model, which its loading says better
+        return
+    targeted(model, lora)
 
 
 def _optimizer(module: "PolicyModule") -> type:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def copies(module: "PolicyModule", callbacks: Iterable[Any]) -> tuple[int, int]:
-    """Of the weights, that a life of the run keeps beside the policy, at most: in memory, and in a checkpoint."""
+    """Of what is trained, that a life of the run keeps beside the policy, at most: in memory, and in a checkpoint."""
     modules = [module, *(c.successor for c in reincarnations(callbacks))]
     in_memory, on_disk = zip(*(life.copies for life in modules), strict=True)
     return max(in_memory), max(on_disk)
@@ -41,7 +41,7 @@ def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: 
     if device.type != "cuda":
         return None
     config, trainer = load_config(module.model_name), module.trainer
-    shape = replace(ModelShape.of_config(config), whole_logits=not module.chunked_head)
+    shape = replace(ModelShape.of_config(config, module.lora), whole_logits=not module.chunked_head)
     engine.sleep()  # one that an earlier fit of this process has started
     free, total = torch.cuda.mem_get_info(device)
     free = int(ranks.all_reduce(torch.tensor(free), ReduceOp.MIN))

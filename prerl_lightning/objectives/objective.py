@@ -28,6 +28,7 @@ from prerl_lightning.objectives.settings import (
 )
 from prerl_lightning.objectives.term import Term
 from prerl_lightning.objectives.update import Update
+from prerl_lightning.policy.lora import Lora
 from prerl_lightning.policy.model import Policy, given_prefix, load_tokenizer, prefix_token
 from prerl_lightning.policy.reference import Reference
 from prerl_lightning.types import Rollout
@@ -39,6 +40,8 @@ class BaseObjective(L.LightningModule):
     Args:
         model: Hugging Face folder or hub id, or ``embedded`` for the tiny model of the package. The successor in a
             PolicyReincarnation leaves it out: it takes over the policy.
+        lora: train low-rank adapters alone, e.g. ``{rank: 16}``, over the model as it is; None: all its weights. A
+            successor leaves it out, too.
         prefix: the token that log p(y) starts from, by its id or its text; default: the tokenizer's BOS, else the first
             token of its chat format (``<|im_start|>`` for Qwen). Digits are an id everywhere, since a command line
             cannot tell 5 from "5"; double quotes within the text, ``'"5"'`` or ``'"#"'``, make text of anything.
@@ -129,12 +132,13 @@ class BaseObjective(L.LightningModule):
         gradient_checkpointing: bool | None = None,
         peak_flops: float | None = None,
         attn_implementation: str | None = None,
+        lora: Lora | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self._model, self.prefix = model, given_prefix(prefix)
         self.chunked_head, self.gradient_checkpointing = chunked_head, gradient_checkpointing
-        self.attn_implementation = attn_implementation
+        self.attn_implementation, self.lora = attn_implementation, lora
         self.optimization = OptimizerSettings(
             lr, optimizer, decay_norms_and_biases, lr_schedule, warmup_steps, gradient_clip
         )

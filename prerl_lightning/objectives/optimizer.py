@@ -11,8 +11,8 @@ from prerl_lightning.objectives.settings import OptimizerSettings
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
-    """Over two groups in all lives, what has several dimensions and what has one, so that a checkpoint's optimizer fits
-    whichever life's."""
+    """Of what is trained; over two groups in all lives, what has several dimensions and what has one, so that a
+    checkpoint's optimizer fits whichever life's."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1]},

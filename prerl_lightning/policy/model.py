@@ -32,6 +32,7 @@ from prerl_lightning import hub, ranks
 from prerl_lightning.errors import InputError, in_one_line, nearest
 from prerl_lightning.policy import attention, probe
 from prerl_lightning.policy.head import head_log_probs, log_probs_of
+from prerl_lightning.policy.lora import Adapters, Lora
 from prerl_lightning.policy.packing import MicroBatch
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -224,6 +225,7 @@ class Policy(nn.Module):
         self.head_shapes: set[tuple[int, int, int, int]] = set()  # of its attention, as packs were seen to have them
         self.chunked_head = chunked_head
         self.recomputes = False
+        self.adapters: Adapters | None = None  # None: all weights are trained
         self.eval()
 
     @classmethod
@@ -234,6 +236,7 @@ class Policy(nn.Module):
         gradient_checkpointing: bool = False,
         chunked_head: bool = True,
         longest: int | None = None,
+        lora: Lora | None = None,
     ) -> "Policy":
         """fp32 master weights, on the CPU.
 
@@ -242,10 +245,11 @@ class Policy(nn.Module):
 
         Args:
             longest: tokens of a sequence, at most, for models whose rotary frequencies depend on it.
+            lora: train adapters alone. None: all weights.
 
         Raises:
-            InputError: ``model`` is no model folder, its weights are not all there and finite, or `Policy` would not
-                give what the model gives (policy/probe.py).
+            InputError: ``model`` is no model folder, its weights are not all there and finite, `Policy` would not
+                give what the model gives (policy/probe.py), or it has not the layers that ``lora`` targets.
         """
         # for every new shape cuDNN makes a plan, which takes a second, and packs have new shapes at every step
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -253,8 +257,23 @@ class Policy(nn.Module):
             policy = cls(load_model(model, attn_implementation), chunked_head)
             probe.fix_rotary(policy, longest)
             probe.prepare(policy)
+            if lora is not None:
+                policy.adapt(lora)
         policy.checkpoint_activations(gradient_checkpointing)
         return policy
+
+    def adapt(self, lora: Lora) -> None:
+        """Put adapters in place, and freeze all else. From now on `state_dict` holds the adapters alone.
+
+        Raises:
+            InputError: the model has not the layers that ``lora`` targets.
+        """
+        self.adapters = Adapters(self.model, lora)
+        self.register_state_dict_post_hook(_without_base)
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The named parameters that training changes."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def train(self, mode: bool = True) -> "Policy":
         """Eval mode, always."""
@@ -262,8 +281,8 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def is_finite(self) -> bool:
-        """Whether all weights are: by their norm, which keeps no copy. The same on all ranks; collective."""
-        total = torch.nn.utils.get_total_norm(list(self.parameters()))
+        """Whether all trained weights are: by their norm, which keeps no copy. The same on all ranks; collective."""
+        total = torch.nn.utils.get_total_norm([p for _, p in self.trained()])
         broken = (~torch.isfinite(ranks.full(total))).to("cpu", torch.int64)
         return not int(ranks.all_reduce(broken, dist.ReduceOp.MAX))
 
@@ -331,17 +350,33 @@ class Policy(nn.Module):
         )
 
     def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The weights by the names that they have on disk, full tensors, tied ones once: parameters in ``dtype``, and
-        persistent buffers as they are.
+        """The weights by the names that they have on disk, full tensors, tied ones once, adapters folded in: parameters
+        in ``dtype``, and persistent buffers as they are.
 
         Under FSDP2 each is cast on its shard and then gathered, so that no second full copy of the model exists.
         The gathers are collective: every rank iterates to the end.
         """
 
         def whole(held: Tensor) -> Tensor:
-            tensor = held.detach()
+            tensor = self._effective(held)
             if dtype is not None and isinstance(held, nn.Parameter):
                 tensor = tensor.to(dtype)
             return ranks.full(tensor)
 
-        return as_on_disk(self.model, _held(self.model), whole)
+        return as_on_disk(self.model, self._base(), whole)
+
+    def weights(self) -> Iterator[Tensor]:
+        """What it computes with, tied ones once, adapters folded in, in an order that stays; under FSDP2 sharded."""
+        return (self._effective(held) for _, held in self._base() if isinstance(held, nn.Parameter))
+
+    def _base(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, held) for name, held in _held(self.model) if self.adapters is None or not held.requires_grad)
+
+    def _effective(self, held: Tensor) -> Tensor:
+        return held.detach() if self.adapters is None else self.adapters.merged(held)
+
+
+def _without_base(policy: Policy, state: dict[str, Any], prefix: str, _: Any) -> None:
+    trained = {prefix + name for name, _ in policy.trained()}
+    for name in [name for name in state if name.startswith(prefix) and name not in trained]:
+        del state[name]

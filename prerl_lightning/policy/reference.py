@@ -1,11 +1,13 @@
-"""A frozen copy of the policy's weights, for a KL penalty: one copy of each rank's shard, on its device."""
+"""A frozen copy of what is trained of the policy's weights, for a KL penalty: one of each rank's shard, on its device.
+
+With LoRA that is the adapters: where a life begins with new ones, the reference is the model without them.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from prerl_lightning import ranks
 from prerl_lightning.policy.model import Policy
@@ -15,7 +17,7 @@ class Reference:
     """The weights of ``policy`` as they are now (re-anchor by making a new one)."""
 
     def __init__(self, policy: Policy) -> None:
-        self.shards = {name: _local(p.detach()).clone() for name, p in policy.named_parameters()}
+        self.shards = {name: ranks.local(p.detach()).clone() for name, p in policy.trained()}
 
     @contextmanager
     def in_place(self, policy: Policy) -> Iterator[None]:
@@ -31,8 +33,8 @@ class Reference:
 
     @torch.no_grad()
     def _exchange(self, policy: Policy) -> None:
-        for name, parameter in policy.named_parameters():
-            held = _local(parameter)
+        for name, parameter in policy.trained():
+            held = ranks.local(parameter)
             shard = self.shards[name] = self.shards[name].to(held.device)
             kept = held.clone()
             held.copy_(shard)
@@ -41,13 +43,9 @@ class Reference:
     def state_dict(self, policy: Policy) -> dict[str, Tensor]:
         """Full tensors on the CPU, one gathered at a time; collective under FSDP2."""
         with self.in_place(policy):
-            return {name: ranks.full(p).detach().cpu().clone() for name, p in policy.named_parameters()}
+            return {name: ranks.full(p).detach().cpu().clone() for name, p in policy.trained()}
 
     @torch.no_grad()
     def load_state_dict(self, policy: Policy, state: Mapping[str, Tensor]) -> None:
-        for name, parameter in policy.named_parameters():
-            self.shards[name].copy_(_local(ranks.held_as(state[name], parameter)))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for name, parameter in policy.trained():
+            self.shards[name].copy_(ranks.local(ranks.held_as(state[name], parameter)))
