@@ -31,6 +31,7 @@ USAGE = """usage: prerl {fit,validate,test} [--config FILE ...] [--KEY VALUE ...
        prerl study STUDY.yaml [--dry_run]
        prerl doctor [--config FILE ...] [--model MODEL] [--json]
        prerl pretrain --config FILE --out FOLDER
+       prerl job --config FILE --machine NAME
        prerl help [TOPIC]
 
 Reinforcement learning with verifiable rewards in pre-train and post-train space, on Lightning and vLLM.
@@ -47,12 +48,14 @@ Reinforcement learning with verifiable rewards in pre-train and post-train space
   study      arms x seeds of a YAML file, and a verdict for each of its claims; goes on where it was stopped
   doctor     does this machine run all this, and does that run fit? A self-test in under two minutes
   pretrain   a tiny model from scratch on a corpus of your own, such as the embedded one
+  job        prerl fit on machines of Lightning AI, resumed by itself; --dry_run shows what would be sent
   help       what an objective, a key, a problem set, a reward or a metric is and takes: prerl help GRPO
 
   prerl help                  the topics; also a class of your own by its path
   prerl fit --print_config    the whole configuration as YAML
   --config may be given several times: later files and options win; `callbacks+:` appends
-  --ckpt_path last            resume from the newest checkpoint of this configuration's runs; best: the best one
+  --ckpt_path last            resume from the newest checkpoint of this configuration's runs; best: the best one;
+                              auto: the newest, or a new run where there is none
   --allow_changes true        resume under a configuration in which a step or the order of the data is another
   PRERL_DEBUG=1               full tracebacks and the start-up messages of vLLM and transformers
 """
@@ -69,6 +72,7 @@ COMMANDS = {
     "study": "prerl_lightning.study.command",
     "doctor": "prerl_lightning.doctor",
     "pretrain": "prerl_lightning.data.tasks.pretrain",
+    "job": "prerl_lightning.jobs.command",
     "help": "prerl_lightning.manual",
 }
 

@@ -12,6 +12,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities.model_registry import _determine_model_name, _is_registry
+
+from prerl_lightning.errors import InputError
 
 
 def validate_now(trainer: L.Trainer) -> None:
@@ -96,6 +99,20 @@ def requeue_signal(trainer: L.Trainer) -> int | None:
 def requeue_path(trainer: L.Trainer) -> str:
     """A checkpoint there is what a requeued job goes on from, unasked."""
     return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+
+
+def registry_name(ckpt_path: str) -> str | None:
+    """NAME or NAME:VERSION of Lightning's ``registry:NAME[:version:VERSION]``; None: it is no such. Lightning itself
+    takes any of several checkpoints in the folder that it downloads to, and goes on without litmodels."""
+    if not _is_registry(ckpt_path):
+        return None
+    try:
+        return _determine_model_name(ckpt_path, None)
+    except ValueError:
+        raise InputError(
+            f"--ckpt_path: {ckpt_path} names no model. Write registry:ORGANISATION/TEAMSPACE/MODEL, or that and "
+            ":version:VERSION."
+        ) from None
 
 
 def observe_ranks(observe: Callable[..., None]) -> None:

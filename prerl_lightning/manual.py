@@ -52,8 +52,9 @@ VALUES = {
     "ckpt_path": (
         "str",
         "None",
-        "resume from this checkpoint; ``last``: from the newest whole one of this name's runs; ``best``: from the best "
-        "by ``checkpoint.monitor``.",
+        "resume from this checkpoint; ``last``: from the newest whole one of this name's runs; ``auto``: from that, or "
+        "a new run where there is none; ``best``: from the best by ``checkpoint.monitor``; "
+        "``registry:NAME[:version:VERSION]``: from Lightning's model registry.",
     ),
     "weights_only": (
         "bool",

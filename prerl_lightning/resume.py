@@ -4,6 +4,7 @@ import inspect
 import logging
 import os
 import re
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.cli import SaveConfigCallback
 
 from prerl_lightning.callbacks.saving import kept_best
+from prerl_lightning.compat import registry_name
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, in_one_line
 from prerl_lightning.objectives.objective import BaseObjective
@@ -73,7 +75,8 @@ def is_file(ckpt_path: str | None) -> bool:
 def chosen(
     ckpt_path: str | None, runs: Path, objective: BaseObjective, monitor: str | None, mode: str, weights_only: bool
 ) -> str | None:
-    """The checkpoint that ``last``, ``best`` or a path names, looked through on the first rank.
+    """The checkpoint that ``last``, ``auto`` (``last`` if there is one, else none), ``best``, a path or
+    ``registry:NAME[:version:VERSION]`` names, looked through on the first rank.
 
     Args:
         runs: the folder of all runs of this name.
@@ -83,12 +86,22 @@ def chosen(
     Raises:
         InputError: there is none, or it is damaged, of another model, or holds more than ``weights_only`` lets in.
     """
-    newest_of_all = ckpt_path == "last"
+    newest_of_all = ckpt_path in ("last", "auto")
+    # the ranks that this process starts take the same, without reading it through once more
+    told = None if first_rank() else os.environ.get(RESUMED_FROM)
     if newest_of_all:
-        # the ranks that this process starts take the same, without reading it through once more
-        ckpt_path = None if first_rank() else os.environ.get(RESUMED_FROM)
-        ckpt_path = os.environ[RESUMED_FROM] = ckpt_path or str(newest(runs))
-        log.info("Resuming from %s", ckpt_path)
+        if told is None:
+            none = ckpt_path == "auto" and not any(runs.glob("**/last.ckpt"))
+            told = "" if none else str(newest(runs))
+        ckpt_path = os.environ[RESUMED_FROM] = told
+        log.info("Resuming from %s" if told else "A new run: there is no last.ckpt below %s", told or runs)
+    elif ckpt_path and (name := registry_name(ckpt_path)) is not None:
+        if told is None and not first_rank():
+            raise InputError(
+                f"--ckpt_path: {ckpt_path}: ranks that prerl has not started cannot share a download. "
+                "Download it first, and give the file."
+            )
+        ckpt_path = os.environ[RESUMED_FROM] = told or str(downloaded(name, runs / "registry"))
     elif ckpt_path == "best":
         ckpt_path = best(runs, monitor, mode, weights_only)
     if not is_file(ckpt_path):
@@ -103,6 +116,30 @@ def chosen(
             check_whole(path)
         check_weights(path, objective.model_name, objective.lora, weights_only)
     return str(path)
+
+
+def downloaded(name: str, folder: Path) -> Path:
+    """The checkpoint of a model in Lightning's registry.
+
+    Args:
+        name: ORGANISATION/TEAMSPACE/MODEL[:VERSION].
+        folder: where it comes to, in a folder of its own.
+    """
+    try:
+        from litmodels import download_model
+    except ModuleNotFoundError as error:
+        raise InputError(f"--ckpt_path: registry: needs the package {error.name}: pip install litmodels") from error
+    place = folder / re.sub(r"[/:]", "_", name)
+    shutil.rmtree(place, ignore_errors=True)  # of another version, where none is named
+    try:
+        download_model(name, download_dir=str(place))
+    except Exception as error:  # of HTTP, of lightning-sdk, of the system
+        raise InputError(f"--ckpt_path: {name} could not be downloaded: {in_one_line(error)}") from error
+    found = sorted(place.rglob("*.ckpt"))
+    if len(found) != 1:
+        raise InputError(f"--ckpt_path: {name} holds {len(found)} checkpoints (*.ckpt), not one, see {place}.")
+    log.info("Resuming from %s, downloaded to %s", name, found[0])
+    return found[0]
 
 
 def damage(path: Path) -> str | None:

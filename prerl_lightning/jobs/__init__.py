@@ -1,0 +1,1 @@
+"""`prerl job`: runs on machines of Lightning AI."""
