@@ -138,6 +138,27 @@ def entry(path: str) -> Entry:
     return found
 
 
+@cache
+def options() -> Mapping[str, Argument]:
+    """Every dotted key of `prerl fit`, but for what stands below a class."""
+    found = {"model": Argument("model", "class", None, "the objective, with the model that it trains.", "")}
+    found |= {name: Argument(name, *of, "") for name, of in VALUES.items()}
+    for key, path in KEYS.items():
+        found |= {f"{key}.{a.name}": a for a in entry(path).arguments if f"{key}.{a.name}" not in KEYS}
+    return found
+
+
+def options_of_a_run(command: str) -> str:
+    """What `prerl fit --help` shows: without torch, which the parser has to be made with."""
+    lines = [f"usage: prerl {command} [--config FILE ...] [--KEY VALUE ...]", ""]
+    lines += _wrapped("All keys, in a file or on the command line. What an objective, a problem set, an engine or a "
+                      "reward takes says prerl help NAME; prerl help lists them.", "")  # fmt: skip
+    lines += ["", "  --help", "      these lines.", "  --print_config", "      the whole configuration as YAML."]
+    for name, option in options().items():
+        lines += _argument(replace(option, name=f"--{name}"), "  ")
+    return "\n".join(lines)
+
+
 def help(args: Sequence[str]) -> None:
     """The command. Raises InputError for what is no topic."""
     parser = ArgumentParser("prerl help", description="What there is to configure, in the words of its docstrings.")

@@ -49,11 +49,8 @@ class PrerlCLI(LightningCLI):
     @classmethod
     def run(cls, args: list[str]) -> "PrerlCLI":
         observe_ranks(watchdog.observe)
-        args = shipped.in_arguments(args)
-        files = _config_files(args)
-        for file in files:
-            refusals.check_file(file)
-        cls.name = _run_name(files)
+        args = refusals.checked(args)
+        cls.name = _run_name(refusals.config_files(args))
         return cls(
             PolicyModule,
             RolloutDataModule,
@@ -191,14 +188,6 @@ class RunParts(PrerlCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
-
-
-def _config_files(args: list[str]) -> list[str]:
-    given = []
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
-        if arg.startswith("--config=") or (arg in ("--config", "-c") and following):
-            given.append(arg.partition("=")[2] or following)
-    return given
 
 
 def _run_name(given: list[str]) -> str:

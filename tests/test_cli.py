@@ -155,7 +155,8 @@ def test_overlays_keep_the_callbacks(parse, overlay, monkeypatch):
     ],
 )
 def test_the_file_with_the_objective_names_the_run(given, name, tmp_path, monkeypatch):
-    from prerl_lightning.run import _config_files, _run_name
+    from prerl_lightning.refusals import config_files
+    from prerl_lightning.run import _run_name
 
     files = {
         "shared": "model: {init_args: {model: embedded}}", "arm": "model: {class_path: GRPO}", "short": "model: GRPO",
@@ -168,7 +169,7 @@ def test_the_file_with_the_objective_names_the_run(given, name, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     ways = [[f"--config={file}" if i % 2 else f"--config {file}" for i, file in enumerate(given, k)] for k in (0, 1)]
     for way in ways:
-        assert _run_name(_config_files(["fit", *" ".join(way).split(), "--trainer.max_steps=1"])) == name
+        assert _run_name(config_files(["fit", *" ".join(way).split(), "--trainer.max_steps=1"])) == name
 
 
 def test_loggers_without_a_name_have_the_run_s(parse, tmp_path, monkeypatch):
