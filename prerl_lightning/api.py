@@ -251,7 +251,8 @@ def fit(
     lives = sorted(lives, key=lambda life: life.at_step)
     own = list(callbacks)
     chain = [objective, *(life.successor for life in lives)]
-    made = trainer_defaults(name=name or "-".join(type(o).__name__ for o in chain), max_steps=max_steps, **trainer)
+    name = name or "-".join(getattr(o, "title", type(o).__name__) for o in chain).replace(" ", "-")
+    made = trainer_defaults(name=name, max_steps=max_steps, **trainer)
     for what, given, kind in (("objective", objective, PolicyModule), ("data", data, RolloutDataModule)):
         if not isinstance(given, kind):
             raise InputError(f"fit: {what} is a {type(given).__name__}, not a {kind.__name__}.")

@@ -31,7 +31,7 @@ FREE = (
     *(f"model.init_args.{name}" for name in ("max_tokens_per_microbatch", "micro_batch_size", "packing")),
     *(f"model.init_args.{name}" for name in ("share_prompts", "chunked_head", "gradient_checkpointing")),
     *(f"model.init_args.{name}" for name in ("mismatch_samples", "mismatch_bound", "entropy", "peak_flops")),
-    "model.init_args.attn_implementation",
+    *("model.init_args.attn_implementation", "model.init_args.name"),
     *(f"data.engine.init_args.{name}" for name in ("kv_cache_mib", "gpu_memory_utilization", "max_num_seqs")),
     *(f"data.engine.init_args.{name}" for name in ("enforce_eager", "sleep_between_rollouts")),
     *("data.val", "data.val_samples", "data.val_greedy", "data.val_reward", "data.val_batch", "data.verification"),
