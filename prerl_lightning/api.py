@@ -33,7 +33,15 @@ from prerl_lightning.secrets import hide
 from prerl_lightning.settings import described
 from prerl_lightning.signals import Interrupted, signals
 from prerl_lightning.terminal import log_to_stdout, quiet, quiet_lightning
-from prerl_lightning.training import TRAINER_DEFAULTS, WATCHERS, default_precision, progress, run_logger, with_records
+from prerl_lightning.training import (
+    TRAINER_DEFAULTS,
+    WATCHERS,
+    default_precision,
+    no_folder_of_a_refusal,
+    progress,
+    run_logger,
+    with_records,
+)
 from prerl_lightning.watchdog import watchdog
 
 if TYPE_CHECKING:
@@ -287,7 +295,8 @@ def fit(
         resume.compare(found, configuration, allow_changes)
     folder: Path | None = None
     try:
-        runs.fit(objective, datamodule=data, ckpt_path=found, weights_only=True)
+        with no_folder_of_a_refusal(runs):
+            runs.fit(objective, datamodule=data, ckpt_path=found, weights_only=True)
         folder = run_folder(runs)
     except SystemExit as ending:
         number = ending.number if isinstance(ending, Interrupted) else signals.received

@@ -20,6 +20,9 @@ from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, in_one_line
 from prerl_lightning.objectives.objective import BaseObjective
 from prerl_lightning.policy.model import empty_model
+from prerl_lightning.report.files import last_written
+from prerl_lightning.report.folders import below
+from prerl_lightning.report.reading import read_begun
 from prerl_lightning.secrets import hide
 from prerl_lightning.signals import first_rank
 
@@ -178,9 +181,17 @@ def newest(folder: Path) -> Path:
     for path in files.values():
         problem = damage(path)
         if problem is None:
+            for run in _newer_without(folder, path):
+                log.warning("%s is newer, and has no checkpoint: %s.", run, read_begun(run).status()[1])
             return path
         log.warning("%s is %s. The newest before it that is whole is taken.", path, problem)
     raise InputError(f"--ckpt_path: none of the checkpoints below {folder} is whole. Leave it out to start anew.")
+
+
+def _newer_without(folder: Path, path: Path) -> list[Path]:
+    """Runs below that have trained behind the checkpoint at ``path``, and have none of their own."""
+    began = (run for run in below(folder) if (run / "run.json").is_file() and run not in path.parents)
+    return [run for run in began if last_written(run, True) > path.stat().st_mtime and not any(run.rglob("*.ckpt"))]
 
 
 def best(folder: Path, monitor: str | None, mode: str, weights_only: bool = True) -> str:

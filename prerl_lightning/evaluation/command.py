@@ -115,6 +115,11 @@ def _table(found: Mapping[str, Mapping[str, float]]) -> str:
                 lines.append(f"  {name:10} {value:.3f}  {ends}  {of}")
         rest = ("length", "truncated", "no_answer", "timeouts", "errors")
         lines.append("  " + ", ".join(f"{n} {values[n]:.3g}" for n in rest if n in values))
+        if partial := values["partial"]:
+            lines.append(
+                f"  {partial:.2g} of the samples have a reward that is neither 0 nor 1: avg, maj and greedy count it as "
+                "it is, pass as wrong"
+            )
     return "\n".join(lines)
 
 
