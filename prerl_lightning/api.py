@@ -33,7 +33,15 @@ from prerl_lightning.secrets import hide
 from prerl_lightning.settings import described
 from prerl_lightning.signals import Interrupted, signals
 from prerl_lightning.terminal import log_to_stdout, quiet, quiet_lightning
-from prerl_lightning.training import TRAINER_DEFAULTS, WATCHERS, default_precision, progress, run_logger, with_records
+from prerl_lightning.training import (
+    TRAINER_DEFAULTS,
+    WATCHERS,
+    default_precision,
+    no_folder_of_a_refusal,
+    progress,
+    run_logger,
+    with_records,
+)
 from prerl_lightning.watchdog import watchdog
 
 if TYPE_CHECKING:
@@ -251,7 +259,8 @@ def fit(
     lives = sorted(lives, key=lambda life: life.at_step)
     own = list(callbacks)
     chain = [objective, *(life.successor for life in lives)]
-    made = trainer_defaults(name=name or "-".join(type(o).__name__ for o in chain), max_steps=max_steps, **trainer)
+    name = name or "-".join(getattr(o, "title", type(o).__name__) for o in chain).replace(" ", "-")
+    made = trainer_defaults(name=name, max_steps=max_steps, **trainer)
     for what, given, kind in (("objective", objective, PolicyModule), ("data", data, RolloutDataModule)):
         if not isinstance(given, kind):
             raise InputError(f"fit: {what} is a {type(given).__name__}, not a {kind.__name__}.")
@@ -286,7 +295,8 @@ def fit(
         resume.compare(found, configuration, allow_changes)
     folder: Path | None = None
     try:
-        runs.fit(objective, datamodule=data, ckpt_path=found, weights_only=True)
+        with no_folder_of_a_refusal(runs):
+            runs.fit(objective, datamodule=data, ckpt_path=found, weights_only=True)
         folder = run_folder(runs)
     except SystemExit as ending:
         number = ending.number if isinstance(ending, Interrupted) else signals.received

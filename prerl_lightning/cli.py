@@ -71,7 +71,7 @@ COMMANDS = {
     "configs": "prerl_lightning.shipped",
     "study": "prerl_lightning.study.command",
     "doctor": "prerl_lightning.doctor",
-    "pretrain": "prerl_lightning.data.tasks.pretrain",
+    "pretrain": "prerl_lightning.data.tasks.command",
     "job": "prerl_lightning.jobs.command",
     "help": "prerl_lightning.manual",
 }
@@ -135,7 +135,15 @@ def _command(args: list[str], debug: bool) -> None:
     if args[0] in COMMANDS:
         run: Callable[[list[str]], Any] = getattr(import_module(COMMANDS[args[0]]), args[0])
         args = args[1:]
+    elif {"-h", "--help"} & set(args):
+        from prerl_lightning.manual import options_of_a_run
+
+        print(options_of_a_run(args[0]))
+        return
     else:
+        from prerl_lightning.refusals import checked
+
+        checked(args)  # at once, rather than behind the next import
         from prerl_lightning.run import PrerlCLI
 
         run = PrerlCLI.run

@@ -93,6 +93,13 @@ def _source(module: str) -> tuple[str, ast.Module] | None:
 
 
 @cache
+def _lines(module: str) -> list[bytes]:
+    """In bytes, as the places of a tree are counted."""
+    source = _source(module)
+    return source[0].encode().splitlines() if source else []
+
+
+@cache
 def _definition(module: str, name: str) -> tuple[str, Definition] | None:
     """The module and the statement that a module's name comes from."""
     source = _source(module)
@@ -202,10 +209,14 @@ def _of_fields(module: str, node: ast.ClassDef, texts: dict[str, str]) -> dict[s
 
 def _text(module: str, node: ast.expr | None) -> str | None:
     """As its author wrote it: 1e-6, not 1e-06."""
-    source = _source(module)
-    if node is None or source is None:
+    if node is None:
         return None
-    return " ".join((ast.get_source_segment(source[0], node) or ast.unparse(node)).split())
+    assert node.end_lineno is not None
+    # ast.get_source_segment cuts the whole file into lines for each: 2 s for all keys
+    lines = _lines(module)[node.lineno - 1 : node.end_lineno]
+    lines[-1] = lines[-1][: node.end_col_offset]
+    lines[0] = lines[0][node.col_offset :]
+    return " ".join(b" ".join(lines).decode().split())
 
 
 def _type(module: str, node: ast.expr | None) -> str:

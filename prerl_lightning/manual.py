@@ -5,6 +5,7 @@ words of their docstrings; the documentation's reference of every key is made of
     prerl help GRPO
     prerl help data.sampling
     prerl help lr                        # every place that has such an argument
+    prerl help rloo                      # a configuration that is shipped; evaluate: a command's options
     prerl help rollout/entropy           # a column of metrics.csv
     prerl help my_module.MyObjective     # a class of your own, by its path
 """
@@ -16,7 +17,9 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 
+from prerl_lightning import shipped
 from prerl_lightning.docstrings import Argument, Entry, constant, read
 from prerl_lightning.errors import ArgumentParser, InputError, nearest
 from prerl_lightning.metrics.glossary import Column, column, glossary
@@ -139,12 +142,36 @@ def entry(path: str) -> Entry:
     return found
 
 
+@cache
+def options() -> Mapping[str, Argument]:
+    """Every dotted key of `prerl fit`, but for what stands below a class."""
+    found = {"model": Argument("model", "class", None, "the objective, with the model that it trains.", "")}
+    found |= {name: Argument(name, *of, "") for name, of in VALUES.items()}
+    for key, path in KEYS.items():
+        found |= {f"{key}.{a.name}": a for a in entry(path).arguments if f"{key}.{a.name}" not in KEYS}
+    return found
+
+
+def options_of_a_run(command: str) -> str:
+    """What `prerl fit --help` shows: without torch, which the parser has to be made with."""
+    lines = [f"usage: prerl {command} [--config FILE ...] [--KEY VALUE ...]", ""]
+    lines += _wrapped("All keys, in a file or on the command line. What an objective, a problem set, an engine or a "
+                      "reward takes says prerl help NAME; prerl help lists them.", "")  # fmt: skip
+    lines += ["", "  --help", "      these lines.", "  --print_config", "      the whole configuration as YAML."]
+    for name, option in options().items():
+        lines += _argument(replace(option, name=f"--{name}"), "  ")
+    return "\n".join(lines)
+
+
 def help(args: Sequence[str]) -> None:
     """The command. Raises InputError for what is no topic."""
     parser = ArgumentParser("prerl help", description="What there is to configure, in the words of its docstrings.")
     parser.add_argument("topic", nargs="?", metavar="TOPIC", help="default: a list of them")
     topic = parser.parse_args(args).topic
-    lines = _contents() if topic is None else _about(topic)
+    fits, commands = _commands()
+    if topic in commands:
+        getattr(import_module(commands[topic]), topic)(["--help"])
+    lines = _contents() if topic is None else [options_of_a_run(topic)] if topic in fits else _about(topic)
     print(printable_lines("\n".join(lines)))
 
 
@@ -153,12 +180,15 @@ def help(args: Sequence[str]) -> None:
 
 def _contents() -> Iterator[str]:
     yield "prerl help TOPIC: one of these, a class of your own by its path, any argument or column of metrics.csv."
-    yield "A command's own options: prerl COMMAND --help."
     for kind, of_kind in topics().items():
         yield f"\n{TITLES[kind][0]}"
         yield from _wrapped(", ".join(of_kind), "  ")
     yield f"\n{TITLES['values'][0]}"
     yield from _wrapped(", ".join(VALUES), "  ")
+    yield "\nCommands"
+    yield from _wrapped(", ".join(name for of in _commands() for name in of), "  ")
+    yield "\nConfigurations, by the last part of their names too"
+    yield from _wrapped(", ".join(shipped.names()), "  ")
     yield "\nmetrics"
     yield from _wrapped("every column of metrics.csv, with its unit", "  ")
 
@@ -177,10 +207,47 @@ def _about(topic: str) -> Iterator[str]:
         return _column(found)
     if matches := list(_arguments_named(topic)):
         return (line for where, argument in matches for line in ("", f"{where}:", *_argument(argument, "  ")))
-    if "." in topic:
+    for called, (name, path, kind) in _classes().items():
+        if _folded(called) == _folded(topic):
+            return _entry(entry(path), name, kind)
+    if found := [name for name in shipped.names() if _folded(topic) in (_folded(name), _folded(_last(name, "/")))]:
+        return (line for name in found for line in _configuration(name))
+    if "." in topic and read(topic) is not None:
         return _entry(entry(topic), topic, "objectives" if _is_objective(topic) else "")
-    names = [name for of_kind in topics().values() for name in of_kind]
-    raise InputError(f"{topic}: no such topic.{nearest(topic, [*names, *VALUES, 'metrics'])} prerl help lists them.")
+    names = [*_classes(), *KEYS, *options(), *VALUES, "metrics", *(name for of in _commands() for name in of)]
+    near = nearest(topic, [*names, *(_last(name, "/") for name in shipped.names())])
+    if "." in topic:
+        raise InputError(f"{topic}: no class or function of this path is found from here.{near} Give MODULE.NAME.")
+    raise InputError(f"{topic}: no such topic.{near} prerl help lists them.")
+
+
+def _classes() -> Mapping[str, tuple[str, str, str]]:
+    """Topic, import path and kind by topic; of a key also by its class: Verification is data.verification."""
+    keys = {_last(path): (name, path, "keys") for name, path in KEYS.items()}
+    return keys | {name: (name, path, kind) for kind, of_kind in topics().items() for name, path in of_kind.items()}
+
+
+def _commands() -> tuple[tuple[str, ...], Mapping[str, str]]:
+    """Those that take a run's configuration, and the modules of the others."""
+    fits, others = (ast.literal_eval(constant(f"{OURS}.cli", name)) for name in ("FITS", "COMMANDS"))
+    return fits, others
+
+
+def _folded(name: str) -> str:
+    """REINFORCE++ is reinforce_pp, NSR-PreRL is NSRPreRL."""
+    return re.sub(r"[\W_]", "", name.lower().replace("+", "p"))
+
+
+def _last(name: str, mark: str = ".") -> str:
+    return name.rpartition(mark)[2]
+
+
+def _configuration(name: str) -> Iterator[str]:
+    """What its first lines say."""
+    command = {"study": "prerl study", "pretrain": "prerl pretrain --config"}.get(name.partition("/")[0], "--config")
+    yield f"{name}    {command} configs/{name}.yaml"
+    yield from _wrapped(shipped.about(name), "  ")
+    yield f"  prerl configs {name} prints it."
 
 
 def _entry(found: Entry, name: str, kind: str) -> Iterator[str]:

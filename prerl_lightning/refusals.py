@@ -1,31 +1,65 @@
-"""What jsonargparse and Lightning refuse, said as this library says it: the key, what is wrong, the mend."""
+"""What jsonargparse and Lightning refuse, said as this library says it: the key, what is wrong, the mend.
+
+What torch has to be imported for is imported where a message needs it: most are said at once.
+"""
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import yaml  # type: ignore[import-untyped]
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from prerl_lightning import rewards, shipped
-from prerl_lightning.data.problems import ProblemSet
+from prerl_lightning import manual, rewards, shipped
 from prerl_lightning.errors import InputError, in_one_line, nearest
-from prerl_lightning.objectives import PolicyModule
-from prerl_lightning.objectives.advantages import Advantage
-from prerl_lightning.objectives.aggregations import Aggregation
-from prerl_lightning.objectives.coefficients import Coefficient
-from prerl_lightning.objectives.surrogates import Surrogate
-from prerl_lightning.objectives.token_weights import Weight
-from prerl_lightning.rollout.engine import Engine
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
 # of jsonargparse's messages: what stands around the reason
 _AROUND = re.compile(r"$|Does not validate|Subtypes:|Errors:|Expected a path but|Given value")
+
+
+# ---------------------------------------------------------------------- the command line of a run
+
+
+def checked(args: Sequence[str], own: Iterable[str] = ()) -> list[str]:
+    """It, with the path of each ``--config``.
+
+    Args:
+        own: options besides those of `prerl fit`.
+
+    Raises:
+        InputError: what need not be parsed for: a file is none, an option is no key.
+    """
+    args = shipped.in_arguments(args)
+    for file in config_files(args):
+        check_file(file)
+    known = {*manual.options(), *own, "help", "print_config"}
+    for arg in args:
+        key = arg[2:].partition("=")[0].rstrip("+") if arg.startswith("--") else ""
+        if key and not _is_key(key, known):
+            raise InputError(f"{key}: there is no such key.{_near_key(key, [*known])}")
+    return args
+
+
+def config_files(args: Sequence[str]) -> list[str]:
+    given = []
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        if arg.startswith("--config=") or (arg in ("--config", "-c") and following):
+            given.append(arg.partition("=")[2] or following)
+    return given
+
+
+def _is_key(key: str, known: set[str]) -> bool:
+    """It, or the class that takes it: of data.engine.init_args.dtype data.engine is."""
+    parts = key.split(".")
+    above = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    first = next((name for name in above if name not in manual.KEYS), None)
+    return first is None or first in known or parts[-1] == "help"
 
 
 # ---------------------------------------------------------------------- configuration files
@@ -149,6 +183,18 @@ def _near_key(key: str, dests: list[str]) -> str:
 
 def _near_name(path: str) -> str:
     """Among what a configuration may name without its package, and our rewards."""
+    import lightning as L
+    from lightning.pytorch.loggers import Logger
+
+    from prerl_lightning.data.problems import ProblemSet
+    from prerl_lightning.objectives import PolicyModule
+    from prerl_lightning.objectives.advantages import Advantage
+    from prerl_lightning.objectives.aggregations import Aggregation
+    from prerl_lightning.objectives.coefficients import Coefficient
+    from prerl_lightning.objectives.surrogates import Surrogate
+    from prerl_lightning.objectives.token_weights import Weight
+    from prerl_lightning.rollout.engine import Engine
+
     bases = (PolicyModule, ProblemSet, Engine, Advantage, Surrogate, Aggregation, Weight, Coefficient)
     found = {kind.__name__: kind.__name__ for base in bases for kind in _below(base)}
     found |= {kind.__name__: kind.__name__ for base in (L.Callback, Logger) for kind in _below(base)}
@@ -167,8 +213,10 @@ def _below(kind: type) -> Iterator[type]:
 # ---------------------------------------------------------------------- Lightning
 
 
-def from_lightning(error: BaseException | None) -> MisconfigurationException | None:
+def from_lightning(error: BaseException | None) -> "MisconfigurationException | None":
     """The refusal that ``error`` is, or was raised from."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
     while error is not None and not isinstance(error, MisconfigurationException):
         error = error.__cause__
     return error

@@ -23,6 +23,9 @@ from prerl_lightning.errors import InputError, in_one_line
 from prerl_lightning.objectives.objective import BaseObjective
 from prerl_lightning.policy.lora import KEY, Lora
 from prerl_lightning.policy.model import Policy, empty_model
+from prerl_lightning.report.files import last_written
+from prerl_lightning.report.folders import below
+from prerl_lightning.report.reading import read_begun
 from prerl_lightning.secrets import hide
 from prerl_lightning.signals import first_rank
 
@@ -34,7 +37,7 @@ FREE = (
     *(f"model.init_args.{name}" for name in ("max_tokens_per_microbatch", "micro_batch_size", "packing")),
     *(f"model.init_args.{name}" for name in ("share_prompts", "chunked_head", "gradient_checkpointing")),
     *(f"model.init_args.{name}" for name in ("mismatch_samples", "mismatch_bound", "entropy", "peak_flops")),
-    "model.init_args.attn_implementation",
+    *("model.init_args.attn_implementation", "model.init_args.name"),
     *(f"data.engine.init_args.{name}" for name in ("kv_cache_mib", "gpu_memory_utilization", "max_num_seqs")),
     *(f"data.engine.init_args.{name}" for name in ("enforce_eager", "sleep_between_rollouts")),
     *("data.val", "data.val_samples", "data.val_greedy", "data.val_reward", "data.val_batch", "data.verification"),
@@ -231,9 +234,17 @@ def newest(folder: Path) -> Path:
     for path in files.values():
         problem = damage(path)
         if problem is None:
+            for run in _newer_without(folder, path):
+                log.warning("%s is newer, and has no checkpoint: %s.", run, read_begun(run).status()[1])
             return path
         log.warning("%s is %s. The newest before it that is whole is taken.", path, problem)
     raise InputError(f"--ckpt_path: none of the checkpoints below {folder} is whole. Leave it out to start anew.")
+
+
+def _newer_without(folder: Path, path: Path) -> list[Path]:
+    """Runs below that have trained behind the checkpoint at ``path``, and have none of their own."""
+    began = (run for run in below(folder) if (run / "run.json").is_file() and run not in path.parents)
+    return [run for run in began if last_written(run, True) > path.stat().st_mtime and not any(run.rglob("*.ckpt"))]
 
 
 def best(folder: Path, monitor: str | None, mode: str, weights_only: bool = True) -> str:

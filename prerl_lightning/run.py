@@ -1,10 +1,8 @@
 """What stands behind ``prerl fit``, ``validate`` and ``test``: LightningCLI with this library's defaults."""
 
 import logging
-import os
 import sys
 from argparse import ArgumentError
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,8 +30,15 @@ from prerl_lightning.objectives.trainer_arguments import LOGGERS
 from prerl_lightning.report.files import run_name
 from prerl_lightning.resume import KeepConfig
 from prerl_lightning.secrets import hidden_keys
-from prerl_lightning.signals import signals
-from prerl_lightning.training import TRAINER_DEFAULTS, WATCHERS, default_precision, progress, run_logger, with_records
+from prerl_lightning.training import (
+    TRAINER_DEFAULTS,
+    WATCHERS,
+    default_precision,
+    no_folder_of_a_refusal,
+    progress,
+    run_logger,
+    with_records,
+)
 from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
@@ -49,11 +54,8 @@ class PrerlCLI(LightningCLI):
     @classmethod
     def run(cls, args: list[str]) -> "PrerlCLI":
         observe_ranks(watchdog.observe)
-        args = shipped.in_arguments(args)
-        files = _config_files(args)
-        for file in files:
-            refusals.check_file(file)
-        cls.name = _run_name(files)
+        args = refusals.checked(args)
+        cls.name = _run_name(refusals.config_files(args))
         return cls(
             PolicyModule,
             RolloutDataModule,
@@ -167,20 +169,8 @@ class PrerlCLI(LightningCLI):
             resume.compare(subconfig["ckpt_path"], present, self.allow_changes, self.weights_only)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        signals.at_once.append(self._remove_empty_folder)
-        try:
+        with no_folder_of_a_refusal(self.trainer):
             super()._run_subcommand(subcommand)
-        except BaseException:
-            self._remove_empty_folder()
-            raise
-
-    def _remove_empty_folder(self) -> None:
-        """Of a start that was refused: Lightning has made it by then."""
-        folder = getattr(self.trainer.logger, "log_dir", None)
-        if folder and self.trainer.is_global_zero:
-            with suppress(OSError):  # what was written into is kept
-                os.rmdir(folder)
-                os.rmdir(os.path.dirname(folder))
 
 
 class RunParts(PrerlCLI):
@@ -191,14 +181,6 @@ class RunParts(PrerlCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
-
-
-def _config_files(args: list[str]) -> list[str]:
-    given = []
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
-        if arg.startswith("--config=") or (arg in ("--config", "-c") and following):
-            given.append(arg.partition("=")[2] or following)
-    return given
 
 
 def _run_name(given: list[str]) -> str:

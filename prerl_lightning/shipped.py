@@ -10,6 +10,7 @@ They lie in configs/ at the top of the repository; here is a link to it, which a
 import logging
 import os
 from collections.abc import Sequence
+from itertools import islice, takewhile
 from pathlib import Path
 
 from prerl_lightning.errors import ArgumentParser, InputError, nearest
@@ -76,13 +77,19 @@ def configs(args: Sequence[str]) -> None:
     if own.name is None:
         width = max(map(len, names()))
         for name in names():
-            print(f"{name:{width}}  {_text(name).splitlines()[0].removeprefix('#').strip()}")
+            print(f"{name:{width}}  {about(name, 1)}")
         if EXAMPLES.is_dir():
             print(f"\nExamples to copy from: {EXAMPLES}")
     elif _name(own.name) in names():
         print(_text(_name(own.name)), end="")
     else:
         raise InputError(f"prerl configs: {own.name}: none has this name.{_nearest(own.name)}")
+
+
+def about(name: str, most: int | None = None) -> str:
+    """What the comment at its head says, or the first lines of that."""
+    head = takewhile(lambda line: line.startswith("#"), _text(name).splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in islice(head, most))
 
 
 def _name(given: str) -> str:

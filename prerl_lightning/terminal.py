@@ -6,6 +6,8 @@ import re
 import sys
 import unicodedata
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from prerl_lightning.signals import first_rank
@@ -80,6 +82,20 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*Using ModelCheckpoint with manual optimization.*")
     warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log.*")
     warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # a run without a held-out set
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """transformers shows none meanwhile; `quiet` is too late for a script or notebook, which has imported it by then."""
+    from transformers.utils import logging as its
+
+    shown = its.is_progress_bar_enabled()
+    its.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            its.enable_progress_bar()
 
 
 def quiet_lightning() -> None:

@@ -1,8 +1,11 @@
 """What a run has besides its objectives and its data, from the command line and from Python alike: the Trainer's
 defaults, what watches and keeps it, its folder, its precision."""
 
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from typing import Any
 
 import lightning as L
@@ -21,7 +24,9 @@ from prerl_lightning.callbacks.saving import ExportModel, RunCheckpoint
 from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.callbacks.watchdog import Watchdog
 from prerl_lightning.callbacks.weights import WeightChange
+from prerl_lightning.errors import InputError
 from prerl_lightning.policy.model import load_config
+from prerl_lightning.signals import first_rank, signals
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,
@@ -64,6 +69,35 @@ def with_records(watchers: Iterable[L.Callback], lines: list[L.Callback], checkp
 def run_logger(folder: str | None, name: str) -> CSVLogger:
     """runs/NAME/version_N/metrics.csv, of which a kill loses no row."""
     return CSVLogger(folder or "runs", name=name, flush_logs_every_n_steps=1)
+
+
+# what loggers and we write before the first step
+AT_THE_START = ("config.yaml", "hparams.yaml", "events.out.tfevents.*")
+
+
+@contextmanager
+def no_folder_of_a_refusal(trainer: L.Trainer) -> Iterator[None]:
+    """Lightning makes the run's folder before it asks anybody. One that was made in here is removed where the start is
+    refused, and where it is empty after whatever else ended it."""
+    made = [getattr(logger, "log_dir", None) for logger in trainer.loggers] if first_rank() else []
+    made = [folder for folder in made if isinstance(folder, str) and not os.path.exists(folder)]
+
+    def remove(written: Iterable[str] = ()) -> None:
+        for folder in made:
+            with suppress(OSError):  # what more is in it is kept
+                names = os.listdir(folder)
+                if all(any(fnmatch(name, pattern) for pattern in written) for name in names):
+                    for name in names:
+                        os.unlink(os.path.join(folder, name))
+                os.rmdir(folder)
+                os.rmdir(os.path.dirname(folder))
+
+    signals.at_once.append(remove)
+    try:
+        yield
+    except BaseException as error:
+        remove(AT_THE_START if isinstance(error, InputError) else ())
+        raise
 
 
 def default_precision(accelerator: str, model: str | None) -> str:

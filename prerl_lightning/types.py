@@ -8,10 +8,12 @@ All are frozen. P prompts, G responses a prompt, N = P * G sequences, T tokens.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # problem sets and their names are read without it
+    from torch import Tensor
 
 Message = Mapping[str, str]
 
@@ -157,26 +159,28 @@ class Rollout:
     """
 
     prompts: tuple[Prompt, ...]
-    group_ids: torch.Tensor
-    tokens: torch.Tensor
-    log_probs: torch.Tensor
-    lengths: torch.Tensor
-    truncated: torch.Tensor
+    group_ids: "Tensor"
+    tokens: "Tensor"
+    log_probs: "Tensor"
+    lengths: "Tensor"
+    truncated: "Tensor"
     texts: tuple[str, ...]
-    rewards: torch.Tensor
+    rewards: "Tensor"
     policy_version: int
     temperature: float
     timeouts: int = 0
     errors: int = 0
     answered: int = 0
-    normalised: torch.Tensor | None = None
-    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    normalised: "Tensor | None" = None
+    parts: "Mapping[str, Tensor]" = field(default_factory=dict)
     refill: "Refill | None" = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], responses: Sequence[Response], **rest: Any) -> "Rollout":
         """From the records of single responses; ``rest``: the other fields."""
+        import torch
+
         sequences = Sequences.of([r.token_ids for r in responses])
         log_probs = [r.log_probs for r in responses]
         return cls(
@@ -193,7 +197,7 @@ class Rollout:
         return len(self.lengths)
 
     @property
-    def signals(self) -> torch.Tensor:
+    def signals(self) -> "Tensor":
         """(N,) what advantages are of."""
         return self.rewards if self.normalised is None else self.normalised
 

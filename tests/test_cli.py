@@ -3,14 +3,15 @@
 import os
 import subprocess
 import sys
-from importlib import import_module
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import environment_kept
 from report_runs import write_run
 
-from prerl_lightning.cli import COMMANDS
+from prerl_lightning.cli import COMMANDS, main
 from prerl_lightning.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -56,27 +57,57 @@ def parse(monkeypatch):
     return parsed
 
 
-def test_help_and_lists_import_nothing_heavy(tmp_path):
+def test_help_lists_and_refusals_import_nothing_heavy(tmp_path):
+    """They answer in a second, where torch, Lightning and vLLM take fifteen."""
     write_run(tmp_path / "dsrl" / "version_0", steps=1)
-    code = (
-        "import sys, prerl_lightning.cli as c; c.main(['--help']); c.main(['--version']); c.main(['configs']); "
-        "c.main(['runs', sys.argv[1]]); "
-        "assert not {'torch', 'lightning', 'vllm', 'transformers'} & set(sys.modules), 'heavy'"
+    (tmp_path / "list.yaml").write_text("[1]")
+    shown = [["--help"], ["--version"], ["configs"], ["runs", str(tmp_path)], *([c, "--help"] for c in COMMANDS)]
+    shown += [["fit", "--help"], ["help", "rloo"], ["help", "evaluate"]]
+    refused = {
+        "fit --confg=x.yaml": "confg: there is no such key. Did you mean config?",
+        "fit --config list.yaml": "--config: list.yaml: it holds no keys",
+        "validate --data.sampling.groupsize=4": "Did you mean data.sampling.group_size?",
+        "evaluate --model embedded": "give --model and --data",
+        "evaluate --model embedded --data math50": "Did you mean math500?",
+        "evaluate --model embedded --data math500 --limt 4": "limt: there is no such key. Did you mean limit?",
+        "evaluate --config nowhere.yaml": "--config: nowhere.yaml: no such file",
+        "compare a b": "prerl compare: a: no such folder",
+        "pretrain --wat": "wat: there is no such key",
+        "doctor --wat": "unrecognized arguments: --wat",
+        "study nowhere.yaml": "there is no file nowhere.yaml",
+    }
+    code = f"""
+import sys
+from prerl_lightning.cli import main
+for args in {[*shown, *map(str.split, refused)]}:
+    print("===", *args, flush=True)
+    try:
+        main(args)
+    except SystemExit as ending:
+        print(ending.code, flush=True)
+    heavy = {{"torch", "lightning", "vllm", "transformers"}} & set(sys.modules)
+    assert not heavy, (args, heavy)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    found = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert found.returncode == 0, found.stdout
     assert "usage: prerl" in found.stdout
     assert "prerl 0." in found.stdout
+    said = {head: rest for head, _, rest in (part.partition("\n") for part in found.stdout.split("=== "))}
+    for args, message in refused.items():
+        assert message in said[args], said[args]
+        assert said[args].endswith("2\n")
+    assert "--data.prompts_per_step    int, default 16" in said["fit --help"]
+    assert "prerl evaluate" in said["help evaluate"]
 
 
 @pytest.mark.parametrize("command", ["fit", *COMMANDS])
 def test_help_holds_no_escapes(command, monkeypatch, capsys):
     """argparse formats an argument's help and leaves a description as it is, where a doubled percent sign shows."""
-    from prerl_lightning.run import PrerlCLI
-
     monkeypatch.setattr(sys, "argv", ["prerl"])
-    run = getattr(import_module(COMMANDS[command]), command) if command in COMMANDS else PrerlCLI.run
-    with pytest.raises(SystemExit):
-        run(["--help"] if command in COMMANDS else [command, "--help"])
+    with suppress(SystemExit), environment_kept():
+        main([command, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "--help" in shown
     assert "%%" not in shown
@@ -156,7 +187,8 @@ def test_overlays_keep_the_callbacks(parse, overlay, monkeypatch):
     ],
 )
 def test_the_file_with_the_objective_names_the_run(given, name, tmp_path, monkeypatch):
-    from prerl_lightning.run import _config_files, _run_name
+    from prerl_lightning.refusals import config_files
+    from prerl_lightning.run import _run_name
 
     files = {
         "shared": "model: {init_args: {model: embedded}}", "arm": "model: {class_path: GRPO}", "short": "model: GRPO",
@@ -169,7 +201,7 @@ def test_the_file_with_the_objective_names_the_run(given, name, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     ways = [[f"--config={file}" if i % 2 else f"--config {file}" for i, file in enumerate(given, k)] for k in (0, 1)]
     for way in ways:
-        assert _run_name(_config_files(["fit", *" ".join(way).split(), "--trainer.max_steps=1"])) == name
+        assert _run_name(config_files(["fit", *" ".join(way).split(), "--trainer.max_steps=1"])) == name
 
 
 def test_loggers_without_a_name_have_the_run_s(parse, tmp_path, monkeypatch):

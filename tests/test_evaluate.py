@@ -20,6 +20,7 @@ from prerl_lightning.data.tasks.sums import ArithmeticProblems
 from prerl_lightning.errors import InputError
 from prerl_lightning.evaluation import command, compare, evaluate, read_results
 from prerl_lightning.evaluation.devices import ranks_on
+from prerl_lightning.evaluation.measures import measures
 from prerl_lightning.metrics.intervals import interval
 from prerl_lightning.rewards.pool import Verification
 from prerl_lightning.rollout.engine import Place, Sampling
@@ -217,6 +218,16 @@ def write(folder, scores):
         ]
         lines.append({"row": row, "prompt": "", "ground_truth": "1", "samples": samples, "greedy": None})
     (folder / "math500.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+
+def test_partial_rewards_are_pointed_at(tmp_path):
+    """avg@k counts a half as a half, pass@k as wrong."""
+    for name, half in (("whole", 1), ("partial", 0.5)):
+        write(tmp_path / name, [[half, 0, 0, 0]] * 2 + [[1, half, 0, 0]] * 2)
+        found = measures(read_results(tmp_path / name / "math500.jsonl")[1])
+        told = "samples have a reward that is neither 0 nor 1: avg, maj and greedy count it as it is, pass as wrong"
+        assert (told in command._table({"math500": found})) == (name == "partial")
+    assert (found["avg@4"], found["pass@4"], found["partial"]) == (0.25, 0.5, 0.25)
 
 
 def test_compare(tmp_path, capsys):

@@ -104,6 +104,31 @@ def test_help_in_words(capsys):
     assert "time/optimizer s Its steps." in show(capsys, "metrics")
 
 
+@pytest.mark.parametrize(
+    ("topic", "said"),
+    [
+        ("rloo", "objectives/rloo --config configs/objectives/rloo.yaml Overlay, RLOO (arXiv 2402.14740)"),
+        ("DAPO", "objectives/dapo --config configs/objectives/dapo.yaml Overlay, DAPO"),
+        ("reinforce++", "objectives/reinforce_pp --config"),
+        ("w-reinforce", "objectives/w_reinforce --config"),
+        ("Dr. GRPO", "objectives/dr_grpo --config"),
+        ("study/switch", "study/switch prerl study configs/study/switch.yaml"),
+        ("grpo", "GRPO model: {class_path: GRPO, init_args: {...}}"),
+        ("nsr-prerl", "NSRPreRL model: {class_path: NSRPreRL, init_args: {...}}"),
+        ("Verification", "data.verification data.verification: {...} How rewards are computed."),
+        ("fit", "usage: prerl fit [--config FILE ...]"),
+    ],
+)
+def test_a_topic_by_the_name_that_the_field_has(topic, said, capsys):
+    assert said in show(capsys, topic)
+
+
+def test_a_command_is_a_topic(capsys):
+    with pytest.raises(SystemExit):
+        manual.help(["runs"])
+    assert "usage: prerl runs" in capsys.readouterr().out
+
+
 def test_a_class_of_one_s_own(capsys, tmp_path, monkeypatch):
     """By its path, through whatever it is derived from, and without running its module."""
     (tmp_path / "mine.py").write_text(
@@ -128,6 +153,9 @@ def test_a_class_of_one_s_own(capsys, tmp_path, monkeypatch):
     ("topic", "said"),
     [
         (["GRPP"], "GRPP: no such topic. Did you mean GRPO?"),
+        (["evaluat"], "evaluat: no such topic. Did you mean evaluate?"),
+        (["reinforce_p"], "reinforce_p: no such topic. Did you mean reinforce_pp?"),
+        (["data.samplng"], "no class or function of this path is found from here. Did you mean data.sampling?"),
         (["nowhere.Thing"], "nowhere.Thing: no class or function of this path"),
         (["prerl_lightning.objectives.Nothing"], "no class or function of this path"),
         (["GRPO", "data"], "unrecognized arguments: data"),

@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from prerl_lightning import refusals
 from prerl_lightning.callbacks import PolicyReincarnation
 from prerl_lightning.errors import InputError, said_by_us
-from prerl_lightning.objectives import GRPO, Objective, PolicyModule, checks
+from prerl_lightning.objectives import GRPO, Objective, PolicyModule, checks, lives
 from prerl_lightning.objectives import advantages as adv
 from prerl_lightning.objectives.coefficients import Cosine, Exponential, Linear
 from prerl_lightning.objectives.entropy import TargetEntropy
@@ -293,6 +293,23 @@ def test_a_published_objective_is_its_formula(parse, rollout, case, name, swappe
     for model in (again, {"class_path": "Objective", "init_args": plain}):
         same = parse(model)[0]
         assert (same.terms, same.loss.entropy_coefficient) == (module.terms, module.loss.entropy_coefficient)
+
+
+def test_objectives_of_terms_are_told_apart(parse):
+    """By their names, or by what their terms choose. A checkpoint has the class: an older one, without names, fits."""
+    titles = [parse(yaml.safe_load(file.read_text())["model"])[0].title for file in CONFIGS.values()]
+    assert {"RLOO", "DAPO", "REINFORCE++", "Dr. GRPO"} < set(titles)
+    assert len(set(titles)) == len(titles)
+    first = Objective([Term("pre-train", adv.GroupMean(), "negative"), Term("post-train")])
+    second = Objective([Term("post-train", adv.LeaveOneOut(), surrogate=PolicyGradient())])
+    lives.arrange([first, second], [0, 3])
+    first.planned_lives = first.lives
+    assert first.lives == [("pre-train GroupMean negative + GroupStd", 0), ("LeaveOneOut PolicyGradient", 3)]
+    assert lives.state(first)["schedule"] == [["Objective", 0], ["Objective", 3]]
+    lives.resume(first, lives.state(first))
+    assert described(Objective([Term("post-train")], name="mine"))["init_args"]["name"] == "mine"
+    with pytest.raises(InputError, match=r"Objective\.name: 'a/b': up to 60 letters"):
+        Objective([Term("post-train")], name="a/b")
 
 
 # ---------------------------------------------------------------------- KL and entropy

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 from forked import prerl
 from lives_worker import ENGINE
+from report_runs import write_run
 
 from prerl_lightning.callbacks.monitors import held_out_names, training_names
 from prerl_lightning.errors import InputError
+from prerl_lightning.report.process import identity
 from prerl_lightning.report.reading import read_run
 from prerl_lightning.resume import compare, newest
 from prerl_lightning.rollout.vllm_engine import VLLMEngine
@@ -258,6 +261,25 @@ def test_last_is_the_newest_file(tmp_path):
         torch.save({}, path)
         os.utime(path, (10**9 - age, 10**9 - age))
     assert newest(tmp_path) == paths[0]
+
+
+def test_last_says_which_newer_run_has_no_checkpoint(tmp_path, caplog):
+    """Killed before its first one; neither a run that has one nor an older run is named."""
+    lost = {"pid": 1, "started": -1, "where": identity()["where"]}
+    for version, age in enumerate((0, 3600, 0)):
+        run = write_run(tmp_path / f"version_{version}", steps=7, status="running", process=lost, max_steps=50)
+        for file in run.iterdir():
+            os.utime(file, (time.time() - age,) * 2)
+    path = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir()
+    torch.save({}, path)
+    os.utime(path, (time.time() - 60,) * 2)
+    assert newest(tmp_path) == path
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said == (
+        f"{tmp_path / 'version_2'} is newer, and has no checkpoint: killed at step 7 of 50: its process is gone and "
+        "has not said why."
+    )
 
 
 def test_last_falls_back_to_what_is_whole(tmp_path, caplog):

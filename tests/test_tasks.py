@@ -127,7 +127,7 @@ def test_pretraining_twice_gives_the_same_model(tmp_path, refused):
 
     from safetensors.torch import load_file
 
-    from prerl_lightning.data.tasks.pretrain import pretrain
+    from prerl_lightning.data.tasks.command import pretrain
 
     logging.getLogger("prerl_lightning").setLevel("INFO")
     stages = "[{corpus: {class_path: CountdownCorpus}, steps: 3, tokens: 256, warmup: 1}]"
@@ -151,7 +151,7 @@ def test_the_shipped_model_is_remade(tmp_path, caplog):
     """Its habits after the stages that decide them, and at the end, to what another machine's rounding may change."""
     from pathlib import Path
 
-    from prerl_lightning.data.tasks.pretrain import pretrain
+    from prerl_lightning.data.tasks.command import pretrain
 
     with caplog.at_level("INFO", "prerl_lightning"):
         config = Path(__file__).parents[1] / "configs" / "pretrain" / "countdown.yaml"

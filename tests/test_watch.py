@@ -263,15 +263,20 @@ def test_the_list_of_runs(tmp_path, monkeypatch, capsys):
     lost = {"pid": 1, "started": -1, "where": identity()["where"]}
     when = "2026-11-2{}T12:00:00+00:00".format
     write_run(
-        Path("runs/grpo/version_0"), steps=20, switch=0, started=when(3), status="failed", error="no", max_steps=60
-    )
+        Path("runs/grpo/version_0"), steps=20, switch=0, started=when(3), status="failed", error="no", max_steps=60,
+        lives=[["Dr. GRPO", 0]],
+    )  # fmt: skip
     write_run(Path("runs/dsrl/version_0"), steps=30, started=when(1), status="running", process=lost, max_steps=60)
     write_run(
         Path("runs/dsrl/version_1"), first=21, started=when(4), status="interrupted", model="a/" * 20 + "model",
         resumed_from="runs/dsrl/version_0/checkpoints/last.ckpt",
     )  # fmt: skip
     write_run(Path("runs/study/s/dsrl-seed-0/dsrl/version_0"), steps=9, started=when(2), lives=[["A", 0], ["B", 7]])
-    (write_run(Path("runs/bare/version_0"), files=("config.yaml",)) / "metrics.csv").unlink()
+    bare = write_run(Path("runs/bare/version_0"), files=("config.yaml",))
+    (bare / "metrics.csv").unlink()
+    config = (bare / "config.yaml").read_text()
+    of_terms = config.replace("objectives.NSRPreRL\n  init_args: {", "Objective\n  init_args: {name: RLOO, ")
+    (bare / "config.yaml").write_text(of_terms)
     Path("runs/dsrl/version_0/checkpoints").mkdir()
     Path("runs/empty/version_0").mkdir(parents=True)
     runs([])
@@ -284,11 +289,11 @@ def test_the_list_of_runs(tmp_path, monkeypatch, capsys):
     two = "NSR-PreRL -> GRPO at 10"
     assert cells[0][1:] == [two, "embedded", "30/60", "0.36 -> 0.55", "killed", "2026-11-21 12:00"]
     assert cells[1][1:] == ["A -> B at 7", "embedded", "9/9", "0.36", "finished", "2026-11-22 12:00"]
-    assert cells[2][1:] == ["GRPO", "embedded", "20/60", "0.36 -> 0.52", "failed", "2026-11-23 12:00"]
+    assert cells[2][1:] == ["Dr. GRPO", "embedded", "20/60", "0.36 -> 0.52", "failed", "2026-11-23 12:00"]
     assert cells[3][1:5] == [two, "...a/a/a/a/a/a/a/a/model", "60/60", "0.36 -> 0.66"]  # with its predecessor's
-    assert cells[4][1:6] == [two, "embedded", "0/60", "-", "unknown"]
+    assert cells[4][1:6] == ["RLOO -> GRPO at 10", "embedded", "0/60", "-", "unknown"]
     runs(["runs/grpo/version_0"])
-    assert "runs/grpo/version_0  GRPO" in capsys.readouterr().out
+    assert "runs/grpo/version_0  Dr. GRPO" in capsys.readouterr().out
     with pytest.raises(InputError, match="no run in runs/empty"):
         runs(["runs/empty"])
 

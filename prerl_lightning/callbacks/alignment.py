@@ -135,7 +135,7 @@ class GradientAlignment(Watcher):
         return {
             "step": trainer.global_step,
             "life": module.acting.life,
-            "objective": type(module.acting).__name__,
+            "objective": module.acting.title,
             "row": rollout.prompts[int(rollout.group_ids[found.number])].row,
             "reward": float(rollout.rewards[found.number]),
             "advantage": advantage,

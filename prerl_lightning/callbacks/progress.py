@@ -22,7 +22,7 @@ def figures(trainer: L.Trainer, module: PolicyModule) -> dict[str, str]:
     skipped = metrics.get("optim/skipped")  # steps that changed nothing
     several = len(module.host.planned_lives) > 1
     shown = {
-        "life": f"{module.acting.life} {type(module.acting).__name__}" if several else "",
+        "life": f"{module.acting.life} {module.acting.title}" if several else "",
         "reward": _number(metrics.get("reward/mean"), ".2f"),
         "mixed": _number(metrics.get("rollout/groups_mixed"), ".2f"),
         "skipped": _number(skipped, ".0f") if skipped else "",

@@ -80,13 +80,13 @@ class PolicyReincarnation(L.Callback):
             self.switch(trainer, pl_module, carry=self.optimizer == "carry")
             log.info(
                 "Step %d: the policy of %s is reborn as %s (life %d, optimizer state: %s).",
-                *(trainer.global_step, type(before).__name__, type(self.successor).__name__, self.successor.life),
+                *(trainer.global_step, before.title, self.successor.title, self.successor.life),
                 self.optimizer,
             )
             if before.ending is not None and not before.ending.recent:
                 log.warning(
                     "%s: %s was not measured in the life of %s, which so ended by at_step.",
-                    *(KEY, before.ending.until.metric, type(before).__name__),
+                    *(KEY, before.ending.until.metric, before.title),
                 )
 
     def switch(self, trainer: L.Trainer, host: PolicyModule, carry: bool) -> None:

@@ -96,7 +96,7 @@ class Samples(Watcher):
         return {
             "step": trainer.global_step,
             "life": module.acting.life,
-            "objective": type(module.acting).__name__,
+            "objective": module.acting.title,
             "kind": kind,
             "row": prompt.row,
             "prompt": prompt.text,

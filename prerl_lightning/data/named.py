@@ -5,10 +5,11 @@ files were read by us (README, "What is proven where").
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.data.readers import (
     VERL,
     AnswerIn,
@@ -23,7 +24,7 @@ from prerl_lightning.data.readers import (
     truth_of,
 )
 from prerl_lightning.data.rows import Rows, open_files, open_hub
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, nearest
 from prerl_lightning.rewards.boxed import boxed_reward
 from prerl_lightning.rewards.choice import choice_reward
 from prerl_lightning.rewards.numeric import gsm8k_reward
@@ -146,7 +147,7 @@ class NamedProblems(RowProblems):
         super().__init__(source, limit, fold, max_unusable)
         if name not in SETS:
             raise InputError(
-                f"NamedProblems: {name!r} is none of {', '.join(SETS)}. A file of your own is read by Files; "
+                f"NamedProblems: {name!r} is none of {', '.join(SETS)}.{nearest(name, SETS)} A file of your own is read by Files; "
                 "prerl evaluate takes it as data.val of a configuration: --config RUN/config.yaml --model RUN/model"
             )
         self.name, self.path, self.style = name, path, style
@@ -206,3 +207,15 @@ class NamedProblems(RowProblems):
             return f"{head}Question: {question}\nAnswer:"
         system = [{"role": "system", "content": self.instruction}] if self.instruction else []
         return [*system, {"role": "user", "content": question}]
+
+
+def named_sets(
+    names: str | Sequence[str], limit: int | None = None, style: Literal["chat", "plain"] = "chat"
+) -> dict[str, ProblemSet]:
+    """Those of `SETS` by name, each from the hub or, as NAME=FILE, from a file; the first ``limit`` problems
+    of each. One text may hold several, with commas between them."""
+    found: dict[str, ProblemSet] = {}
+    for item in names.split(",") if isinstance(names, str) else names:
+        name, _, path = item.partition("=")
+        found[name] = NamedProblems(name, path or None, limit=limit, style=style)
+    return found

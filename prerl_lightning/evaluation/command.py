@@ -9,14 +9,16 @@ prerl compare evaluations/a evaluations/b
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from prerl_lightning.data.module import RolloutDataModule
-from prerl_lightning.data.named import SETS
+from prerl_lightning import refusals
+from prerl_lightning.data.named import SETS, named_sets
 from prerl_lightning.errors import ArgumentParser, InputError
-from prerl_lightning.evaluation import comparison, sampling
-from prerl_lightning.evaluation.comparison import Comparison
-from prerl_lightning.run import RunParts
+from prerl_lightning.evaluation.files import common_sets
 from prerl_lightning.signals import first_rank
+
+if TYPE_CHECKING:
+    from prerl_lightning.evaluation.comparison import Comparison
 
 
 def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -28,8 +30,9 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
     own, rest = evaluate_arguments().parse_known_args(args)
     if own.endpoint and (not own.model or own.ckpt_path):
         raise InputError("--endpoint: give --model as the server calls it, and no --ckpt_path.")
-    configured = any(a == "--config" or a.startswith("--config=") for a in rest)
-    if not configured:
+    sets = named_sets(own.data, own.limit, own.style) if own.data else None
+    rest = refusals.checked(rest, vars(own))
+    if not refusals.config_files(rest):
         if not own.model or not own.data:
             raise InputError("prerl evaluate: give --model and --data, or the --config of a run.")
         name = own.data.split(",")[0].partition("=")[0]
@@ -41,13 +44,16 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
         rest.append(f"--data.val_reward={own.reward}")
     if own.model:
         rest.append(f"--model.init_args.model={own.model}")
+    from prerl_lightning.evaluation import sampling  # heavy, as all that it needs
+    from prerl_lightning.run import RunParts
+
     cli = RunParts.run(["fit", *rest, "--trainer.logger=false"])
-    data: RolloutDataModule = cli.datamodule
+    data = cli.datamodule
     model = str(cli.model.model_name)
     folder = own.out or sampling.default_folder(model, own.ckpt_path)
     found = sampling.evaluate(
         model,
-        sampling.named_sets(own.data, own.limit, own.style) if own.data else None,
+        sets,
         own.k,
         folder,
         greedy=own.greedy,
@@ -109,15 +115,23 @@ def _table(found: Mapping[str, Mapping[str, float]]) -> str:
                 lines.append(f"  {name:10} {value:.3f}  {ends}  {of}")
         rest = ("length", "truncated", "no_answer", "timeouts", "errors")
         lines.append("  " + ", ".join(f"{n} {values[n]:.3g}" for n in rest if n in values))
+        if partial := values["partial"]:
+            lines.append(
+                f"  {partial:.2g} of the samples have a reward that is neither 0 nor 1: avg, maj and greedy count it as "
+                "it is, pass as wrong"
+            )
     return "\n".join(lines)
 
 
-def compare(args: Sequence[str]) -> dict[str, Comparison]:
+def compare(args: Sequence[str]) -> "dict[str, Comparison]":
     """Prints and returns the differences, b - a."""
     parser = ArgumentParser("prerl compare", description="Differences of two evaluations, b - a.")
     parser.add_argument("a", help="folder of prerl evaluate")
     parser.add_argument("b")
     own = parser.parse_args(args)
+    common_sets(own.a, own.b)  # refused at once
+    from prerl_lightning.evaluation import comparison
+
     found = comparison.compare(own.a, own.b)
     for key, one in found.items():
         print(f"{key}: {one.problems} problems in both ({one.of_a} and {one.of_b})")

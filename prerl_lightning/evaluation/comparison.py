@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from prerl_lightning.errors import InputError
-from prerl_lightning.evaluation.files import Record, read_results
+from prerl_lightning.evaluation.files import Record, common_sets, read_results
 from prerl_lightning.evaluation.measures import scores
 from prerl_lightning.metrics.evaluation import per_problem
 from prerl_lightning.metrics.intervals import difference
@@ -37,14 +37,7 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Comparison]:
     Raises:
         InputError: a folder is missing, or they have no set or no problem in common.
     """
-    a, b = Path(a), Path(b)
-    for folder in (a, b):
-        if not folder.is_dir():
-            raise InputError(f"prerl compare: {folder}: no such folder.")
-    names = sorted({p.name for p in a.glob("*.jsonl")} & {p.name for p in b.glob("*.jsonl")})
-    if not names:
-        raise InputError(f"prerl compare: {a} and {b} have no set in common.")
-    return {Path(name).stem: _compared(a / name, b / name) for name in names}
+    return {Path(name).stem: _compared(Path(a, name), Path(b, name)) for name in common_sets(a, b)}
 
 
 def _compared(a: Path, b: Path) -> Comparison:

@@ -9,10 +9,12 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prerl_lightning.errors import InputError
-from prerl_lightning.rollout.sampler import Group
+
+if TYPE_CHECKING:
+    from prerl_lightning.rollout.sampler import Group
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,21 @@ class ResultFile:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
+def common_sets(a: str | Path, b: str | Path) -> list[str]:
+    """Names of the files that two folders of evaluations both have.
+
+    Raises:
+        InputError: a folder is missing, or there is none.
+    """
+    for folder in (a, b):
+        if not Path(folder).is_dir():
+            raise InputError(f"prerl compare: {folder}: no such folder.")
+    names = sorted({p.name for p in Path(a).glob("*.jsonl")} & {p.name for p in Path(b).glob("*.jsonl")})
+    if not names:
+        raise InputError(f"prerl compare: {a} and {b} have no set in common.")
+    return names
+
+
 def read_results(path: str | Path) -> tuple[dict[str, Any], list[Record]]:
     """Settings, and a record a problem: ``row``, ``prompt``, ``ground_truth``, ``samples`` and ``greedy`` (None where
     there was none), each answer with ``text``, ``score``, ``answer``, ``failure``, ``tokens`` and ``truncated``.
@@ -85,14 +102,14 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Record], int]:
         ) from None
 
 
-def records(samples: Sequence[Group], greedy: Sequence[Group]) -> list[Record]:
+def records(samples: "Sequence[Group]", greedy: "Sequence[Group]") -> list[Record]:
     """Of problems, and of their greedy responses where there are any."""
     greedy_of = {group.prompt.row: group for group in greedy}
     return [_record(group, greedy_of.get(group.prompt.row)) for group in samples]
 
 
-def _record(samples: Group, greedy: Group | None) -> Record:
-    def answers(group: Group) -> list[dict[str, Any]]:
+def _record(samples: "Group", greedy: "Group | None") -> Record:
+    def answers(group: "Group") -> list[dict[str, Any]]:
         return [
             {
                 "text": response.text,

@@ -7,16 +7,18 @@ import torch
 from torch import Tensor
 
 from prerl_lightning.evaluation.files import Record
-from prerl_lightning.metrics.evaluation import answer_number, summary
+from prerl_lightning.metrics.evaluation import answer_number, is_right, summary
 
 
 def measures(records: Sequence[Record]) -> dict[str, float]:
-    """As `metrics.evaluation.summary`, and how many verifications failed: ``timeouts`` and ``errors``."""
+    """As `metrics.evaluation.summary`; ``partial``, the share of samples whose reward is neither 0 nor right; and how
+    many verifications failed: ``timeouts`` and ``errors``."""
     records = sorted(records, key=lambda r: r["row"])
     rewards, answers, greedy = scores(records)
     lengths = _matrix(records, lambda s: s["tokens"], torch.long)
     truncated = _matrix(records, lambda s: s["truncated"], torch.long)
     found = summary(rewards, answers, lengths, truncated, greedy)
+    found["partial"] = float(((rewards != 0) & ~is_right(rewards)).double().mean())
     for failure in ("timeout", "error"):
         found[f"{failure}s"] = float(sum(s["failure"] == failure for r in records for s in r["samples"]))
     return found

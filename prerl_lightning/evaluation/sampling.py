@@ -7,11 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prerl_lightning import ranks
 from prerl_lightning.data.module import RolloutDataModule
-from prerl_lightning.data.named import NamedProblems
+from prerl_lightning.data.named import named_sets
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.errors import InputError
 from prerl_lightning.evaluation.devices import ranks_on
@@ -30,18 +30,6 @@ from prerl_lightning.types import Prompt
 from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
-
-
-def named_sets(
-    names: str | Sequence[str], limit: int | None = None, style: Literal["chat", "plain"] = "chat"
-) -> dict[str, ProblemSet]:
-    """Those of `data.named.SETS` by name, each from the hub or, as NAME=FILE, from a file; the first ``limit`` problems
-    of each. One text may hold several, with commas between them."""
-    found: dict[str, ProblemSet] = {}
-    for item in names.split(",") if isinstance(names, str) else names:
-        name, _, path = item.partition("=")
-        found[name] = NamedProblems(name, path or None, limit=limit, style=style)
-    return found
 
 
 def evaluate(

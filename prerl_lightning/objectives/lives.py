@@ -25,7 +25,7 @@ def arrange(modules: "Sequence[PolicyModule]", steps: Sequence[int]) -> None:
         steps: the optimizer step that each begins at; 0 for the host.
     """
     modules[0].successors = tuple(modules[1:])
-    modules[0].lives = [(type(m).__name__, step) for m, step in zip(modules, steps, strict=True)]
+    modules[0].lives = [(m.title, step) for m, step in zip(modules, steps, strict=True)]
     ends = [*steps[1:], None]
     for life, (module, first, end) in enumerate(zip(modules, steps, ends, strict=True), start=1):
         module.life, module.first_step, module.end_step = life, first, end
@@ -59,7 +59,7 @@ def observe(host: "PolicyModule", metrics: Mapping[str, float]) -> None:
         return
     why = acting.ending.observe(metrics, step)
     if why is not None and end_life(host, step, why):
-        name, last = type(acting).__name__, host.lives[acting.life][1]
+        name, last = acting.title, host.lives[acting.life][1]
         log.info("Step %d: %s. The life of %s ends at step %d, as its `until` has it.", step, why, name, last)
 
 
@@ -84,7 +84,7 @@ def state(host: "PolicyModule") -> dict[str, Any]:
     """For a checkpoint. Collective where a life keeps weights beside the policy's."""
     return {
         **host.acting.life_state(),
-        "schedule": [list(life) for life in host.planned_lives],
+        "schedule": _schedule(host),
         "began": [first for _, first in host.lives],
         "alive": host.acting.life,
         "endings": host.endings,
@@ -98,10 +98,10 @@ def resume(host: "PolicyModule", found: dict[str, Any]) -> None:
     Raises:
         InputError: it is of other lives than the configuration's.
     """
-    if found["schedule"] != [list(life) for life in host.planned_lives]:
+    if found["schedule"] != _schedule(host):
         raise InputError(
             f"The checkpoint's lives are {_described(found['schedule'])}, the configuration's "
-            f"{_described(host.planned_lives)}. Resume with the configuration it was made with (config.yaml beside "
+            f"{_described(_schedule(host))}. Resume with the configuration it was made with (config.yaml beside "
             "its run), or start a new run from its exported model folder."
         )
     arrange([host, *host.successors], found["began"])
@@ -111,6 +111,12 @@ def resume(host: "PolicyModule", found: dict[str, Any]) -> None:
         alive.ending.load_state_dict(seen)
     if found["alive"] == 1:
         host.restore_life(found)
+
+
+def _schedule(host: "PolicyModule") -> list[list[Any]]:
+    """The class of each life and its planned step; not its title, which may change."""
+    modules = (host, *host.successors)
+    return [[type(module).__name__, step] for module, (_, step) in zip(modules, host.planned_lives, strict=True)]
 
 
 def _described(lives: Sequence[Sequence[Any]] | None) -> str:

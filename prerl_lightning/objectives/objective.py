@@ -170,6 +170,11 @@ class BaseObjective(L.LightningModule):
         return self._model
 
     @property
+    def title(self) -> str:
+        """What the objective is called in a run's lines, its records and its report."""
+        return type(self).__name__
+
+    @property
     def live_policy(self) -> Policy:
         assert self.policy is not None, "configure_model has not run"
         return self.policy

@@ -36,7 +36,7 @@ class RunState(L.LightningModule):
 
     Attributes:
         successors: of the host, in order.
-        lives: objective and first step, all of the run's.
+        lives: the objective's title and first step, all of the run's.
         planned_lives: by the configuration; `objectives.lives.end_life` may end one ahead of it.
         life: this module's place among them, from 1.
         first_step: of this life, in optimizer steps of the run.

@@ -78,6 +78,14 @@ class Term:
         if not isinstance(self.coefficient, Coefficient):
             check_bounds(self, "terms", {"coefficient": 0})
 
+    @property
+    def title(self) -> str:
+        """In a few words, what differs between the published objectives: pre-train GroupMean negative."""
+        chosen = (self.advantage or GroupStd(), self.surrogate, self.aggregation, self.weight)
+        parts = ["pre-train"] if self.space == "pre-train" else []
+        parts += [getattr(one, "__name__", type(one).__name__) for one in chosen if one is not None]
+        return " ".join([*parts, *([self.contributing] if self.contributing != "all" else [])])
+
     def advantages(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
         """(N,) float64."""
         return (self.advantage or GroupStd())(rewards, group_ids)

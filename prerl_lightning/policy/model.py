@@ -34,6 +34,7 @@ from prerl_lightning.policy import attention, probe
 from prerl_lightning.policy.head import head_log_probs, log_probs_of
 from prerl_lightning.policy.lora import Adapters, Lora
 from prerl_lightning.policy.packing import MicroBatch
+from prerl_lightning.terminal import no_bars
 
 ASSETS = Path(__file__).parents[1] / "assets"
 EMBEDDED = {"embedded": ASSETS / "countdown", "embedded-sums": ASSETS / "sums"}  # data/tasks/
@@ -104,7 +105,8 @@ def load_model(model: str, attn_implementation: str | None = None) -> PreTrained
     kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        lm, found = _load(AutoModelForCausalLM, model, **options, **kwargs)
+        with no_bars():  # of "Loading weights"
+            lm, found = _load(AutoModelForCausalLM, model, **options, **kwargs)
     except InputError as error:
         if not attn_implementation or not isinstance(error.__cause__, (ImportError, ValueError)):
             raise

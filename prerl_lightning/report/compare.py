@@ -106,8 +106,8 @@ def _names(groups: Sequence[tuple[list[Run], dict[str, str]]]) -> list[str]:
     for (members, flat), base in zip(groups, bases, strict=True):
         alike = [other for (_, other), b in zip(groups, bases, strict=True) if b == base]
         differing = diff(alike) if len(alike) > 1 and all(alike) else []
-        # a setting that all have says more than one that a version of the library brought
-        keys = [key for key, _ in sorted(differing, key=lambda row: None in row[1])]
+        # a setting that all have says more than one that a version of the library brought, and a name says most
+        keys = [key for key, _ in sorted(differing, key=lambda row: (row[0] != "model.name", None in row[1]))]
         said = ", ".join(f"{key.rpartition('.')[2]} {_brief(flat[key])}" for key in keys[:3] if key in flat)
         version = f" {members[0].version}" if members[0].version else ""
         names.append(f"{base} ({said})" if said else base + version if len(alike) > 1 else base)

@@ -151,8 +151,7 @@ def finite(row: Row, name: str) -> float:
 
 def objective(name: str) -> str:
     """As the paper writes it: NSRPreRL is NSR-PreRL."""
-    short = name.rpartition(".")[2]
-    return OBJECTIVES.get(short, short)
+    return OBJECTIVES.get(name, name)
 
 
 def chain(run: Run) -> str:
@@ -163,22 +162,29 @@ def chain(run: Run) -> str:
 def _lives(info: Mapping[str, Any], config: Mapping[str, Any], training: Mapping[int, Row]) -> list[tuple[str, int]]:
     if info.get("lives"):
         return [(objective(name), int(first)) for name, first in info["lives"]]
-    first_life = inside(config, "model").get("class_path")
+    first_life = _configured(inside(config, "model"))
     if first_life:
         callbacks = inside(config, "trainer").get("callbacks")
         found = [
-            (inside(one, "init_args", "successor").get("class_path"), inside(one, "init_args").get("at_step"))
+            (_configured(inside(one, "init_args", "successor")), inside(one, "init_args").get("at_step"))
             for one in (callbacks if isinstance(callbacks, list) else [callbacks])
             if "PolicyReincarnation" in str(inside({"": one}, "").get("class_path"))
         ]
-        later = [(objective(str(name)), int(at)) for name, at in found if is_number(at)]
-        return [(objective(str(first_life)), 0), *sorted(later, key=lambda life: life[1])]
+        later = [(name or "?", int(at)) for name, at in found if is_number(at)]
+        return [(first_life, 0), *sorted(later, key=lambda life: life[1])]
     lives: list[tuple[str, int]] = []
     for step, row in training.items():
         label = f"life {row['life']:.0f}" if math.isfinite(row.get("life", math.nan)) else None
         if label and (not lives or lives[-1][0] != label):
             lives.append((label, step - 1))
     return lives
+
+
+def _configured(part: Mapping[str, Any]) -> str | None:
+    """An objective of config.yaml by its class, and an `Objective` by its name, where it has one."""
+    kind = str(part.get("class_path") or "").rpartition(".")[2]
+    name = inside(part, "init_args").get("name") if kind == "Objective" else None
+    return objective(str(name or kind)) if kind else None
 
 
 def run_seconds(training: Mapping[int, Row]) -> dict[int, float]:

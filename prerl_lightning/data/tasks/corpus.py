@@ -4,6 +4,7 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from prerl_lightning.data.problems import ProblemSet
@@ -54,3 +55,22 @@ class Corpus(ABC):
     def habits(self, answers: Sequence[tuple[str, str]]) -> dict[str, float]:
         """What there is to know of (ground truth, answer) pairs of held-out problems, beside how many are right."""
         return {}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Part of a pre-training: AdamW with warm-up and cosine decay to a tenth.
+
+    Args:
+        corpus: to draw documents from; all stages have to have the tokens of the first.
+        steps: optimizer steps.
+        tokens: in a batch, about.
+        lr: highest learning rate.
+        warmup: steps until it is reached.
+    """
+
+    corpus: Corpus
+    steps: int
+    tokens: int = 2048
+    lr: float = 2.5e-3
+    warmup: int = 100

@@ -1,10 +1,8 @@
-"""``prerl pretrain``: a tiny Llama from scratch on a `Corpus`, in stages.
+"""A tiny Llama, pre-trained from scratch on a `Corpus`, in stages.
 
-    prerl pretrain --config configs/pretrain/countdown.yaml --out my_model
-
-makes the embedded model. One core and seeded: the same machine makes the same weights. A batch holds documents of like
-length and about so many tokens, whatever their number, so that each token counts the same: with a fixed number of
-documents, and a mean over tokens, long ones count less.
+One core and seeded: the same machine makes the same weights. A batch holds documents of like length and about so many
+tokens, whatever their number, so that each token counts the same: with a fixed number of documents, and a mean over
+tokens, long ones count less.
 """
 
 import logging
@@ -13,21 +11,15 @@ import random
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jsonargparse import ArgumentParser
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import prerl_lightning.data.tasks.countdown
-import prerl_lightning.data.tasks.sums  # noqa: F401  (their corpora by class name)
-from prerl_lightning import shipped
-from prerl_lightning.data.tasks.corpus import Corpus
-from prerl_lightning.errors import InputError
+from prerl_lightning.data.tasks.corpus import Corpus, Stage
 
 log = logging.getLogger(__name__)
 
@@ -35,25 +27,6 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 PAD, BOS, EOS, UNK = range(len(SPECIAL))
 POOL = 16  # batches that are drawn and sorted by length together
 MOST = 256  # positions of the model
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Part of a pre-training: AdamW with warm-up and cosine decay to a tenth.
-
-    Args:
-        corpus: to draw documents from; all stages have to have the tokens of the first.
-        steps: optimizer steps.
-        tokens: in a batch, about.
-        lr: highest learning rate.
-        warmup: steps until it is reached.
-    """
-
-    corpus: Corpus
-    steps: int
-    tokens: int = 2048
-    lr: float = 2.5e-3
-    warmup: int = 100
 
 
 def make_tokenizer(tokens: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -172,33 +145,19 @@ def train(
         yield step
 
 
-def pretrain(args: Sequence[str]) -> None:
-    """The command: --out, --seed and --stages, best in a file by --config."""
-    parser = ArgumentParser(
-        "prerl pretrain", exit_on_error=False, description="A tiny model from scratch on a corpus, in stages."
-    )
-    parser.add_argument("--config", action="config")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--measure_every", type=int, default=0, help="steps; 0: at the end of each stage alone")
-    parser.add_argument("--problems", type=int, default=128, help="held-out ones to measure with, 8 answers each")
-    parser.add_argument("--stages", type=list[Stage], required=True, help="corpus, steps, tokens, lr, warmup of each")
-    own = parser.instantiate_classes(parser.parse_args(shipped.in_arguments(args)))
-    stages: list[Stage] = own.stages
-    if not stages or any(set(stage.corpus.tokens) != set(stages[0].corpus.tokens) for stage in stages):
-        raise InputError("prerl pretrain: stages: one at least, and corpora of the same tokens.")
-    if own.out.exists() and not own.out.is_dir():
-        raise InputError(f"prerl pretrain: --out {own.out} is a file.")
+def pretrained(stages: Sequence[Stage], out: Path, seed: int, measure_every: int, problems: int) -> None:
+    """Write the model and its tokenizer into ``out``, and measure it by ``problems`` held-out ones, every so many steps
+    (0: never) and at the end of each stage."""
     torch.set_num_threads(1)
-    torch.manual_seed(own.seed)
+    torch.manual_seed(seed)
     tokenizer = make_tokenizer(stages[0].corpus.tokens)
     model = make_model(len(tokenizer))
     for number, stage in enumerate(stages):
         log.info("stage %d of %d: %s, %d steps", number + 1, len(stages), type(stage.corpus).__name__, stage.steps)
-        for step in train(model, tokenizer, stage, random.Random(f"corpus {own.seed} {number}")):
-            if step == stage.steps or (own.measure_every and step % own.measure_every == 0):
-                model.save_pretrained(own.out)
-                tokenizer.save_pretrained(own.out)
-                found = measure(model.eval(), tokenizer, stage.corpus, own.problems)
+        for step in train(model, tokenizer, stage, random.Random(f"corpus {seed} {number}")):
+            if step == stage.steps or (measure_every and step % measure_every == 0):
+                model.save_pretrained(out)
+                tokenizer.save_pretrained(out)
+                found = measure(model.eval(), tokenizer, stage.corpus, problems)
                 log.info("step %d: %s", step, ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
                 model.train()
