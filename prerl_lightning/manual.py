@@ -78,6 +78,7 @@ TITLES = {
     "problems": ("Problem sets", "data.train: {{class_path: {}, init_args: {{...}}}}"),
     "terms": ("Terms", "model: {{class_path: Objective, init_args: {{terms: [{{space: ..., ...}}]}}}}"),
     "axes": ("Choices along the axes", "{{class_path: {}, init_args: {{...}}}}, or its name alone"),
+    "adapters": ("Adapters", "model.init_args.lora: {{...}}"),
     "engines": ("Engines", "data.engine: {{class_path: {}, init_args: {{...}}}}"),
     "rewards": ("Rewards", "data.reward: {}"),
     "callbacks": ("Callbacks", "trainer.callbacks: [{{class_path: {}, init_args: {{...}}}}]"),
@@ -117,6 +118,7 @@ def topics() -> Mapping[str, Mapping[str, str]]:
         },
         "terms": {"Term": f"{OBJECTIVES}.term.Term"},
         "axes": {name: f"{OBJECTIVES}.{axis}.{name}" for axis, names in AXES.items() for name in names},
+        "adapters": {"Lora": f"{OURS}.policy.lora.Lora"},
         "engines": {"VLLMEngine": f"{OURS}.rollout.vllm_engine.VLLMEngine"},
         "rewards": {name: f"{REWARDS}.{name}" for name in rewards}
         | {"math_verify_reward": f"{REWARDS}.symbolic.math_verify_reward"}

@@ -174,16 +174,13 @@ def check_weights(path: Path, model: str, lora: Lora | None = None, weights_only
             f"--ckpt_path: {path} is no training checkpoint of this library. To start a new run from exported weights, "
             "give their folder as --model.init_args.model."
         )
-    if ("lora" in found) != (lora is not None):
-        holds, mend = (
-            ("adapters alone (LoRA)", f"give {KEY} as its run had it")
-            if lora is None
-            else (
-                "all weights, and this run trains adapters",
-                f"leave {KEY} out, or start anew from its exported model",
-            )
+    if lora is None and "lora" in found:
+        raise InputError(f"--ckpt_path: {path} holds adapters alone (LoRA): give {KEY} as its run had it.")
+    if lora is not None and "lora" not in found:
+        raise InputError(
+            f"--ckpt_path: {path} holds all weights, and this run trains adapters: leave {KEY} out, or start anew from "
+            "its exported model."
         )
-        raise InputError(f"--ckpt_path: {path} holds {holds}: {mend}.")
     ours = Policy(empty_model(model))
     if lora is not None:
         ours.adapt(lora)

@@ -29,7 +29,7 @@ def fit(model, engine, folder=None, steps=END, callbacks=(), ckpt_path=None, **t
         train=ArithmeticProblems("train", 64),
         reward=parity_reward,
         verification=Verification(workers=0),
-        sampling=Sampling(group_size=3, max_new_tokens=8),
+        sampling=Sampling(group_size=3, max_new_tokens=5),
         engine=engine,
         prompts_per_step=4,
     )
@@ -54,15 +54,15 @@ def weights(module):
 
 
 def main(rank: int, out: Path, model: str) -> None:
-    for strategy in ("ddp", "fsdp2"):
-        for start in (None, 1, 3):
-            ckpt_path = None if start is None else out / strategy / f"step={start}.ckpt"
-            folder = out / strategy / (f"from_{start}" if start else "")
-            module = two_lives(model, folder, ckpt_path, kl=0.1, strategy=strategy, devices=2)
-            found = weights(module)
-            if rank == 0:
-                torch.save(found, folder / "weights.pt")
-            export(module, folder / "model", torch.float32, write=rank == 0)
+    resumed = {"ddp": "fsdp2", "fsdp2": "ddp"}  # each from the other's, behind the merge
+    for strategy, other in [*((strategy, None) for strategy in resumed), *resumed.items()]:
+        ckpt_path = out / other / "step=3.ckpt" if other else None
+        folder = out / (f"{strategy}_resumed" if other else strategy)
+        module = two_lives(model, folder, ckpt_path, kl=0.1, strategy=strategy, devices=2)
+        found = weights(module)
+        if rank == 0:
+            torch.save(found, folder / "weights.pt")
+        export(module, folder / "model", torch.float32, write=rank == 0)
 
 
 if __name__ == "__main__":

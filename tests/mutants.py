@@ -614,8 +614,8 @@ FAULTS = [
     Fault(
         "reference-follows",
         "policy/reference.py",
-        "_local(p.detach()).clone()",
-        "_local(p.detach())",
+        "ranks.local(p.detach()).clone()",
+        "ranks.local(p.detach())",
         "test_update.py::test_kl_to_the_reference",
     ),
     Fault(
@@ -628,7 +628,7 @@ FAULTS = [
     Fault(
         "reference-not-loaded",
         "policy/reference.py",
-        "copy_(_local(ranks.held_as(state[name], parameter)))",
+        "copy_(ranks.local(ranks.held_as(state[name], parameter)))",
         "copy_(self.shards[name])",
         "test_plain_runs.py::test_a_resume_goes_on_in_its_life_with_its_reference",
     ),
