@@ -9,10 +9,12 @@ from pathlib import Path
 import lightning as L
 import pytest
 from commands import environment_kept
+from transformers.utils import logging as its
 
 import prerl_lightning as prerl
 from prerl_lightning import api
 from prerl_lightning.errors import InputError
+from prerl_lightning.policy.model import ASSETS, load_model
 from prerl_lightning.settings import described
 
 ROOT = Path(__file__).parents[1]
@@ -110,14 +112,17 @@ def test_a_trainer_of_ones_own(fitted, monkeypatch, capsys):
     trainer = L.Trainer(**prerl.trainer_defaults(max_steps=1), callbacks=prerl.run_callbacks())
     data = small()
     trainer.fit(prerl.GRPO(model="embedded", lr=3e-4), datamodule=data)
+    trial = L.Trainer(**prerl.trainer_defaults(fast_dev_run=True), callbacks=prerl.run_callbacks())  # as `fit` advises
+    trial.fit(prerl.GRPO(model="embedded", lr=3e-4), datamodule=data)
     data.engine.stop()
+    assert [path.name for path in Path("runs/python").iterdir()] == ["version_0"]
     run = prerl.load_run("runs/python/version_0")
     assert list(run.accuracies) == [0, 1]
     assert run.status == "finished"
     assert len(run.samples)
     said = capsys.readouterr()
     assert "Epoch" not in said.out + said.err
-    assert said.out.count("step 1/1 ") == 1  # and not once for each run of this process
+    assert said.out.count("step 1/1 ") == 2  # and not once for each run of this process
     assert "watch it    prerl watch" in said.out
     assert all(len(line) <= 100 for line in said.out.splitlines() if line.startswith(("step ", "held out")))
     assert "Warning" not in said.err
@@ -133,15 +138,29 @@ def test_a_trainer_of_ones_own(fitted, monkeypatch, capsys):
         (lambda: prerl.fit(prerl.GRPO(), small(), max_steps=3), "model.init_args.model: missing"),
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(reward="f"), max_steps=3), "'f' is no function"),
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), max_steps=3, logger=False), "leaves no folder"),
+        (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), fast_dev_run=True), r"fit --trainer\.fast_dev_run"),
+        (lambda: prerl.fit(prerl.GRPO(model="without_weights"), small(), max_steps=3), "without_weights"),
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), max_steps=3, ckpt_path="none.ckpt"), "none.ckpt"),
     ],
 )
 def test_what_cannot_be_is_refused(call, pattern, tmp_path, monkeypatch, quietly):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prerl.VLLMEngine, "start", lambda *args: pytest.fail("the engine was started"))
+    (tmp_path / "without_weights").mkdir()
+    for file in (ASSETS / "countdown").iterdir():
+        if file.suffix != ".safetensors":  # which is seen when the Trainer has made the run's folder
+            (tmp_path / "without_weights" / file.name).symlink_to(file)
     with pytest.raises(InputError, match=pattern):
         call()
-    assert not list(tmp_path.rglob("metrics.csv"))
+    assert not list(tmp_path.rglob("runs"))
+
+
+def test_loading_shows_no_bar(capsys):
+    """In a script or a notebook, too, where transformers was imported before us; what is shown else stays as it is."""
+    its.enable_progress_bar()
+    load_model("embedded")
+    assert capsys.readouterr().err == ""
+    assert its.is_progress_bar_enabled()
 
 
 def test_a_notebook_has_one_rank(tmp_path, monkeypatch, quietly):
