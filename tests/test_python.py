@@ -1,5 +1,6 @@
 """Runs from Python: `prerl.fit`, a Trainer of one's own, the examples, a notebook."""
 
+import ast
 import json
 import runpy
 import subprocess
@@ -219,11 +220,37 @@ def test_the_example_of_an_own_task(tmp_path, monkeypatch, refused, capsys):
         sys.modules.pop(name)
 
 
+def cells(notebook):
+    """Its code cells, for two steps."""
+    found = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    settings = next(cell for cell in found if "STEPS, SWITCH =" in cell.source)
+    settings.source = settings.source.replace("STEPS, SWITCH = 20, 5", "STEPS, SWITCH = 2, 1")
+    return found
+
+
+def test_the_cells_of_the_notebook(tmp_path, monkeypatch, quietly):
+    """One after the other, with what a kernel does with the last line of each."""
+    nbformat = pytest.importorskip("nbformat")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    names, shown = {}, []
+    for cell in cells(nbformat.read(ROOT / "examples" / "first_run.ipynb", as_version=4)):
+        *body, last = ast.parse(cell.source).body
+        if not isinstance(last, ast.Expr):
+            body.append(last)
+        exec(compile(ast.Module(body, []), "cell", "exec"), names)
+        if isinstance(last, ast.Expr):
+            shown.append(eval(compile(ast.Expression(last.value), "cell", "eval"), names))
+    assert sum(hasattr(value, "_repr_svg_") and "<svg" in value._repr_svg_() for value in shown) == 2
+    assert list(names["run"].accuracies) == [0, 2]
+    assert (tmp_path / "first_run.html").is_file()
+
+
+@pytest.mark.slow  # a kernel of its own; the cells are run above
 def test_the_notebook(tmp_path):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(ROOT / "examples" / "first_run.ipynb", as_version=4)
-    settings = next(cell for cell in notebook.cells if "STEPS, SWITCH =" in cell.source)
-    settings.source = settings.source.replace("STEPS, SWITCH = 20, 5", "STEPS, SWITCH = 2, 1")
+    cells(notebook)
     nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/svg+xml" in output.get("data", {}) for output in outputs) == 2
