@@ -264,8 +264,14 @@ def fit(
     for what, given, kind in (("objective", objective, PolicyModule), ("data", data, RolloutDataModule)):
         if not isinstance(given, kind):
             raise InputError(f"fit: {what} is a {type(given).__name__}, not a {kind.__name__}.")
-    if made["logger"] is False or trainer.get("fast_dev_run"):
-        raise InputError("fit: such a run leaves no folder to give back. Leave logger=False and fast_dev_run out.")
+    if made["logger"] is False:
+        raise InputError("fit: a run without a logger leaves no folder to give back. Leave logger=False out.")
+    if trainer.get("fast_dev_run"):
+        raise InputError(
+            "fit: fast_dev_run leaves no folder to give back. A Trainer of one's own does it: L.Trainer(**prerl."
+            "trainer_defaults(fast_dev_run=True), callbacks=prerl.run_callbacks()).fit(objective, datamodule=data); so "
+            "does prerl fit --trainer.fast_dev_run true."
+        )
     if _in_a_notebook():
         made["devices"] = _one_device(made)
     defaults = {k: p.default for k, p in inspect.signature(L.Trainer.__init__).parameters.items() if k != "self"}

@@ -3,7 +3,9 @@
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from functools import reduce
+from operator import or_
+from typing import Any, cast, get_args
 
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -113,6 +115,17 @@ def registry_name(ckpt_path: str) -> str | None:
             f"--ckpt_path: {ckpt_path} names no model. Write registry:ORGANISATION/TEAMSPACE/MODEL, or that and "
             ":version:VERSION."
         ) from None
+
+
+def whole_numbers_first() -> None:
+    """In the types of the Trainer's arguments. typing takes Optional[Union[int, float]] and Optional[Union[float, int]]
+    for one, and gives whichever the process has named first: by the latter, which any package that a notebook imports
+    may name, a parser reads ``limit_val_batches: 1``, one batch, as 1.0, all of them."""
+    hints = L.Trainer.__init__.__annotations__
+    for name, hint in hints.items():
+        kinds = get_args(hint)
+        if int in kinds and float in kinds:
+            hints[name] = reduce(or_, [int, float, *(kind for kind in kinds if kind not in (int, float))])
 
 
 def observe_ranks(observe: Callable[..., None]) -> None:

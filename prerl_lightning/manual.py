@@ -212,8 +212,8 @@ def _about(topic: str) -> Iterator[str]:
     for called, (name, path, kind) in _classes().items():
         if _folded(called) == _folded(topic):
             return _entry(entry(path), name, kind)
-    if found := [name for name in shipped.names() if _folded(topic) in (_folded(name), _folded(_last(name, "/")))]:
-        return (line for name in found for line in _configuration(name))
+    if files := [name for name in shipped.names() if _folded(topic) in (_folded(name), _folded(_last(name, "/")))]:
+        return (line for name in files for line in _configuration(name))
     if "." in topic and read(topic) is not None:
         return _entry(entry(topic), topic, "objectives" if _is_objective(topic) else "")
     names = [*_classes(), *KEYS, *options(), *VALUES, "metrics", *(name for of in _commands() for name in of)]

@@ -48,7 +48,7 @@ def checked(args: Sequence[str], own: Iterable[str] = ()) -> list[str]:
 
 def config_files(args: Sequence[str]) -> list[str]:
     given = []
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
+    for arg, following in zip(args, [*args[1:], ""], strict=False):
         if arg.startswith("--config=") or (arg in ("--config", "-c") and following):
             given.append(arg.partition("=")[2] or following)
     return given

@@ -21,7 +21,7 @@ from prerl_lightning import refusals, resume, shipped
 from prerl_lightning.callbacks.monitors import check_monitors
 from prerl_lightning.callbacks.reincarnation import PolicyReincarnation
 from prerl_lightning.callbacks.watcher import callbacks_of
-from prerl_lightning.compat import observe_ranks, share_version
+from prerl_lightning.compat import observe_ranks, share_version, whole_numbers_first
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, said_by_us
 from prerl_lightning.objectives import PolicyModule
@@ -54,6 +54,7 @@ class PrerlCLI(LightningCLI):
     @classmethod
     def run(cls, args: list[str]) -> "PrerlCLI":
         observe_ranks(watchdog.observe)
+        whole_numbers_first()
         args = refusals.checked(args)
         cls.name = _run_name(refusals.config_files(args))
         return cls(

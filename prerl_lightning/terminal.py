@@ -86,7 +86,7 @@ def quiet() -> None:
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """transformers shows none meanwhile; `quiet` is too late for a script or notebook, which has imported it by then."""
+    """transformers shows none meanwhile; `quiet` is too late where a script or notebook has imported it."""
     from transformers.utils import logging as its
 
     shown = its.is_progress_bar_enabled()

@@ -79,8 +79,8 @@ AT_THE_START = ("config.yaml", "hparams.yaml", "events.out.tfevents.*")
 def no_folder_of_a_refusal(trainer: L.Trainer) -> Iterator[None]:
     """Lightning makes the run's folder before it asks anybody. One that was made in here is removed where the start is
     refused, and where it is empty after whatever else ended it."""
-    made = [getattr(logger, "log_dir", None) for logger in trainer.loggers] if first_rank() else []
-    made = [folder for folder in made if isinstance(folder, str) and not os.path.exists(folder)]
+    folders = [getattr(logger, "log_dir", None) for logger in trainer.loggers] if first_rank() else []
+    made = [folder for folder in folders if isinstance(folder, str) and not os.path.exists(folder)]
 
     def remove(written: Iterable[str] = ()) -> None:
         for folder in made:

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +24,8 @@ UNFINISHED = VENV / ".unfinished"  # there while a set-up runs, and after one th
 UV = [VENV_PYTHON, "-m", "uv", "pip"]
 FITTING = [(3, 11), (3, 12)]
 PROBE_SECONDS = 20
+PATIENCE = 30  # seconds without a line
+SIZES = {"cpu": "about 1 GB to fetch and 4 GB on disk", "gpu": "several GB to fetch, most of it CUDA's"}
 # pip's settings by uv's names for them: uv reads neither pip's files nor pip's variables
 UV_NAMES = {"index-url": "UV_DEFAULT_INDEX", "cert": "SSL_CERT_FILE", "proxy": "ALL_PROXY"}
 
@@ -47,12 +50,27 @@ def works(*command):
 
 
 def run(*command):
-    if subprocess.run(command, cwd=ROOT).returncode:
+    free = shutil.disk_usage(ROOT).free
+    started = time.monotonic()
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        while process.poll() is None:
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:  # uv shows bars at a terminal alone
+                written = max(0, free - shutil.disk_usage(ROOT).free) / 1e9
+                say(f"still at it after {time.monotonic() - started:.0f} s, {written:.1f} GB written so far")
+    if process.returncode:
         stop(
             "failed; the reason is above. Most often: no way to the package index (behind a proxy set HTTPS_PROXY, for "
             f"a mirror PIP_INDEX_URL), or no space ({free_space()}; the CPU set-up takes 4 GB, CUDA's packages several "
             "more). Then give the same command again: finished downloads are kept."
         )
+
+
+def number_of_packages(answer):
+    """Of uv's dry run, in words."""
+    found = re.search(r"Would install (\d+) packages?", answer)
+    return f"{found.group(1)} packages" if found else "some packages"
 
 
 def version_of(python):
@@ -161,7 +179,7 @@ def install(extra):
         found = cpu_torch(spec, settings)
         if found:
             requirement, source = found
-            say(requirement)
+            say(f"{requirement}, about 0.2 GB")
             run(*UV, "install", *arguments, "--no-deps", *source, requirement)
         else:
             say(
@@ -172,9 +190,13 @@ def install(extra):
             override = VENV / "torch-override.txt"
             override.write_text(spec, encoding="utf-8")
             arguments += ["--overrides", str(override)]
-    say(f"prerl-lightning[{extra},dev] and what it needs")
+    ours = f".[{extra},dev]"
+    say("asking the index what prerl-lightning needs")
+    ask = [*UV, "install", "--dry-run", *arguments, "-e", ours]
+    answer = subprocess.run(ask, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    say(f"prerl-lightning[{extra},dev]: {number_of_packages(answer)}, {SIZES[extra]}: a minute with a fast index")
     # compiled now: else the first start takes half a minute more, and every start where Python may not write bytecode
-    run(*UV, "install", *arguments, "--compile-bytecode", "-e", f".[{extra},dev]")
+    run(*UV, "install", *arguments, "--compile-bytecode", "-e", ours)
 
 
 def main():

@@ -2,8 +2,10 @@
 
 import inspect
 import signal
+from typing import Union
 
 import lightning as L
+from jsonargparse import ArgumentParser
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.strategies.launchers import subprocess_script as fabric_subprocess_script
@@ -17,7 +19,28 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from trainers import quiet_trainer
 
-from prerl_lightning.compat import note_stops, observe_ranks, requeue_path, requeue_signal, share_version
+from prerl_lightning.compat import (
+    note_stops,
+    observe_ranks,
+    requeue_path,
+    requeue_signal,
+    share_version,
+    whole_numbers_first,
+)
+
+
+def test_numbers_are_read_whole_first_whatever_a_process_has_named(monkeypatch):
+    """`Optional[Union[float, int]]`, once anywhere, is what Lightning's own `Optional[Union[int, float]]` then is."""
+    hints = Trainer.__init__.__annotations__
+    for key in ("limit_val_batches", "limit_train_batches"):
+        monkeypatch.setitem(hints, key, Union[float, int, None])  # noqa: UP007  (as Lightning has it)
+    whole_numbers_first()
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Trainer, "trainer")
+    given = ["--trainer.limit_val_batches=1", "--trainer.limit_train_batches=0.5", "--trainer.val_check_interval=3"]
+    found = parser.parse_args(given).trainer
+    values = (found.limit_val_batches, found.limit_train_batches, found.val_check_interval)
+    assert repr(values) == "(1, 0.5, 3)"  # and not 1.0, all batches
 
 
 def test_lightning_still_runs_validation_the_way_validate_now_does():

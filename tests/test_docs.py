@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -258,3 +259,14 @@ def test_it_builds_without_a_warning_and_asks_no_network(tmp_path):
     shown = re.sub(r"<[^>]*>", "", (tmp_path / "html" / "reference" / "configuration.html").read_text(encoding="utf-8"))
     assert "prompts_per_step (int, 16)" in shown
     assert "<!-- prerl help" not in shown
+
+
+def test_the_set_up_says_what_it_does(capsys, monkeypatch):
+    """How many packages there are to be, and that something still happens."""
+    names = runpy.run_path(str(ROOT / "scripts" / "setup_env.py"))
+    answer = "Resolved 4 packages in 848ms\nWould download 3 packages\nWould install 4 packages\n + rich==15.0.0\n"
+    assert names["number_of_packages"](answer) == "4 packages"
+    monkeypatch.setitem(names["run"].__globals__, "PATIENCE", 0.1)
+    names["run"]("sleep", "0.35")
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\[set-up\] still at it after \d s, \d+\.\d GB written so far", first)

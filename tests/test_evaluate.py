@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import finish, start
-from forked import prerl
+from commands import finish
+from forked import finish_together, prerl
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from plain_engine import PlainEngine
+from safetensors.torch import load_file
 
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.data.tasks.sums import ArithmeticProblems
@@ -21,6 +22,7 @@ from prerl_lightning.errors import InputError
 from prerl_lightning.evaluation import command, compare, evaluate, read_results
 from prerl_lightning.evaluation.devices import ranks_on
 from prerl_lightning.evaluation.measures import measures
+from prerl_lightning.evaluation.weights import checkpoint_weights
 from prerl_lightning.metrics.intervals import interval
 from prerl_lightning.rewards.pool import Verification
 from prerl_lightning.rollout.engine import Place, Sampling
@@ -66,11 +68,10 @@ def second_rank(process):
     raise AssertionError("there is no second rank")
 
 
-def test_two_ranks_killed_and_resumed_end_as_one_that_never_stopped(whole, tmp_path, refused):
+def test_two_ranks_killed_and_resumed_end_as_one_that_never_stopped(whole, tmp_path, refused, free_port):
     """Batches that do not divide, and one problem in the last: a rank has none."""
-    ranks = ["--devices", "2", "--data.val_batch=5"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = start(tmp_path, *EMBEDDED, *ranks, env=environment)
+    process = prerl(tmp_path, *EMBEDDED, "--devices=2", "--data.val_batch=5", env=environment)
     file = tmp_path / "out" / "val.jsonl"
     while not file.is_file() or len(file.read_bytes().splitlines()) < 6:
         assert process.poll() is None, process.communicate()[0]
@@ -87,7 +88,12 @@ def test_two_ranks_killed_and_resumed_end_as_one_that_never_stopped(whole, tmp_p
     assert done in (5, 10, 15, 20)
     with file.open("ab") as torn:
         torn.write(b'{"row": 99, "sam')  # what a kill in the middle of a write leaves
-    output = finish(start(tmp_path, *EMBEDDED, "--devices=2", f"--data.val_batch={23 - done}", env=environment))
+    environment |= {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    each = [environment | {"MASTER_PORT": str(free_port), "RANK": r, "LOCAL_RANK": r} for r in ("0", "1")]
+    batch = f"--data.val_batch={23 - done}"
+    processes = [prerl(tmp_path, *EMBEDDED, batch, env=env) for env in each]  # as torchrun starts them
+    finish_together(processes)
+    output = processes[0].said()
     assert f"going on behind {done} problems" in output
     assert output.count("Samples and summary.json are in out") == 1
     for name in ("val.jsonl", "summary.json"):
@@ -96,20 +102,20 @@ def test_two_ranks_killed_and_resumed_end_as_one_that_never_stopped(whole, tmp_p
 
 
 def test_a_checkpoint_s_weights_are_those_evaluated(whole, tmp_path, refused):
-    """One big step away from the shipped model: a checkpoint, its exported folder, and not the shipped model."""
+    """One big step away from the shipped model: a checkpoint has the weights of its exported folder, and its texts are
+    not the shipped model's."""
     config = ["--config", ROOT / "configs" / "sums" / "dsrl.yaml"]
     small = ["--trainer.max_steps=1", "--model.init_args.lr=0.003", "--trainer.callbacks=null"]
     finish(prerl(tmp_path, "fit", *config, *small, "--data.val=null"))
     run = tmp_path / "runs" / "sums-dsrl" / "version_0"
-    found = {}
-    for name, options in {
-        "checkpoint": ["--ckpt_path", run / "checkpoints" / "last.ckpt"],
-        "folder": ["--model", run / "model"],
-    }.items():
-        finish(prerl(tmp_path, *EMBEDDED[:-1], name, *options, "--no_greedy"))
-        found[name] = [[s["text"] for s in r["samples"]] for r in rows(tmp_path / name / "val.jsonl")]
-    assert found["checkpoint"] == found["folder"]
-    assert found["folder"] != [[s["text"] for s in r["samples"]] for r in rows(whole[0] / "out" / "val.jsonl")]
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    exported = load_file(run / "model" / "model.safetensors")
+    found = dict(checkpoint_weights(checkpoint, "embedded-sums"))
+    assert found.keys() == exported.keys()
+    assert all(torch.equal(found[name], exported[name]) for name in found)
+    finish(prerl(tmp_path, *EMBEDDED, "--ckpt_path", checkpoint, "--no_greedy"))
+    texts = [[[s["text"] for s in r["samples"]] for r in rows(f / "out" / "val.jsonl")] for f in (tmp_path, whole[0])]
+    assert texts[0] != texts[1]
     file = tmp_path / "not.ckpt"
     file.write_text("nothing")
     assert "is no training checkpoint" in refused(*EMBEDDED, "--ckpt_path", file)

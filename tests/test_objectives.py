@@ -308,7 +308,7 @@ def test_objectives_of_terms_are_told_apart(parse):
     assert lives.state(first)["schedule"] == [["Objective", 0], ["Objective", 3]]
     lives.resume(first, lives.state(first))
     assert described(Objective([Term("post-train")], name="mine"))["init_args"]["name"] == "mine"
-    with pytest.raises(InputError, match=r"Objective\.name: 'a/b': up to 60 letters"):
+    with pytest.raises(InputError, match=r"Objective\.name: 'a/b': a name is up to 60 letters"):
         Objective([Term("post-train")], name="a/b")
 
 

@@ -1,5 +1,6 @@
 """Runs from Python: `prerl.fit`, a Trainer of one's own, the examples, a notebook."""
 
+import ast
 import json
 import runpy
 import subprocess
@@ -9,10 +10,12 @@ from pathlib import Path
 import lightning as L
 import pytest
 from commands import environment_kept
+from transformers.utils import logging as its
 
 import prerl_lightning as prerl
 from prerl_lightning import api
 from prerl_lightning.errors import InputError
+from prerl_lightning.policy.model import ASSETS, load_model
 from prerl_lightning.settings import described
 
 ROOT = Path(__file__).parents[1]
@@ -110,14 +113,17 @@ def test_a_trainer_of_ones_own(fitted, monkeypatch, capsys):
     trainer = L.Trainer(**prerl.trainer_defaults(max_steps=1), callbacks=prerl.run_callbacks())
     data = small()
     trainer.fit(prerl.GRPO(model="embedded", lr=3e-4), datamodule=data)
+    trial = L.Trainer(**prerl.trainer_defaults(fast_dev_run=True), callbacks=prerl.run_callbacks())  # as `fit` advises
+    trial.fit(prerl.GRPO(model="embedded", lr=3e-4), datamodule=data)
     data.engine.stop()
+    assert [path.name for path in Path("runs/python").iterdir()] == ["version_0"]
     run = prerl.load_run("runs/python/version_0")
     assert list(run.accuracies) == [0, 1]
     assert run.status == "finished"
     assert len(run.samples)
     said = capsys.readouterr()
     assert "Epoch" not in said.out + said.err
-    assert said.out.count("step 1/1 ") == 1  # and not once for each run of this process
+    assert said.out.count("step 1/1 ") == 2  # and not once for each run of this process
     assert "watch it    prerl watch" in said.out
     assert all(len(line) <= 100 for line in said.out.splitlines() if line.startswith(("step ", "held out")))
     assert "Warning" not in said.err
@@ -133,15 +139,29 @@ def test_a_trainer_of_ones_own(fitted, monkeypatch, capsys):
         (lambda: prerl.fit(prerl.GRPO(), small(), max_steps=3), "model.init_args.model: missing"),
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(reward="f"), max_steps=3), "'f' is no function"),
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), max_steps=3, logger=False), "leaves no folder"),
+        (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), fast_dev_run=True), r"fit --trainer\.fast_dev_run"),
+        (lambda: prerl.fit(prerl.GRPO(model="without_weights"), small(), max_steps=3), "without_weights"),
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), max_steps=3, ckpt_path="none.ckpt"), "none.ckpt"),
     ],
 )
 def test_what_cannot_be_is_refused(call, pattern, tmp_path, monkeypatch, quietly):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prerl.VLLMEngine, "start", lambda *args: pytest.fail("the engine was started"))
+    (tmp_path / "without_weights").mkdir()
+    for file in (ASSETS / "countdown").iterdir():
+        if file.suffix != ".safetensors":  # which is seen when the Trainer has made the run's folder
+            (tmp_path / "without_weights" / file.name).symlink_to(file)
     with pytest.raises(InputError, match=pattern):
         call()
-    assert not list(tmp_path.rglob("metrics.csv"))
+    assert not list(tmp_path.rglob("runs"))
+
+
+def test_loading_shows_no_bar(capsys):
+    """In a script or a notebook, too, where transformers was imported before us; what is shown else stays as it is."""
+    its.enable_progress_bar()
+    load_model("embedded")
+    assert capsys.readouterr().err == ""
+    assert its.is_progress_bar_enabled()
 
 
 def test_a_notebook_has_one_rank(tmp_path, monkeypatch, quietly):
@@ -200,11 +220,37 @@ def test_the_example_of_an_own_task(tmp_path, monkeypatch, refused, capsys):
         sys.modules.pop(name)
 
 
+def cells(notebook):
+    """Its code cells, for two steps."""
+    found = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    settings = next(cell for cell in found if "STEPS, SWITCH =" in cell.source)
+    settings.source = settings.source.replace("STEPS, SWITCH = 20, 5", "STEPS, SWITCH = 2, 1")
+    return found
+
+
+def test_the_cells_of_the_notebook(tmp_path, monkeypatch, quietly):
+    """One after the other, with what a kernel does with the last line of each."""
+    nbformat = pytest.importorskip("nbformat")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    names, shown = {}, []
+    for cell in cells(nbformat.read(ROOT / "examples" / "first_run.ipynb", as_version=4)):
+        *body, last = ast.parse(cell.source).body
+        if not isinstance(last, ast.Expr):
+            body.append(last)
+        exec(compile(ast.Module(body, []), "cell", "exec"), names)
+        if isinstance(last, ast.Expr):
+            shown.append(eval(compile(ast.Expression(last.value), "cell", "eval"), names))
+    assert sum(hasattr(value, "_repr_svg_") and "<svg" in value._repr_svg_() for value in shown) == 2
+    assert list(names["run"].accuracies) == [0, 2]
+    assert (tmp_path / "first_run.html").is_file()
+
+
+@pytest.mark.slow  # a kernel of its own; the cells are run above
 def test_the_notebook(tmp_path):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(ROOT / "examples" / "first_run.ipynb", as_version=4)
-    settings = next(cell for cell in notebook.cells if "STEPS, SWITCH =" in cell.source)
-    settings.source = settings.source.replace("STEPS, SWITCH = 20, 5", "STEPS, SWITCH = 2, 1")
+    cells(notebook)
     nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/svg+xml" in output.get("data", {}) for output in outputs) == 2

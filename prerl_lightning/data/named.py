@@ -147,8 +147,9 @@ class NamedProblems(RowProblems):
         super().__init__(source, limit, fold, max_unusable)
         if name not in SETS:
             raise InputError(
-                f"NamedProblems: {name!r} is none of {', '.join(SETS)}.{nearest(name, SETS)} A file of your own is read by Files; "
-                "prerl evaluate takes it as data.val of a configuration: --config RUN/config.yaml --model RUN/model"
+                f"NamedProblems: {name!r} is none of {', '.join(SETS)}.{nearest(name, SETS)} A file of your own is "
+                "read by Files; prerl evaluate takes it as data.val of a configuration: --config RUN/config.yaml "
+                "--model RUN/model"
             )
         self.name, self.path, self.style = name, path, style
         self.set = SETS[name]

@@ -117,8 +117,8 @@ def _table(found: Mapping[str, Mapping[str, float]]) -> str:
         lines.append("  " + ", ".join(f"{n} {values[n]:.3g}" for n in rest if n in values))
         if partial := values["partial"]:
             lines.append(
-                f"  {partial:.2g} of the samples have a reward that is neither 0 nor 1: avg, maj and greedy count it as "
-                "it is, pass as wrong"
+                f"  {partial:.2g} of the samples have a reward that is neither 0 nor 1: avg, maj and greedy count it "
+                "as it is, pass as wrong"
             )
     return "\n".join(lines)
 

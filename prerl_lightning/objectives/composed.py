@@ -25,7 +25,7 @@ class Objective(PolicyModule):
             raise InputError("Objective.terms: there is none. Give one or more, such as {space: post-train}.")
         if name is not None and (not re.fullmatch(r"[\w.+ -]+", name) or len(name) > LONGEST):
             raise InputError(
-                f"Objective.name: {name!r}: up to {LONGEST} letters, digits, spaces and . + - _ are a name, such as RLOO."
+                f"Objective.name: {name!r}: a name is up to {LONGEST} letters, digits, spaces and . + - _, as RLOO is."
             )
 
     @property
