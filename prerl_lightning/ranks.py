@@ -49,6 +49,15 @@ def gather_state(tensor: Tensor, group: Any = None) -> list[Tensor]:
     return [part.to(tensor.device) for part in gather([tensor.cpu()])]
 
 
+def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's part of a tensor that FSDP2 has sharded, and which row it begins with; another one as it is. Cut is
+    as `torch.chunk` does it: the last ranks may have fewer rows or none."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    rows = -(-tensor.shape[0] // tensor.device_mesh.size())
+    return tensor.to_local(), min(rows * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+
+
 def full(tensor: Tensor) -> Tensor:
     """All of a tensor that FSDP2 has sharded; another one as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

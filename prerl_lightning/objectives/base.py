@@ -32,6 +32,7 @@ from prerl_lightning.objectives.update import Update
 from prerl_lightning.policy.model import Policy, load_config, load_tokenizer, prefix_token
 from prerl_lightning.rollout.engine import Engine
 from prerl_lightning.rollout.sampler import Group
+from prerl_lightning.strategies import FSDP2Strategy
 from prerl_lightning.types import Prompt, Rollout
 from prerl_lightning.watchdog import watchdog
 
@@ -63,12 +64,14 @@ class PolicyModule(BaseObjective, RunState):
         if self.policy is None:
             # Lightning's warning of modules in eval mode: here they are meant to be
             warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+            strategy: Any = self.trainer.strategy if self.is_attached else None
             self.policy = Policy.from_pretrained(
                 self.model_name,
                 attn_implementation=self.attn_implementation,
-                gradient_checkpointing=bool(self.gradient_checkpointing),
+                gradient_checkpointing=self.gradient_checkpointing or 0,
                 chunked_head=self.chunked_head,
                 longest=self.data.engine.max_model_len(load_config(self.model_name)) if self.is_attached else None,
+                sharding=strategy if isinstance(strategy, FSDP2Strategy) else None,
             )
 
     def configure_optimizers(self) -> Optimizer:

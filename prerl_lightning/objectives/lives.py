@@ -82,7 +82,7 @@ def end_life(host: "PolicyModule", step: int, why: str) -> bool:
 
 def state(host: "PolicyModule") -> dict[str, Any]:
     """For a checkpoint. Collective where a life keeps a reference."""
-    reference = host.acting.reference
+    reference, sharded = host.acting.reference, getattr(host.trainer.strategy, "sharded_checkpoints", False)
     return {
         "schedule": [list(life) for life in host.planned_lives],
         "began": [first for _, first in host.lives],
@@ -90,7 +90,7 @@ def state(host: "PolicyModule") -> dict[str, Any]:
         "entropy_coefficient": host.acting.entropy_state,
         "endings": host.endings,
         "ending": host.acting.ending and host.acting.ending.state_dict(),
-        "reference": reference.state_dict(host.live_policy) if reference is not None else None,
+        "reference": reference.state_dict(host.live_policy, sharded) if reference is not None else None,
     }
 
 

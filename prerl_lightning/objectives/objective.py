@@ -13,7 +13,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.objectives.aggregations import AggregationName
 from prerl_lightning.objectives.entropy import TargetEntropy, sampled_entropy
 from prerl_lightning.objectives.losses import KLEstimator
@@ -87,8 +87,9 @@ class BaseObjective(L.LightningModule):
         share_prompts: in a pack, the responses of a group share one pass over their prompt where that pays.
         chunked_head: token log-probs without a tokens x vocabulary tensor; False: by the model's own logits, all at
             once.
-        gradient_checkpointing: recompute activations in the backward pass, in all lives; None: on a GPU where packs of
-            a good size do not fit otherwise, on a CPU not.
+        gradient_checkpointing: recompute activations in the backward pass, in all lives; a number: those of every
+            second layer, third ..., which takes that share of the time, and of the memory away; None: on a GPU where
+            packs of a good size do not fit otherwise, on a CPU not.
         peak_flops: FLOP/s of one device, for train/mfu; None: from a table of NVIDIA's (metrics/utilisation.py).
         attn_implementation: of transformers, e.g. ``sdpa`` or ``flash_attention_2``; None: its own choice.
     """
@@ -126,7 +127,7 @@ class BaseObjective(L.LightningModule):
         packing: bool = True,
         share_prompts: bool = True,
         chunked_head: bool = True,
-        gradient_checkpointing: bool | None = None,
+        gradient_checkpointing: bool | int | None = None,
         peak_flops: float | None = None,
         attn_implementation: str | None = None,
     ) -> None:
@@ -148,6 +149,7 @@ class BaseObjective(L.LightningModule):
             minibatches, epochs, max_tokens_per_microbatch, micro_batch_size, packing, share_prompts
         )
         self.measuring = MeasureSettings(mismatch_samples, mismatch_bound, entropy, peak_flops)
+        check_bounds(self, type(self).__name__, {"gradient_checkpointing": 0})
         for settings in (self.optimization, self.loss, self.batching, self.measuring):
             settings.check(type(self).__name__)
 
@@ -185,7 +187,7 @@ class BaseObjective(L.LightningModule):
     @property
     def compute_device(self) -> torch.device:
         """Where forward passes run."""
-        return next(self.live_policy.parameters()).device
+        return self.live_policy.device
 
     @property
     def pack_tokens(self) -> int:

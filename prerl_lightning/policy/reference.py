@@ -38,20 +38,23 @@ class Reference:
             held.copy_(shard)
             shard.copy_(kept)
 
-    def state_dict(self, policy: Policy) -> dict[str, Tensor]:
-        """Full tensors on the CPU, one gathered at a time; collective under FSDP2."""
+    def state_dict(self, policy: Policy, sharded: bool = False) -> dict[str, Tensor]:
+        """Full tensors on the CPU, one gathered at a time; collective under FSDP2. ``sharded``: as the policy's are."""
         with self.in_place(policy):
+            if sharded:
+                return {name: p.detach().clone() for name, p in policy.named_parameters()}
             return {name: ranks.full(p).detach().cpu().clone() for name, p in policy.named_parameters()}
 
     @torch.no_grad()
     def load_state_dict(self, policy: Policy, state: Mapping[str, Tensor]) -> None:
         for name, parameter in policy.named_parameters():
-            full = state[name].to(_local(parameter))
-            if isinstance(parameter, DTensor):
+            saved = state[name]
+            if isinstance(parameter, DTensor) and not isinstance(saved, DTensor):
                 from torch.distributed.tensor import distribute_tensor
 
-                full = distribute_tensor(full, parameter.device_mesh, parameter.placements).to_local()
-            self.shards[name].copy_(full)
+                full = saved.to(_local(parameter))
+                saved = distribute_tensor(full, parameter.device_mesh, parameter.placements)
+            self.shards[name].copy_(_local(saved))
 
 
 def _local(tensor: Tensor) -> Tensor:
