@@ -1,8 +1,8 @@
-"""A checkpoint on disk: one file, or a folder of shards (fsdp2 with ``checkpoint.sharded``). Either has its name when it
-is whole and on the disk, and has checksums.
+"""A checkpoint on disk: one file, or a folder of shards (fsdp2 with ``checkpoint.sharded``). Either has its name when
+it is whole and on the disk, and has checksums.
 
-A folder holds ``meta.pt``, the checkpoint with sharded tensors on the meta device, and by torch.distributed.checkpoint a
-file a rank with the tensors, each by its place in the checkpoint: ``state_dict.policy.model...``.
+A folder holds ``meta.pt``, the checkpoint with sharded tensors on the meta device, and by torch.distributed.checkpoint
+a file a rank with the tensors, each by its place in the checkpoint: ``state_dict.policy.model...``.
 """
 
 import fcntl
@@ -48,6 +48,13 @@ def _not_written(path: Path, reason: BaseException, checkpoint: Any) -> NotWritt
     )
 
 
+def _reason(error: BaseException) -> BaseException:
+    """Torch's writer makes a RuntimeError of a full disk."""
+    while not isinstance(error, OSError) and error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
 class WholeFileIO(TorchCheckpointIO):
     """Writes a checkpoint tensor by tensor into a file beside its place. Lightning's own makes a second copy in memory
     and a third in the temporary folder. Reads folders too. Remote paths are left to Lightning's.
@@ -74,18 +81,15 @@ class WholeFileIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
                 _rename(new, path)
         except (OSError, RuntimeError) as error:
-            reason: BaseException = error  # torch's writer makes a RuntimeError of a full disk
-            while not isinstance(reason, OSError) and reason.__context__ is not None:
-                reason = reason.__context__
             remove(new)
-            said = _not_written(path, reason, checkpoint)
+            said = _not_written(path, _reason(error), checkpoint)
             self.problem = str(said)
             if self.raises:
                 raise said from error
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, *args: Any, weights_only: bool | None = None, **how: Any) -> dict[str, Any]:
         if not os.path.isdir(path):
-            return super().load_checkpoint(path, map_location, weights_only)
+            return super().load_checkpoint(path, *args, weights_only=weights_only, **how)
         return read(Path(path), load(path, weights_only is not False))
 
 
@@ -108,6 +112,12 @@ class _Writer(dcp.FileSystemWriter):
             folder.mkdir(parents=True, exist_ok=True)
             self.file = (folder / META).open("wb")
             fcntl.flock(self.file, fcntl.LOCK_EX)  # see sweep
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise _reason(error) from None  # on the way to other ranks its context is lost
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         super().finish(metadata, results)
@@ -174,7 +184,7 @@ def _mapped(tree: Any, change: Make, place: str = "") -> Any:
 def load(path: str | Path, weights_only: bool = True) -> dict[str, Any]:
     """The checkpoint: of a file with its tensors mapped, of a folder with those of the shards on the meta device."""
     file = Path(path) / META if os.path.isdir(path) else path
-    return torch.load(file, map_location=None if os.path.isdir(path) else "cpu", weights_only=weights_only, mmap=True)
+    return torch.load(file, map_location="cpu", weights_only=weights_only, mmap=True)
 
 
 def read(path: Path, tree: dict[str, Any], make: Make | None = None, collective: bool = False) -> dict[str, Any]:
@@ -271,7 +281,7 @@ class _Unpickler(pickle.Unpickler):
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, which is read to its end; None: it is whole."""
     if not path.is_dir():
-        return None if "://" in str(path) else _damage_of(path)
+        return _damage_of(path)
     if problem := _damage_of(path / META) if (path / META).is_file() else f"a folder without {META}: no checkpoint":
         return problem
     try:
@@ -313,9 +323,8 @@ def sweep(folder: Path) -> None:
             remove(new)
             log.info("Removed %s, which a run that was killed had begun to write.", new)
     for old in folder.glob("*.ckpt.old"):  # between the two names of `_rename`
-        if not _beside(path := old.with_suffix(""), "new").exists():
-            with suppress(OSError):
-                remove(old) if path.exists() else old.rename(path)
+        if old.with_suffix("").exists():  # else it is the last that is whole
+            remove(old)
 
 
 def link(source: Path, name: Path) -> None:

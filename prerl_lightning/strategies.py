@@ -77,7 +77,6 @@ class FSDP2Strategy(ModelParallelStrategy):
             raise InputError(f"trainer.precision: fsdp2 takes one of {', '.join(PRECISIONS)}, not {trainer.precision}.")
         policy = cast(Any, self.lightning_module).policy
         if policy is not None and not getattr(policy, "is_sharded", False):
-            policy.compute_device = self.root_device
             self.shard(policy)
         super().setup(trainer)
 
@@ -86,11 +85,13 @@ class FSDP2Strategy(ModelParallelStrategy):
 
         Args:
             policy: its parameters may be on the meta device, and stay there.
-            precision: default: the Trainer's.
+            precision: default: the Trainer's. Another one is for a comparison, between whose passes nothing may stay
+                gathered.
         """
+        policy.compute_device = self.root_device  # type: ignore[assignment]
         options: dict[str, Any] = {
             "mesh": self.device_mesh["data_parallel"],
-            "reshard_after_forward": self.reshard_after_forward,
+            "reshard_after_forward": self.reshard_after_forward or precision is not None,
         }
         if (precision or self.precision_plugin.precision) == "bf16-mixed":
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -20,17 +20,12 @@ log = logging.getLogger(__name__)
 
 
 class Sharding(Protocol):
-    """What a strategy that shards gives: where shards lie and passes run, and the sharding itself."""
+    """What a strategy that shards gives, see `FSDP2Strategy`."""
 
     @property
     def home(self) -> torch.device: ...
 
-    @property
-    def root_device(self) -> torch.device: ...
-
-    def shard(self, policy: nn.Module, precision: str | None = None) -> None:
-        """In place, of parameters on the meta device too. ``precision``: another than the run's."""
-        ...
+    def shard(self, policy: nn.Module, precision: str | None = None) -> None: ...
 
 
 def files_of(model: str) -> dict[str, str]:
@@ -57,6 +52,8 @@ def fill(held: Mapping[str, Tensor], files: Mapping[str, str]) -> list[str]:
     broken = []
     for name, tensor in held.items():
         local, row = ranks.own_rows(tensor)
+        if not local.numel():
+            continue
         # opened for each: what an open file has mapped counts as this process's memory
         with safe_open(files[name], "pt") as opened:
             piece = opened.get_slice(name)[row : row + len(local)] if tensor.ndim else opened.get_tensor(name)
