@@ -118,7 +118,7 @@ class Run:
     def checkpoint(self) -> Path | None:
         """The newest, to go on from: ``fit(..., ckpt_path=run.checkpoint)``."""
         path = self.folder / "checkpoints" / "last.ckpt"
-        return path if path.is_file() else None
+        return path if path.exists() else None
 
     def report(self, path: str | os.PathLike = "report.html") -> Path:
         """Write the page that ``prerl report`` makes of it."""

@@ -147,8 +147,14 @@ def training_bytes(
     return TrainingBytes(own + frozen, own, 2 * own, own * copies, own * (strategy == "ddp"), gathered)
 
 
-def activation_bytes_per_token(shape: ModelShape, precision: str, checkpointing: bool, padded: bool = False) -> int:
-    """What autograd keeps of an input token, head apart; with ``checkpointing`` each layer's input, and all of one.
+def recomputed_layers(shape: ModelShape, checkpointing: int) -> int:
+    """True: all; a number: every so manieth."""
+    return -(-shape.layers // checkpointing) if checkpointing else 0
+
+
+def activation_bytes_per_token(shape: ModelShape, precision: str, checkpointing: int, padded: bool = False) -> int:
+    """What autograd keeps of an input token, head apart; of layers that ``checkpointing`` recomputes the input, and all
+    of one.
 
     Under autocast the residual stream is fp32, and so is what norms keep; each linear layer keeps a 16-bit copy of its
     input for itself. Under FSDP2, which makes whole layers 16-bit, a bound. ``padded``: attention by padded calls, as
@@ -156,7 +162,9 @@ def activation_bytes_per_token(shape: ModelShape, precision: str, checkpointing:
     """
     layer = _layer_bytes(shape, precision, padded)
     ends = 8 * shape.hidden + 4 + 8 * shape.head_dim + 16  # last norm, rotary positions, ids
-    return ends + (4 * shape.hidden * (shape.layers - 1) + layer if checkpointing else layer * shape.layers)
+    recomputed = recomputed_layers(shape, checkpointing)
+    inputs = max(0, recomputed - 1)  # that of the one being recomputed is in its own
+    return ends + 4 * shape.hidden * inputs + layer * (shape.layers - inputs)
 
 
 def _layer_bytes(shape: ModelShape, precision: str, padded: bool) -> int:
@@ -173,11 +181,12 @@ def _layer_bytes(shape: ModelShape, precision: str, padded: bool) -> int:
     return norms + inputs + attention + 4 * wide * (shape.intermediate + hidden * shape.experts)
 
 
-def weight_copy_bytes(shape: ModelShape, precision: str, checkpointing: bool = False) -> int:
+def weight_copy_bytes(shape: ModelShape, precision: str, checkpointing: int = False) -> int:
     """Autocast's 16-bit weights of linear layers. Lightning switches off autocast's cache of them, but autograd keeps
     each from a layer's forward to its backward pass. None in fp32, of what rests in 16 bits, nor under FSDP2, which
     gathers 16 bits."""
-    kept = shape.largest_block if checkpointing else shape.block_parameters
+    inputs = max(0, recomputed_layers(shape, checkpointing) - 1)
+    kept = min(shape.block_parameters, shape.largest_block * (shape.layers - inputs))
     rest_in_16_bits = 0 < shape.frozen_bytes < 4 * shape.parameters
     return 2 * kept if _size(precision) == 2 and not rest_in_16_bits else 0
 
@@ -194,7 +203,7 @@ def head_bytes(shape: ModelShape, tokens: int, block_elements: int) -> int:
 
 
 def pack_bytes(
-    shape: ModelShape, tokens: int, precision: str, checkpointing: bool, sharded: bool = False, padded: bool = False
+    shape: ModelShape, tokens: int, precision: str, checkpointing: int, sharded: bool = False, padded: bool = False
 ) -> int:
     """The most that forward and backward passes of packs of 1 to ``tokens`` input tokens take beyond `training_bytes`;
     ``sharded``: under FSDP2; ``padded``: see `activation_bytes_per_token`."""
@@ -212,7 +221,7 @@ class PackChoice:
     """Input tokens of a pack, whether its activations are recomputed, and the bytes this takes, `MARGIN` included."""
 
     tokens: int
-    checkpointing: bool
+    checkpointing: int
     bytes: int
 
 
@@ -221,7 +230,7 @@ def choose_pack(
     free_bytes: int,
     longest: int,
     precision: str,
-    checkpointing: bool | None = None,
+    checkpointing: int | None = None,
     max_tokens: int | None = None,
     sharded: bool = False,
     padded: bool = False,
@@ -286,7 +295,7 @@ def rank_budget(
     world_size: int = 1,
     precision: str = "bf16-mixed",
     copies: int = 0,
-    checkpointing: bool | None = None,
+    checkpointing: int | None = None,
     max_tokens: int | None = None,
 ) -> RankBudget:
     """The pack that fits, and all that lies beside it.

@@ -30,6 +30,8 @@ USAGE = """usage: prerl {fit,validate,test} [--config FILE ...] [--KEY VALUE ...
        prerl configs [NAME]
        prerl study STUDY.yaml [--dry_run]
        prerl doctor [--config FILE ...] [--model MODEL] [--json]
+       prerl convert CHECKPOINT OUT
+       prerl export CHECKPOINT OUT
        prerl pretrain --config FILE --out FOLDER
        prerl job --config FILE --machine NAME
        prerl help [TOPIC]
@@ -47,6 +49,8 @@ Reinforcement learning with verifiable rewards in pre-train and post-train space
   configs    the configurations that come with the package; `prerl configs dsrl > mine.yaml` copies one
   study      arms x seeds of a YAML file, and a verdict for each of its claims; goes on where it was stopped
   doctor     does this machine run all this, and does that run fit? A self-test in under two minutes
+  convert    a sharded checkpoint as one file, or one file as a folder of shards
+  export     the weights of a checkpoint as a Hugging Face folder
   pretrain   a tiny model from scratch on a corpus of your own, such as the embedded one
   job        prerl fit on machines of Lightning AI, resumed by itself; --dry_run shows what would be sent
   help       what an objective, a key, a problem set, a reward or a metric is and takes: prerl help GRPO
@@ -71,6 +75,8 @@ COMMANDS = {
     "configs": "prerl_lightning.shipped",
     "study": "prerl_lightning.study.command",
     "doctor": "prerl_lightning.doctor",
+    "convert": "prerl_lightning.convert",
+    "export": "prerl_lightning.convert",
     "pretrain": "prerl_lightning.data.tasks.command",
     "job": "prerl_lightning.jobs.command",
     "help": "prerl_lightning.manual",

@@ -50,11 +50,22 @@ def gather_state(tensor: Tensor, group: Any = None) -> list[Tensor]:
 
 
 def held_as(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A full tensor in the type of ``parameter`` and where that lies, sharded as it is. Collective under FSDP2."""
-    there = tensor.to(parameter.device, parameter.dtype)
+    """A tensor in the type of ``parameter`` and where that lies, sharded as it is. Collective under FSDP2."""
+    if isinstance(tensor, DTensor) and isinstance(parameter, DTensor):  # a checkpoint's of shards, on the same mesh
+        return tensor.to(parameter.dtype)
+    there = full(tensor).to(parameter.device, parameter.dtype)
     if not isinstance(parameter, DTensor):
         return there
     return distribute_tensor(there, parameter.device_mesh, parameter.placements)
+
+
+def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's part of a tensor that FSDP2 has sharded, and which row it begins with; another one as it is. Cut is
+    as `torch.chunk` does it: the last ranks may have fewer rows or none."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    rows = -(-tensor.shape[0] // tensor.device_mesh.size())
+    return tensor.to_local(), min(rows * tensor.device_mesh.get_local_rank(), tensor.shape[0])
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -5,18 +5,17 @@ import logging
 import os
 import re
 import shutil
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.cli import SaveConfigCallback
 
+from prerl_lightning import checkpoints
 from prerl_lightning.callbacks.saving import kept_best
+from prerl_lightning.checkpoints import damage
 from prerl_lightning.compat import registry_name
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, in_one_line
@@ -145,20 +144,6 @@ def downloaded(name: str, folder: Path) -> Path:
     return found[0]
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with the file of a checkpoint, which is read to its end; None: it is whole."""
-    if path.is_dir():
-        return "a folder: checkpoints are one file"
-    if not path.stat().st_size:
-        return "empty"
-    try:
-        with zipfile.ZipFile(path) as file:
-            broken = file.testzip()
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
-        return f"cut off, or no checkpoint ({in_one_line(error, 80)})"
-    return f"damaged: the checksum of {broken} is not what it was written with" if broken else None
-
-
 def check_whole(path: Path) -> None:
     """Raises InputError where the file is damaged."""
     if problem := damage(path):
@@ -205,7 +190,7 @@ def load(path: str, weights_only: bool = True) -> dict[str, Any]:
         InputError: it is none, or holds more than ``weights_only`` lets in.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+        return checkpoints.load(path, weights_only)
     except Exception as error:  # pickle, zip and torch each raise their own
         if weights_only and (found := re.search(r"GLOBAL (\S+)", str(error))):
             raise InputError(
@@ -222,7 +207,7 @@ def newest(folder: Path) -> Path:
     def by_age(name: str) -> list[Path]:
         return sorted(folder.glob(f"**/{name}"), key=lambda p: p.stat().st_mtime, reverse=True)
 
-    lasts = by_age("last.ckpt")
+    lasts = by_age("last.ckpt") or by_age("last.ckpt.old")
     if not lasts:
         raise InputError(f"--ckpt_path: there is no last.ckpt below {folder}. Leave it out to start anew.")
     files: dict[int, Path] = {}  # of several names of one, the first

@@ -25,6 +25,7 @@ from prerl_lightning.budget import (
 )
 from prerl_lightning.errors import InputError
 from prerl_lightning.policy import attention, head
+from prerl_lightning.policy.model import Policy
 
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "vocab_size": 64}
 FAMILIES = {
@@ -122,7 +123,7 @@ def test_activations_of_padded_calls(shared):
     assert 0.95 * measured <= found <= 1.25 * measured
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, 2])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("vocab", [64, 3072])
 def test_the_peak_of_a_pass(precision, checkpointing, vocab, monkeypatch):
@@ -133,8 +134,7 @@ def test_the_peak_of_a_pass(precision, checkpointing, vocab, monkeypatch):
     weight = model.get_output_embeddings().weight
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    Policy(model).checkpoint_activations(checkpointing)
     peaks = []
     for tokens in (80, 256):
         with autocast(precision), Alive() as alive:

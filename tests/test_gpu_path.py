@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prerl_lightning
 from prerl_lightning.errors import InputError
+from prerl_lightning.metrics.alignment import GradientComparison
 from prerl_lightning.objectives import GRPO, MixedRL, NSRPreRL, Objective
 from prerl_lightning.objectives.surrogates import GSPO
 from prerl_lightning.objectives.term import Term
@@ -281,9 +282,20 @@ def test_a_cache_without_room_for_one_sequence_is_refused_before_the_start(monke
     )
 
 
-def test_offload_to_the_cpu_is_refused():
-    with pytest.raises(InputError, match=r"cpu_offload is not supported.*gradient_checkpointing"):
-        FSDP2Strategy(cpu_offload=True).setup_environment()
+def test_what_is_offloaded_is_reduced_on_the_cpu_and_computed_on_the_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    strategy = FSDP2Strategy(cpu_offload=True)
+    strategy.parallel_devices = [torch.device("cuda", 0)]
+    assert strategy.process_group_backend == "cuda:nccl,cpu:gloo"
+    assert (strategy.home, strategy.root_device) == (torch.device("cpu"), torch.device("cuda", 0))
+    strategy.model_to_device()  # leaves the weights where they are
+    policy = Policy.from_pretrained("embedded")
+    policy.compute_device = strategy.root_device
+    module = GRPO(model="embedded")
+    module.policy = policy
+    assert module.compute_device == policy.device == torch.device("cuda", 0)
+    assert GradientComparison(policy).device == torch.device("cuda", 0)
+    assert {p.device.type for p in policy.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-true", "64-true"])

@@ -1,13 +1,12 @@
 """Checkpoints to resume from, and the trained model as a Hugging Face folder."""
 
-import fcntl
 import logging
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import copy
 from datetime import timedelta
 from pathlib import Path
@@ -19,95 +18,22 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from prerl_lightning import checkpoints
 from prerl_lightning.budget import GIB, ModelShape
 from prerl_lightning.callbacks.monitors import check_monitor
 from prerl_lightning.callbacks.requeue import requeue
+from prerl_lightning.checkpoints import NotWritten, WholeFileIO
 from prerl_lightning.compat import requeue_signal, validation_follows
 from prerl_lightning.errors import InputError, RunError, check_bounds
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.objectives.memory import copies
+from prerl_lightning.policy import files
 from prerl_lightning.policy.model import Policy, load_config, load_tokenizer, model_path
 from prerl_lightning.signals import Interrupted
+from prerl_lightning.strategies import FSDP2Strategy
 from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
-
-
-class NotWritten(RunError):
-    """A checkpoint could not be written; those before it are as they were."""
-
-
-class WholeFileIO(TorchCheckpointIO):
-    """Writes a checkpoint tensor by tensor into a file beside its place, and gives it its name when it is whole and on
-    the disk. Lightning's own makes a second copy in memory and a third in the temporary folder. Remote paths are left
-    to it.
-
-    Attributes:
-        raises: False: what went wrong is left in ``problem``, for rank 0, which alone writes, to tell the others.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.raises, self.problem = True, ""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        if "://" in str(path):
-            return super().save_checkpoint(checkpoint, path, storage_options)
-        path, self.problem = Path(path), ""
-        new = path.with_name(f"{path.name}.new")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with new.open("wb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # see sweep
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(new, path)
-            _fsync(path.parent)
-        except (OSError, RuntimeError) as error:
-            reason: BaseException = error  # torch's writer makes a RuntimeError of a full disk
-            while not isinstance(reason, OSError) and reason.__context__ is not None:
-                reason = reason.__context__
-            with suppress(OSError):
-                new.unlink(missing_ok=True)
-            free = shutil.disk_usage(_existing(path)).free
-            self.problem = (
-                f"The checkpoint {path} could not be written ({reason}): {_bytes_of(checkpoint) / 2**30:.2f} GiB are "
-                f"needed, {free / 2**30:.2f} are free there. The checkpoints before it are as they were: make room, "
-                "and --ckpt_path last goes on. With --checkpoint.when_full go_on runs train on without."
-            )
-            if self.raises:
-                raise NotWritten(self.problem) from error
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a process that died was writing there. The lock of one that lives is held, on whatever machine."""
-    for new in folder.glob("*.ckpt.new"):
-        with suppress(OSError), new.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            new.unlink()
-            log.info("Removed %s, which a run that was killed had begun to write.", new)
-
-
-def _fsync(folder: Path) -> None:
-    """A new name in it is on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _existing(path: Path) -> Path:
-    """It, or the nearest above it that is there."""
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
-
-
-def _bytes_of(tree: Any) -> int:
-    if isinstance(tree, torch.Tensor):
-        return tree.numel() * tree.element_size()
-    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
-    return sum(map(_bytes_of, parts))
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -132,6 +58,9 @@ class RunCheckpoint(ModelCheckpoint):
         save_weights_only: no optimizer state: smaller, and not to be resumed from.
         train_time_interval: write by time instead of steps.
         when_full: what a checkpoint that cannot be written does to the run: it has it ``stop``, or ``go_on`` without.
+        sharded: under fsdp2, a checkpoint is a folder, to which each rank writes its shards and from which it reads
+            them, instead of a file that rank 0 writes from whole tensors. Runs under any strategy and number of ranks
+            resume from either; ``prerl convert`` makes one of the other.
     """
 
     # what Lightning has changed by the time that a file turns out not to be written
@@ -150,6 +79,7 @@ class RunCheckpoint(ModelCheckpoint):
         save_weights_only: bool = False,
         train_time_interval: timedelta | None = None,
         when_full: Literal["stop", "go_on"] = "stop",
+        sharded: bool = False,
     ) -> None:
         given = SimpleNamespace(every_n_train_steps=every_n_train_steps, save_top_k=save_top_k)
         check_bounds(given, "checkpoint", {"every_n_train_steps": 0, "save_top_k": -1})
@@ -171,7 +101,7 @@ class RunCheckpoint(ModelCheckpoint):
             train_time_interval=train_time_interval,
             save_on_train_epoch_end=False,
         )
-        self.when_full = when_full
+        self.when_full, self.sharded = when_full, sharded
         self._seen_step = 0  # by the batch before
         self._last_judged = -1  # the step of the last weights that a score was compared for
         self._resumed_at: int | None = None  # the step whose checkpoint this process began with
@@ -189,9 +119,14 @@ class RunCheckpoint(ModelCheckpoint):
         """
         logger = trainer.logger
         folder = str(self.dirpath or getattr(logger, "save_dir", None) or trainer.default_root_dir)
+        if self.sharded and (not isinstance(trainer.strategy, FSDP2Strategy) or "://" in folder):
+            raise InputError(
+                "checkpoint.sharded: folders of shards are written under --trainer.strategy fsdp2, to a file system. "
+                "Leave it out, or take both."
+            )
         if "://" in folder or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        there = _existing(Path(folder))
+        there = checkpoints.existing(Path(folder))
         try:
             with tempfile.TemporaryFile(dir=there):
                 pass
@@ -223,7 +158,9 @@ class RunCheckpoint(ModelCheckpoint):
             if trainer.is_global_zero and stage == "fit":
                 here = Path(self.dirpath)
                 for folder in {here, *here.parents[1].glob(f"*/{here.name}")}:
-                    sweep(folder)
+                    checkpoints.sweep(folder)
+        if isinstance(trainer.strategy, FSDP2Strategy):
+            trainer.strategy.sharded_checkpoints = self.sharded
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFileIO()
 
@@ -304,7 +241,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         watchdog.mark("checkpoint", trainer.global_step)
         io = trainer.strategy.checkpoint_io
-        if type(io) is not WholeFileIO:
+        if type(io) is not WholeFileIO or self.sharded:
             return super()._save_checkpoint(trainer, filepath)
         io.raises = False
         try:
@@ -361,7 +298,7 @@ class RunCheckpoint(ModelCheckpoint):
         if not saved or "://" in saved or not there:
             self._save_checkpoint(trainer, self.last_model_path)
         elif trainer.is_global_zero and saved != self.last_model_path:
-            _link(Path(saved), Path(self.last_model_path))
+            checkpoints.link(Path(saved), Path(self.last_model_path))
 
 
 def kept_best(checkpoint: dict[str, Any], monitor: str | None, mode: str, path: str) -> dict[str, Any]:
@@ -375,24 +312,12 @@ def kept_best(checkpoint: dict[str, Any], monitor: str | None, mode: str, path: 
     for file, score in sorted(found.items(), key=lambda item: item[1] or 0, reverse=mode == "max"):
         parts = Path(file).parts
         places = (Path(file), folder.joinpath(*parts[-1:]), folder.parent.parent.joinpath(*parts[-3:]))
-        there = file if "://" in file else next((str(p) for p in places if p.is_file()), None)
+        there = file if "://" in file else next((str(p) for p in places if p.exists()), None)
         if there is not None:
             kept[there] = score
         elif monitor:
             log.warning("%s, kept for its %s of %.4g, is not there any more.", file, monitor, score)
     return kept
-
-
-def _link(file: Path, name: Path) -> None:
-    """``name`` becomes another name of ``file``, from one moment to the next."""
-    new = name.with_name(f"{name.name}.new")
-    new.unlink(missing_ok=True)
-    try:
-        os.link(file, new)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(file, new)
-    os.replace(new, name)
-    _fsync(name.parent)
 
 
 class ExportModel(L.Callback):
@@ -439,9 +364,9 @@ def export(module: PolicyModule, folder: Path, dtype: torch.dtype, write: bool =
 def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, write: bool = True) -> None:
     """Gather the weights one layer at a time, on all ranks, and save them where ``write``, by the names that they had
     in the folder they came from."""
-    state = {}
-    for name, tensor in policy.named_weights(dtype):
-        if write:
-            state[name] = tensor.cpu()
+    weights = policy.named_weights(dtype)
     if write:
-        policy.model.save_pretrained(folder, state_dict=state, save_original_format=False)
+        files.write(policy.model, ((name, tensor.cpu()) for name, tensor in weights), folder, dtype)
+    else:
+        for _ in weights:
+            pass

@@ -106,7 +106,7 @@ def mismatch(
     sequences, contexts = Sequences.of([r.token_ids for r in responses]), Sequences.of(prompts)
     engine = torch.cat([torch.from_numpy(r.log_probs) for r in responses])
     made = [Family(contexts[i // SAMPLING.group_size], (i,), (len(r.token_ids),)) for i, r in enumerate(responses)]
-    device = next(policy.parameters()).device
+    device = policy.device
     total = 0.0
     with torch.autocast(device.type, torch.bfloat16, enabled=bound > MISMATCH[torch.float32], cache_enabled=False):
         kernel = policy.attention_kernel(device)

@@ -154,7 +154,7 @@ def _on_host(
     """Of a pack a bound: the head's blocks are smaller on a CPU."""
     strategy, _, precision, _ = terms
     tokens = max(module.batching.max_tokens_per_microbatch or CPU_PACK_TOKENS, longest)
-    recompute = bool(module.gradient_checkpointing)
+    recompute = module.gradient_checkpointing or 0
     pack = pack_bytes(subject.shape, tokens, precision, recompute, strategy == "fsdp2", padded=True)
     taken = 0
     if isinstance(engine, VLLMEngine):

@@ -147,13 +147,13 @@ class GradientComparison:
 
     Args:
         sketch: buckets of a sketch of each layer group's gradient; 0: exact.
-        device: that the policy computes on; None: where its weights lie.
+        device: that the policy computes on; None: its own.
     """
 
     def __init__(self, policy: Policy, sketch: int | None = None, device: torch.device | None = None) -> None:
         self.policy, self.groups = policy, layer_groups(policy)
         parameters = list(policy.parameters())
-        self.device = device or parameters[0].device
+        self.device = device or policy.device
         self.sharded = isinstance(parameters[0], DTensor)
         n_local = sum(local_piece(p)[0].numel() for p in parameters if p.requires_grad)
         self.sketch = sketch if sketch is not None else 0 if n_local <= EXACT_PARAMETERS else SIZE
@@ -227,7 +227,8 @@ class GradientComparison:
         if not self.sketch:
             found = {name: local_piece(gradient)[0].float() for name, _, gradient in self._gradients()}
         else:
-            sketches = {group: Sketch(self.sketch, self.device) for group in dict.fromkeys(self.groups.values())}
+            home = next(self.policy.parameters()).device
+            sketches = {group: Sketch(self.sketch, home) for group in dict.fromkeys(self.groups.values())}
             start = 0
             for name, parameter, gradient in self._gradients():
                 piece, offset = local_piece(gradient)

@@ -10,7 +10,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from prerl_lightning import ranks
 
 SIZE = 65_537  # primes, so that neither buckets nor signs keep step with the rows of a matrix
 SIGNS = 1_048_573
@@ -60,13 +61,6 @@ def usable_size(size: int) -> int:
 
 
 def local_piece(tensor: Tensor) -> tuple[Tensor, int]:
-    """This rank's part of a parameter or gradient, and where in the flattened whole it starts.
-
-    FSDP2 shards by rows: as `torch.chunk` does, the last ranks may have fewer or none.
-    """
-    if not isinstance(tensor, DTensor):
-        return tensor, 0
-    local = tensor.to_local()
-    rows = -(-tensor.shape[0] // tensor.device_mesh.size())
-    start = min(rows * tensor.device_mesh.get_local_rank(), tensor.shape[0])
-    return local, start * (tensor.numel() // max(1, tensor.shape[0]))
+    """This rank's part of a parameter or gradient, and where in the flattened whole it starts."""
+    local, row = ranks.own_rows(tensor)
+    return local, row * (tensor.numel() // tensor.shape[0]) if row else 0

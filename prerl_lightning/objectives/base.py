@@ -32,6 +32,7 @@ from prerl_lightning.objectives.update import Update
 from prerl_lightning.policy.model import Policy, load_config, load_tokenizer, prefix_token
 from prerl_lightning.rollout.engine import Engine
 from prerl_lightning.rollout.sampler import Group
+from prerl_lightning.strategies import FSDP2Strategy
 from prerl_lightning.types import Prompt, Rollout
 from prerl_lightning.watchdog import watchdog
 
@@ -66,15 +67,17 @@ class PolicyModule(BaseObjective, RunState):
             self.policy = self.load_policy()
             self.strict_loading = self.lora is None  # the base is in no checkpoint
 
-    def load_policy(self) -> Policy:
-        """As the run begins with it, on the CPU."""
+    def load_policy(self, whole: bool = False) -> Policy:
+        """As the run begins with it, on the CPU; sharded already where the strategy shards, unless ``whole``."""
+        strategy: Any = self.trainer.strategy if self.is_attached else None
         return Policy.from_pretrained(
             self.model_name,
             attn_implementation=self.attn_implementation,
-            gradient_checkpointing=bool(self.gradient_checkpointing),
+            gradient_checkpointing=self.gradient_checkpointing or 0,
             chunked_head=self.chunked_head,
             lora=self.lora,
             longest=self.data.engine.max_model_len(load_config(self.model_name)) if self.is_attached else None,
+            sharding=strategy if isinstance(strategy, FSDP2Strategy) and not whole else None,
         )
 
     def configure_optimizers(self) -> Optimizer:

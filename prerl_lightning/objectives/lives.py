@@ -83,7 +83,7 @@ def end_life(host: "PolicyModule", step: int, why: str) -> bool:
 def state(host: "PolicyModule") -> dict[str, Any]:
     """For a checkpoint. Collective where a life keeps weights beside the policy's."""
     return {
-        **host.acting.life_state(),
+        **host.acting.life_state(getattr(host.trainer.strategy, "sharded_checkpoints", False)),
         "schedule": _schedule(host),
         "began": [first for _, first in host.lives],
         "alive": host.acting.life,

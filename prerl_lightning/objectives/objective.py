@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch.optim import AdamW, Optimizer
 
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.objectives.aggregations import AggregationName
 from prerl_lightning.objectives.entropy import TargetEntropy, sampled_entropy
 from prerl_lightning.objectives.losses import KLEstimator
@@ -89,8 +89,9 @@ class BaseObjective(L.LightningModule):
         share_prompts: in a pack, the responses of a group share one pass over their prompt where that pays.
         chunked_head: token log-probs without a tokens x vocabulary tensor; False: by the model's own logits, all at
             once.
-        gradient_checkpointing: recompute activations in the backward pass, in all lives; None: on a GPU where packs of
-            a good size do not fit otherwise, on a CPU not.
+        gradient_checkpointing: recompute activations in the backward pass, in all lives; a number: those of every
+            second layer, third ..., which takes that share of the time, and of the memory away; None: on a GPU where
+            packs of a good size do not fit otherwise, on a CPU not.
         peak_flops: FLOP/s of one device, for train/mfu; None: from a table of NVIDIA's (metrics/utilisation.py).
         attn_implementation: of transformers, e.g. ``sdpa`` or ``flash_attention_2``; None: its own choice.
     """
@@ -129,7 +130,7 @@ class BaseObjective(L.LightningModule):
         packing: bool = True,
         share_prompts: bool = True,
         chunked_head: bool = True,
-        gradient_checkpointing: bool | None = None,
+        gradient_checkpointing: bool | int | None = None,
         peak_flops: float | None = None,
         attn_implementation: str | None = None,
         lora: Lora | None = None,
@@ -152,6 +153,7 @@ class BaseObjective(L.LightningModule):
             minibatches, epochs, max_tokens_per_microbatch, micro_batch_size, packing, share_prompts
         )
         self.measuring = MeasureSettings(mismatch_samples, mismatch_bound, entropy, peak_flops)
+        check_bounds(self, type(self).__name__, {"gradient_checkpointing": 0})
         for settings in (self.optimization, self.loss, self.batching, self.measuring):
             settings.check(type(self).__name__)
 
@@ -194,7 +196,7 @@ class BaseObjective(L.LightningModule):
     @property
     def compute_device(self) -> torch.device:
         """Where forward passes run."""
-        return next(self.live_policy.parameters()).device
+        return self.live_policy.device
 
     @property
     def pack_tokens(self) -> int:
@@ -247,12 +249,12 @@ class BaseObjective(L.LightningModule):
         kept = int(self.loss.kl_coefficient > 0)
         return kept, kept
 
-    def life_state(self) -> dict[str, Any]:
-        """For a checkpoint. Collective where a life keeps a reference."""
+    def life_state(self, sharded: bool = False) -> dict[str, Any]:
+        """For a checkpoint, its reference ``sharded`` as the policy is, or whole. Collective where a life keeps one."""
         reference = self.reference
         return {
             "entropy_coefficient": self.entropy_state,
-            "reference": reference.state_dict(self.live_policy) if reference is not None else None,
+            "reference": reference.state_dict(self.live_policy, sharded) if reference is not None else None,
         }
 
     def restore_life(self, state: dict[str, Any]) -> None:

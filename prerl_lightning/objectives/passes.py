@@ -100,7 +100,7 @@ class Passes:
             self.sound[number[~finite]] = False
             rollout = replace(rollout, log_probs=torch.where(finite, rollout.log_probs, 0.0))
         self.rollout, self.policy, self.batching, self.prefix_id = rollout, policy, batching, prefix_id
-        self.device = device if device is not None else next(policy.parameters()).device
+        self.device = device if device is not None else policy.device
         self.world_size, self.rank = ranks.world_size(), ranks.rank()
         self.chunks = torch.arange(len(rollout.prompts)).tensor_split(batching.minibatches)
         self.packed = batching.packing and policy.can_pack

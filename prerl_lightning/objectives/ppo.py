@@ -66,10 +66,10 @@ class PPO(PolicyModule):
         place."""
         if self._critic is None:
             own = self.value_body == "own"
-            model = ValueModel(cast(PolicyModule, self.host).load_policy() if own else self.live_policy, own)
+            model = ValueModel(cast(PolicyModule, self.host).load_policy(whole=True) if own else self.live_policy, own)
             strategy = self.trainer.strategy if self.is_attached else None
             if own and isinstance(strategy, FSDP2Strategy):
-                strategy.shard(model.body, str(self.trainer.precision))
+                strategy.shard(model.body)
             else:
                 model.module.to(self.compute_device)
             self._critic = Critic(model, replace(self.optimization, lr=self.value_lr))
@@ -89,8 +89,10 @@ class PPO(PolicyModule):
         own = self.value_body == "own"  # weights and two moments, in memory gradients too
         return in_memory + 4 * own, on_disk + 3 * own
 
-    def life_state(self) -> dict[str, Any]:
-        return super().life_state() | {"value": self._critic.state_dict() if self._critic is not None else self._saved}
+    def life_state(self, sharded: bool = False) -> dict[str, Any]:
+        return super().life_state(sharded) | {
+            "value": self._critic.state_dict() if self._critic is not None else self._saved
+        }
 
     def restore_life(self, state: dict[str, Any]) -> None:
         super().restore_life(state)

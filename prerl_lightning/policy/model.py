@@ -5,7 +5,8 @@ module they wrap: an output head called from outside would see a shard.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -16,11 +17,13 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import constants
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,7 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prerl_lightning import hub, ranks
 from prerl_lightning.errors import InputError, in_one_line, nearest
-from prerl_lightning.policy import attention, probe
+from prerl_lightning.policy import attention, probe, sharded
 from prerl_lightning.policy.head import head_log_probs, log_probs_of
 from prerl_lightning.policy.lora import Adapters, Lora
 from prerl_lightning.policy.packing import MicroBatch
@@ -125,20 +128,37 @@ def load_model(model: str, attn_implementation: str | None = None) -> PreTrained
         "are not finite": [name for name, p in _held(lm) if p.is_floating_point() and not p.isfinite().all()],
     }
     for what, names in wrong.items():
-        if names:
-            shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            raise InputError(
-                f"model: {model!r}: weights of {type(lm).__name__} {what}: {shown}. The folder is damaged or belongs "
-                "to another architecture; fetch or export it again."
-            )
+        _refuse(model, lm, what, names)
     return lm
 
 
-def empty_model(model: str) -> PreTrainedModel:
-    """Without weights, on the meta device."""
+def _refuse(model: str, lm: PreTrainedModel, what: str, names: Iterable[str]) -> None:
+    if named := sorted(names):
+        shown = ", ".join(named[:5]) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
+        raise InputError(
+            f"model: {model!r}: weights of {type(lm).__name__} {what}: {shown}. The folder is damaged or belongs "
+            "to another architecture; fetch or export it again."
+        )
+
+
+def empty_model(model: str, attn_implementation: str | None = None) -> PreTrainedModel:
+    """As `load_model` has it, its parameters on the meta device; buffers that are in no file (rotary frequencies) are
+    computed."""
     config = _load(AutoConfig, model)
-    with torch.device("meta"):
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
+    kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
+
+    def on_meta(module: nn.Module, name: str, parameter: Tensor | None) -> nn.Parameter | None:
+        known = parameter is None or parameter.is_meta  # as a tied one is
+        return None if known else nn.Parameter(cast(Tensor, parameter).to("meta"))
+
+    hook = register_module_parameter_registration_hook(cast(Callable[..., None], on_meta))  # so torch has its type
+    try:
+        lm = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kwargs))
+    finally:
+        hook.remove()
+    with suppress(OSError):
+        lm.generation_config = GenerationConfig.from_pretrained(_existing(model))
+    return lm
 
 
 def given_prefix(prefix: str | int | None) -> str | int | None:
@@ -228,6 +248,7 @@ class Policy(nn.Module):
         self.chunked_head = chunked_head
         self.recomputes = False
         self.adapters: Adapters | None = None  # None: all weights are trained
+        self.compute_device: torch.device | None = None  # where it is not its parameters'
         self.eval()
 
     @classmethod
@@ -235,12 +256,13 @@ class Policy(nn.Module):
         cls,
         model: str,
         attn_implementation: str | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: int = False,
         chunked_head: bool = True,
         longest: int | None = None,
         lora: Lora | None = None,
+        sharding: sharded.Sharding | None = None,
     ) -> "Policy":
-        """fp32 master weights, on the CPU.
+        """fp32 master weights, on the CPU; or of these each rank its shards, where ``sharding`` has them.
 
         Whatever device is the default around it (Lightning's `configure_model` makes the rank's GPU it): transformers
         would ask for accelerate there, and TF32 would blur what packs are compared by.
@@ -248,6 +270,7 @@ class Policy(nn.Module):
         Args:
             longest: tokens of a sequence, at most, for models whose rotary frequencies depend on it.
             lora: train adapters alone. None: all weights.
+            sharding: a strategy that shards; then collective. With ``lora`` each rank loads all of the model first.
 
         Raises:
             InputError: ``model`` is no model folder, its weights are not all there and finite, `Policy` would not
@@ -256,11 +279,24 @@ class Policy(nn.Module):
         # for every new shape cuDNN makes a plan, which takes a second, and packs have new shapes at every step
         torch.backends.cuda.enable_cudnn_sdp(False)
         with torch.device("cpu"):
-            policy = cls(load_model(model, attn_implementation), chunked_head)
-            probe.fix_rotary(policy, longest)
-            probe.prepare(policy)
-            if lora is not None:
-                policy.adapt(lora)
+
+            def made(lm: PreTrainedModel) -> Policy:
+                policy = cls(lm, chunked_head)
+                probe.fix_rotary(policy, longest)
+                return policy
+
+            def empty() -> Policy:
+                return made(empty_model(model, attn_implementation))
+
+            found = sharding and lora is None and sharded.load(empty, probe.prepare, _existing(model), sharding)
+            if found:
+                policy, broken = found
+                _refuse(model, policy.model, "are not finite", broken)
+            else:
+                policy = made(load_model(model, attn_implementation))
+                probe.prepare(policy)
+                if lora is not None:
+                    policy.adapt(lora)
         policy.checkpoint_activations(gradient_checkpointing)
         return policy
 
@@ -277,6 +313,30 @@ class Policy(nn.Module):
         """The named parameters that training changes."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
+    @property
+    def device(self) -> torch.device:
+        """Where passes run."""
+        return self.compute_device or next(self.parameters()).device
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters, tied ones once, and persistent buffers, by the model's own names."""
+        return _held(self.model)
+
+    def as_stored(self, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What `held` gives, by names on disk."""
+        return as_on_disk(self.model, held.items())
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """(B, L, V), by the model alone."""
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+    def take_choices(self, other: "Policy") -> None:
+        """How ``other``, of the same model, was found to be computed (policy/probe.py)."""
+        for name in ("logit_scale", "logit_softcap", "can_pack", "can_share", "head_shapes"):
+            setattr(self, name, getattr(other, name))
+        if self.model.config._attn_implementation != (theirs := other.model.config._attn_implementation):
+            self.model.set_attn_implementation(theirs)
+
     def train(self, mode: bool = True) -> "Policy":
         """Eval mode, always."""
         return super().train(False)
@@ -288,20 +348,20 @@ class Policy(nn.Module):
         broken = (~torch.isfinite(ranks.full(total))).to("cpu", torch.int64)
         return not int(ranks.all_reduce(broken, dist.ReduceOp.MAX))
 
-    def checkpoint_activations(self, enabled: bool) -> None:
-        """Recompute activations in the backward pass, or keep them. Of transformers' layers, but without its own
-        switch, which asks for training mode."""
+    def checkpoint_activations(self, every: int) -> None:
+        """Recompute the activations of every so manieth layer in the backward pass; 0: keep all. Of transformers'
+        layers, but without its own switch, which asks for training mode."""
         layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        if enabled and not layers:
+        if every and not layers:
             raise InputError(
                 f"model.init_args.gradient_checkpointing: {type(self.model).__name__} does not say which of its "
                 "modules can be recomputed."
             )
-        for layer in layers:
+        for i, layer in enumerate(layers):
             layer.__dict__.pop("forward", None)
-            if enabled:
+            if every and i % every == 0:
                 layer.forward = partial(_recomputed, layer.forward)  # type: ignore[method-assign]
-        self.recomputes = enabled
+        self.recomputes = bool(every)
 
     def attention_kernel(self, device: torch.device) -> attention.Kernel:
         """What packs are to be planned for: on a GPU in 16 bits the variable-length kernel, if it works there."""
@@ -363,7 +423,7 @@ class Policy(nn.Module):
             tensor = self._effective(held)
             if dtype is not None and isinstance(held, nn.Parameter):
                 tensor = tensor.to(dtype)
-            return ranks.full(tensor)
+            return ranks.full(tensor.to(self.device))
 
         return as_on_disk(self.model, self._base(), whole)
 

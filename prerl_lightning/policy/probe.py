@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prerl_lightning.errors import InputError, in_one_line
 from prerl_lightning.policy import attention
-from prerl_lightning.policy.packing import Family, micro_batches
+from prerl_lightning.policy.packing import Family, MicroBatch, micro_batches
 from prerl_lightning.types import Sequences
 
 if TYPE_CHECKING:
@@ -65,14 +65,14 @@ class Probe:
             for number in family.numbers:
                 response = torch.from_numpy(self.responses[number]).long()
                 ids = torch.cat([torch.from_numpy(family.context).long(), response])
-                logits = self.policy.model(input_ids=ids[None], use_cache=False).logits[0]
+                logits = self.policy.logits(ids[None].to(self.policy.device))[0].cpu()
                 log_probs = logits[len(family.context) - 1 : -1].double().log_softmax(-1)
                 found.append(log_probs.gather(1, response[:, None])[:, 0])
         return torch.cat(found).float()
 
     def padded(self) -> Tensor:
         (batch,) = micro_batches(self.families, self.responses, 64, packed=False)
-        return self._in_order(batch.source, self.policy(batch)[0])
+        return self._in_order(batch)
 
     def packed(self, shapes: set[tuple[int, int, int, int]] | None = None) -> Tensor:
         """With ``shapes``, which gets those of the attention's heads, two responses share one pass over the context."""
@@ -87,11 +87,11 @@ class Probe:
         if shapes is not None:
             assert batch.plan is not None
             batch = replace(batch, plan=_WatchedPlan(batch.plan, shapes))
-        return self._in_order(batch.source, self.policy(batch)[0])
+        return self._in_order(batch)
 
-    @staticmethod
-    def _in_order(source: Tensor, values: Tensor) -> Tensor:
-        return torch.empty_like(values).index_copy_(0, source, values)
+    def _in_order(self, batch: MicroBatch) -> Tensor:
+        values = self.policy(batch.to(self.policy.device))[0].cpu()
+        return torch.empty_like(values).index_copy_(0, batch.source, values)
 
 
 def far(a: Tensor, b: Tensor) -> float:

@@ -40,9 +40,11 @@ class Reference:
             held.copy_(shard)
             shard.copy_(kept)
 
-    def state_dict(self, policy: Policy) -> dict[str, Tensor]:
-        """Full tensors on the CPU, one gathered at a time; collective under FSDP2."""
+    def state_dict(self, policy: Policy, sharded: bool = False) -> dict[str, Tensor]:
+        """Full tensors on the CPU, one gathered at a time; collective under FSDP2. ``sharded``: as the policy's are."""
         with self.in_place(policy):
+            if sharded:
+                return {name: p.detach().clone() for name, p in policy.trained()}
             return {name: ranks.full(p).detach().cpu().clone() for name, p in policy.trained()}
 
     @torch.no_grad()
