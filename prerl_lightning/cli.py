@@ -30,6 +30,7 @@ USAGE = """usage: prerl {fit,validate,test} [--config FILE ...] [--KEY VALUE ...
        prerl configs [NAME]
        prerl study STUDY.yaml [--dry_run]
        prerl doctor [--config FILE ...] [--model MODEL] [--json]
+       prerl plan --config FILE ... [--gpu CARD] [--devices N] [--json]
        prerl pretrain --config FILE --out FOLDER
        prerl help [TOPIC]
 
@@ -46,6 +47,7 @@ Reinforcement learning with verifiable rewards in pre-train and post-train space
   configs    the configurations that come with the package; `prerl configs dsrl > mine.yaml` copies one
   study      arms x seeds of a YAML file, and a verdict for each of its claims; goes on where it was stopped
   doctor     does this machine run all this, and does that run fit? A self-test in under two minutes
+  plan       memory, tokens, FLOPs and time of a run, before a machine is rented: from its config.json alone
   pretrain   a tiny model from scratch on a corpus of your own, such as the embedded one
   help       what an objective, a key, a problem set, a reward or a metric is and takes: prerl help GRPO
 
@@ -68,6 +70,7 @@ COMMANDS = {
     "configs": "prerl_lightning.shipped",
     "study": "prerl_lightning.study.command",
     "doctor": "prerl_lightning.doctor",
+    "plan": "prerl_lightning.planning",
     "pretrain": "prerl_lightning.data.tasks.pretrain",
     "help": "prerl_lightning.manual",
 }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prerl_lightning.budget import ModelShape, idle_parameters
 from prerl_lightning.policy.model import Policy
 from prerl_lightning.policy.packing import MicroBatch
 
@@ -54,13 +55,19 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class TrainingFlops:
-    """Counts for one model; sizes are taken before it is sharded or as the full sizes of its shards."""
+    """Counts for one model, by its policy, sharded or not, or by its shape. Of a mixture of experts those that a token
+    goes through."""
 
-    def __init__(self, policy: Policy) -> None:
-        config = policy.model.config.get_text_config()
-        embedding: Any = policy.model.get_input_embeddings().weight
-        head: Any = policy.model.get_output_embeddings().weight
-        whole = sum(p.numel() for p in policy.parameters())
+    def __init__(self, of: Policy | ModelShape) -> None:
+        if isinstance(of, ModelShape):
+            self.head = of.vocab * of.hidden
+            self.body = of.parameters - of.idle_parameters - self.head * (1 if of.tied else 2)
+            self.attention = of.layers * of.heads * of.head_dim
+            return
+        config = of.model.config.get_text_config()
+        embedding: Any = of.model.get_input_embeddings().weight
+        head: Any = of.model.get_output_embeddings().weight
+        whole = sum(p.numel() for p in of.parameters()) - idle_parameters(of.model)
         self.head = head.numel()
         self.body = whole - embedding.numel() - (0 if head is embedding else head.numel())
         heads = getattr(config, "num_attention_heads", 0)  # state-space layers have none
@@ -69,11 +76,11 @@ class TrainingFlops:
 
     def __call__(self, attended: Tensor, n_targets: int) -> float:
         """Forward and backward of one micro-batch: its `attended_tokens`, and how many log-probs it gives."""
-        return (
-            6.0 * self.body * len(attended)
-            + 6.0 * self.head * n_targets
-            + 12.0 * self.attention * float(attended.sum())
-        )
+        return 3.0 * self.forward(len(attended), float(attended.sum()), n_targets)
+
+    def forward(self, tokens: float, attended: float, n_targets: float) -> float:
+        """Of so many input tokens, which attend to ``attended`` in sum."""
+        return 2.0 * self.body * tokens + 2.0 * self.head * n_targets + 4.0 * self.attention * attended
 
 
 def rates(metrics: Mapping[str, float], seconds: Mapping[str, float], peak: float | None) -> dict[str, float]:

@@ -86,6 +86,17 @@ class Place:
     )
 
 
+@dataclass(frozen=True)
+class EngineSizes:
+    """Bytes of an engine's weights and of its KV cache, tokens that this holds, and how many sequences are decoded at a
+    time, where that is known."""
+
+    weights: int = 0
+    kv_cache: int = 0
+    kv_tokens: int = 0
+    sequences: int | None = None
+
+
 class Engine(ABC):
     """Samples from the policy's current weights. One engine a rank, in the training process.
 
@@ -150,6 +161,10 @@ class Engine(ABC):
     def device_bytes(self, shape: ModelShape, total: int) -> tuple[int, int]:
         """Of ``total`` bytes of a GPU, what it takes when awake and when asleep; before `start` too."""
         return 0, 0
+
+    def sizes(self, shape: ModelShape, config: PretrainedConfig, total: int | None) -> "EngineSizes":
+        """On a GPU of ``total`` bytes; None: on a CPU. Before `start`."""
+        return EngineSizes()
 
     def sleep(self) -> None:  # noqa: B027  (optional: an engine on the CPU has nothing to hand back)
         """Hand the accelerator's memory to the training step, until the next `update_weights`."""

@@ -1,0 +1,219 @@
+"""What each rank of a run has to hold, by phase and by part, and which options to lower where that is too much.
+
+On GPUs it is `budget.rank_budget`, which the run itself asks; on a CPU the same sums, with the program's own memory.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from prerl_lightning.budget import (
+    RESERVED,
+    ModelShape,
+    PackChoice,
+    RankBudget,
+    Strategy,
+    choose_pack,
+    head_bytes,
+    kv_bytes_per_token,
+    pass_bytes,
+    rank_budget,
+    training_bytes,
+)
+from prerl_lightning.errors import InputError
+from prerl_lightning.objectives.passes import CPU_PACK_TOKENS
+from prerl_lightning.rollout.engine import EngineSizes
+
+PROGRAM = 740 << 20  # Python with torch, transformers, Lightning and vLLM on a CPU, measured: benchmarks/plan.py
+MOST_RANKS = 1024
+
+Parts = dict[str, int]  # bytes by part
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What memory follows from.
+
+    Args:
+        total: bytes of a rank's GPU that are free before anything of the run is loaded; None: a CPU.
+        longest: tokens of the longest prompt and response.
+        step_tokens: input tokens of a rank in one step: no pack on a CPU is larger; None: not known.
+        checkpointing: None: chosen, as is ``max_tokens``, of a pack.
+        watching: see `objectives.memory.watching`, by the number of a rank's weights.
+        sleeps: the engine hands its memory back between rollouts.
+    """
+
+    shape: ModelShape
+    total: int | None
+    strategy: Strategy
+    world_size: int
+    precision: str
+    longest: int
+    step_tokens: int | None
+    reference: bool
+    checkpointing: bool | None
+    max_tokens: int | None
+    engine: EngineSizes
+    sleeps: bool
+    watching: Callable[[int], int] = field(default=lambda parameters: 0)
+
+    @property
+    def awake(self) -> int:
+        """Bytes of the engine."""
+        return self.engine.weights + self.engine.kv_cache
+
+    @property
+    def asleep(self) -> int:
+        return 0 if self.sleeps else self.awake
+
+    @property
+    def sharded(self) -> bool:
+        return self.strategy == "fsdp2"
+
+    @property
+    def own(self) -> int:
+        """Of the weights, how many a rank holds."""
+        return self.shape.parameters // (self.world_size if self.sharded else 1)
+
+
+class Memory:
+    """Of one rank.
+
+    Attributes:
+        held: `TrainingBytes`.
+        pack: the largest pack.
+        problem: why it does not fit, of a GPU.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.problem = setup, ""
+        if setup.total is None:
+            self.budget = self._on_cpu()
+        else:
+            try:
+                self.budget = self._on_gpu(setup.total, setup.checkpointing, setup.max_tokens)
+            except InputError as error:
+                self.problem = str(error)
+                self.budget = self._least(setup.total)
+        self.held, self.pack = self.budget.held, self.budget.pack
+
+    def _on_gpu(self, total: int, checkpointing: bool | None, max_tokens: int | None) -> RankBudget:
+        s = self.setup
+        return rank_budget(
+            *(s.shape, total, (s.awake, s.asleep), s.longest, s.strategy, s.world_size, s.precision),
+            *(s.reference, checkpointing, max_tokens, s.watching(s.own)),
+        )
+
+    def _least(self, total: int) -> RankBudget:
+        """That which does not fit, with the smallest pack."""
+        s = self.setup
+        recompute = True if s.checkpointing is None else s.checkpointing
+        tokens = s.max_tokens or s.longest
+        pack = choose_pack(s.shape, 0, s.longest, s.precision, recompute, tokens, s.sharded)
+        watching = s.watching(s.own)
+        if watching:
+            watching += pass_bytes(s.shape, s.longest, s.precision, recompute, s.sharded)
+        held = training_bytes(s.shape, s.strategy, s.world_size, s.precision, s.reference)
+        return RankBudget(total, s.awake, s.asleep, held, pack, watching)
+
+    def _on_cpu(self) -> RankBudget:
+        s = self.setup
+        recompute = bool(s.checkpointing)
+
+        def room(tokens: int) -> int:
+            return pass_bytes(s.shape, tokens, s.precision, recompute, s.sharded, on_cpu=True)
+
+        most = s.max_tokens or CPU_PACK_TOKENS
+        tokens = max(min(most, s.step_tokens or most), s.longest)
+        watching = s.watching(s.own)
+        held = training_bytes(s.shape, s.strategy, s.world_size, s.precision, s.reference)
+        pack = PackChoice(tokens, recompute, room(tokens))
+        return RankBudget(0, s.awake, s.awake, held, pack, watching + room(s.longest) if watching else 0)
+
+    @cached_property
+    def phases(self) -> dict[str, Parts]:
+        """The parts of each phase; only what is there."""
+        s, held, on_cpu = self.setup, self.held, self.setup.total is None
+        steady = {
+            "program" if on_cpu else "reserved": PROGRAM if on_cpu else RESERVED,
+            "weights": held.weights,
+            "moments": held.moments,
+            "reference": held.reference,
+            "buckets": held.buckets,
+        }
+        awake = {"engine_weights": s.engine.weights, "kv_cache": s.engine.kv_cache}
+        asleep = {} if s.sleeps and not on_cpu else awake
+        tokens = max(self.pack.tokens, s.longest)
+        logits = min(head_bytes(s.shape, tokens, on_cpu), self.pack.bytes)
+        pack = {"gathered": held.gathered, "activations": self.pack.bytes - logits, "logits": logits}
+        found = {
+            "rollout": steady | awake,
+            "training": steady | {"gradients": held.gradients} | pack | asleep,
+            "comparing": steady | {"gathered": held.gathered, "comparison": self.budget.watching} | asleep,
+            # rank 0 alone; on GPUs it lies in the host's memory
+            "checkpoint": steady | asleep | {"checkpoint": 12 * s.shape.parameters},
+        }
+        if not self.budget.watching:
+            del found["comparing"]
+        if not (on_cpu and s.sharded):
+            del found["checkpoint"]
+        return {phase: {part: size for part, size in parts.items() if size} for phase, parts in found.items()}
+
+    @property
+    def peak(self) -> int:
+        return max(sum(parts.values()) for parts in self.phases.values())
+
+    def fits(self, free: int) -> bool:
+        """Into ``free`` bytes: a GPU's, or the host's, where all ranks are."""
+        return not self.problem and self.peak * (1 if self.setup.total is not None else self.setup.world_size) <= free
+
+
+def host_bytes(setup: Setup, ranks_on_node: int) -> Mapping[str, int]:
+    """Of a node with GPUs, besides what each process takes: while the model loads, which every rank does on the CPU in
+    fp32, and for a checkpoint, which rank 0 of fsdp2 gathers."""
+    loading = 4 * setup.shape.parameters * ranks_on_node
+    return {"loading": loading, "checkpoint": 12 * setup.shape.parameters if setup.sharded else 0}
+
+
+def lowered(setup: Setup, free: int) -> list[tuple[str, int, bool]]:
+    """What to change where it does not fit, in the order of what it costs, each besides those before it: the option,
+    the peak then in bytes, and whether that fits. What lowers nothing is left out; ends with what fits, if anything."""
+    found: dict[str, tuple[str, int, bool]] = {}  # by option: of several values the last
+    here = Memory(setup)
+    for words, changed in _changes(setup):
+        there = Memory(changed(here.setup))
+        before, peak = (m.peak * (1 if setup.total is not None else m.setup.world_size) for m in (here, there))
+        if there.fits(free) or peak < 0.99 * before:
+            here = there
+            found[words.partition(":")[0]] = (words, there.peak, there.fits(free))
+            if there.fits(free):
+                break
+    return list(found.values())
+
+
+def _changes(setup: Setup) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
+    """First what changes nothing but time."""
+    shape, engine = setup.shape, "data.engine.init_args"
+    on_cpu = setup.total is None
+    if setup.max_tokens is None or setup.max_tokens > setup.longest:
+        words = f"model.init_args.max_tokens_per_microbatch: {setup.longest}"
+        yield words, lambda s: replace(s, max_tokens=s.longest)
+    yield "model.init_args.gradient_checkpointing: true", lambda s: replace(s, checkpointing=True)
+    if shape.whole_logits:
+        yield "model.init_args.chunked_head: true", lambda s: replace(s, shape=replace(s.shape, whole_logits=False))
+    if not on_cpu and not setup.sleeps:
+        yield f"{engine}.sleep_between_rollouts: true", lambda s: replace(s, sleeps=True)
+    for tenths in range(9, 0, -1) if setup.total is not None else ():
+        cache = tenths * (setup.total or 0) // 10 - setup.engine.weights
+        if setup.longest * kv_bytes_per_token(shape) <= cache < setup.engine.kv_cache:
+            smaller = replace(setup.engine, kv_cache=cache)
+            words = f"{engine}.gpu_memory_utilization: 0.{tenths}"
+            yield words, lambda s, smaller=smaller: replace(s, engine=smaller)  # type: ignore[misc]
+    yield "alignment.every_n_steps: 0", lambda s: replace(s, watching=lambda parameters: 0)
+    if setup.world_size > 1 and not setup.sharded:
+        yield "trainer.strategy: fsdp2", lambda s: replace(s, strategy="fsdp2")
+    ranks = setup.world_size
+    while not on_cpu and (ranks := 2 * ranks) <= MOST_RANKS:
+        words = f"trainer.devices: {ranks}, under fsdp2"
+        yield words, lambda s, ranks=ranks: replace(s, strategy="fsdp2", world_size=ranks)  # type: ignore[misc]
+    yield "kl_coefficient: 0 in all lives", lambda s: replace(s, reference=False)
