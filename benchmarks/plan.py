@@ -1,7 +1,7 @@
 """What `prerl plan` computes against peaks of resident memory: GRPO, two steps and a checkpoint, on this CPU.
 
-    python benchmarks/plan.py embedded
-    python benchmarks/plan.py --model models/smollm2-135m smollm2 qwen
+    python benchmarks/plan.py embedded smollm2 qwen
+    python benchmarks/plan.py embedded smollm2 qwen --again    # the plans alone, beside the peaks measured before
 
 Each run is `prerl fit` with two gloo ranks under ddp and fsdp2 (and in one process), whose peaks are the kernel's
 (VmHWM), by rank and by phase; the plan is of the same configuration. ``qwen`` is Qwen2.5-Coder-0.5B's config.json with
@@ -52,7 +52,7 @@ class Peaks(L.Callback):
         (self.folder / f"rank_{trainer.global_rank}.json").write_text(json.dumps(self.peaks))
 
 
-def configuration(model: str, way: str, folder: Path, given: str) -> dict[str, Any]:
+def configuration(model: str, way: str, folder: Path, given: str, weights: bool) -> dict[str, Any]:
     """A run's."""
     devices, strategy = WAYS[way]
     data: dict[str, Any] = {
@@ -71,7 +71,7 @@ def configuration(model: str, way: str, folder: Path, given: str) -> dict[str, A
         data["engine"]["init_args"] = {"max_model_len": 256, "kv_cache_mib": 64}
         more = {"alignment": {"every_n_steps": 0}, "export": {"enabled": False}} if way != "single" else {}
     if model == "qwen":
-        options["model"] = qwen(folder / "model", LAYERS[way], given)
+        options["model"] = qwen(folder / "model", LAYERS[way], given, weights)
         data["engine"]["init_args"]["dtype"] = "bfloat16"
     return {
         "model": {"class_path": "GRPO", "init_args": options},
@@ -88,13 +88,16 @@ def configuration(model: str, way: str, folder: Path, given: str) -> dict[str, A
     } | more
 
 
-def qwen(folder: Path, layers: int, tokenizer: str) -> str:
+def qwen(folder: Path, layers: int, tokenizer: str, weights: bool) -> str:
     """A model folder with random weights, and ``tokenizer``'s tokens."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    with torch.no_grad():
-        Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=layers, **QWEN)).bfloat16().save_pretrained(folder)
+    config = Qwen2Config(num_hidden_layers=layers, **QWEN)
+    config.save_pretrained(folder)
+    if weights:
+        with torch.no_grad():
+            Qwen2ForCausalLM(config).bfloat16().save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return str(folder)
 
@@ -104,35 +107,55 @@ def main() -> None:
     parser.add_argument("models", nargs="+", choices=("embedded", "smollm2", "qwen"))
     parser.add_argument("--model", default="models/smollm2-135m", help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--way", action="append", choices=WAYS, help="default: all")
+    parser.add_argument("--again", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     from machine import describe
 
+    found = json.loads(args.out.read_text()) if args.out.is_file() else {"machine": describe()}
     for model in args.models:
         for way in args.way or WAYS:
-            row = measured(model, way, str(Path(args.model).resolve()))
-            print(json.dumps({f"{model}, {way}": row}), flush=True)
-            found = json.loads(args.out.read_text()) if args.out.is_file() else {}
-            found[f"{model}, {way}"] = row
-            args.out.write_text(json.dumps(found | {"machine": describe()}, indent=1) + "\n")
+            name = f"{model}, {way}"
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "run.yaml"
+                given = str(Path(args.model).resolve())
+                file.write_text(yaml.safe_dump(configuration(model, way, Path(folder), given, not args.again)))
+                peaks = found[name]["peaks_gib"] if args.again else measured(file)
+                row = {"peaks_gib": peaks} | planned(file, peaks)
+            found[name] = row
+            print(f"| {name} | {row['peak_gib']} | {row['planned_gib']} | {row['off_percent']:+.1f} % |", flush=True)
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def measured(model: str, way: str, given: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        file = folder / "run.yaml"
-        file.write_text(yaml.safe_dump(configuration(model, way, folder, given)))
-        paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, "-m", "prerl_lightning.cli"]
-        env = {**os.environ, "PYTHONPATH": paths}
-        done = subprocess.run([*command, "fit", "--config", str(file)], env=env, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            sys.exit(done.stdout)
-        peaks = [json.loads(f.read_text()) for f in sorted(folder.glob("rank_*.json"))]
-        planned = subprocess.run(
-            [*command, "plan", "--json", "--config", str(file)], env=env, stdout=subprocess.PIPE, text=True
-        )
-        return {"peaks": peaks, "plan": planned.stdout}
+def _prerl(*args: str) -> str:
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "prerl_lightning.cli", *args]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.stdout)
+    return done.stdout
+
+
+def measured(file: Path) -> list[dict[str, float]]:
+    """GiB by phase, of each rank."""
+    _prerl("fit", "--config", str(file))
+    found = [json.loads(rank.read_text()) for rank in sorted(file.parent.glob("rank_*.json"))]
+    return [{phase: round(size / 2**30, 3) for phase, size in peaks.items()} for peaks in found]
+
+
+def planned(file: Path, peaks: list[dict[str, float]]) -> dict[str, Any]:
+    plan = json.loads(_prerl("plan", "--json", "--config", str(file)))
+    peak = max(max(of_rank.values()) for of_rank in peaks)
+    phases = {phase: round(sum(parts.values()) / 2**30, 3) for phase, parts in plan["memory_bytes"].items()}
+    program = max(parts["program"] for parts in plan["memory_bytes"].values()) / 2**30
+    computed = max(phases.values())
+    return {
+        "peak_gib": peak,
+        "planned_gib": computed,
+        "off_percent": round(100 * (computed / peak - 1), 1),
+        "off_percent_besides_the_program": round(100 * ((computed - program) / (peak - program) - 1), 1),
+        "phases_gib": phases,
+    }
 
 
 if __name__ == "__main__":

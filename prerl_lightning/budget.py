@@ -183,7 +183,7 @@ def head_bytes(shape: ModelShape, tokens: int, on_cpu: bool = False) -> int:
     tokens, the gradient of a block's weights. Of the model's own logits a bound."""
     if shape.whole_logits:
         # in 16 bits, in fp32, scaled, their log-softmax, and gradients; what the entropy is made of, and its gradient
-        return (38 if shape.entropy else 22) * tokens * shape.vocab
+        return (35 if shape.entropy else 19) * tokens * shape.vocab
     rows = min(block_rows(tokens, on_cpu), shape.vocab)
     per_logit = (20 if shape.softcap else 8) + (4 if shape.entropy else 0)  # the gradient of the entropy
     block = max(per_logit * tokens, (per_logit - 2) * tokens + 8 * shape.hidden)

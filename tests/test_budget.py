@@ -161,7 +161,8 @@ def test_the_peak_of_the_head(precision, entropy, chunked, softcap, monkeypatch)
         if chunked:
             found = head.head_log_probs(inputs, weight, None, targets, 0.9, softcap, entropy=True, into_grad="also")
         else:
-            found = head.log_probs_of(torch.nn.functional.linear(inputs, weight), targets, 0.9, entropy)
+            logits = torch.nn.functional.linear(inputs, weight)[torch.arange(tokens)]  # as `Policy.forward` has them
+            found = head.log_probs_of(logits, targets, 0.9, entropy)
         (found[0].sum() + (found[1].sum() if entropy else 0.0)).backward()
     options = {"softcap": softcap is not None, "entropy": entropy, "whole_logits": not chunked}
     shape = ModelShape(0, 0, 0, 1, hidden, 0, 1, 1, 1, vocab, True, **options)

@@ -17,7 +17,7 @@ from prerl_lightning.metrics.alignment import comparison_bytes
 from prerl_lightning.metrics.utilisation import TrainingFlops, attended_tokens
 from prerl_lightning.objectives import GRPO, MixedRL
 from prerl_lightning.planning.memory import Memory, lowered
-from prerl_lightning.planning.parts import planned
+from prerl_lightning.planning.parts import Asked, known_shape, planned
 from prerl_lightning.planning.work import CARDS, Rollouts, card, step_tokens, work
 from prerl_lightning.policy.model import Policy
 from prerl_lightning.types import Prompt, Response, Rollout
@@ -143,23 +143,26 @@ def of(tmp_path, monkeypatch):
         overlay.write_text(text)
         if model:
             config_of(model).save_pretrained(tmp_path / model)
-            (tmp_path / "model.yaml").write_text(f"model: {{init_args: {{model: {tmp_path / model}}}}}")
+            (tmp_path / "model.yaml").write_text(
+                f"model: {{class_path: NSRPreRL, init_args: {{model: {tmp_path / model}}}}}"
+            )
         return [DSRL, *([str(tmp_path / "model.yaml")] if model else []), str(overlay)]
 
     return files
 
 
-LONG = "sampling: {group_size: 8, max_new_tokens: 3072}, engine: {init_args: {max_model_len: 4096}}"
+ENGINE = "engine: {class_path: VLLMEngine, init_args: {max_model_len: 4096}}"
+LONG = f"sampling: {{group_size: 8, max_new_tokens: 3072}}, {ENGINE}"
 
 
-def test_a_plan_for_gpus_is_what_the_run_reckons(of, capsys):
+def test_a_plan_for_gpus_is_what_the_run_reckons(of):
     callbacks = (
         "[{class_path: PolicyReincarnation, init_args: {at_step: 2, successor: {class_path: GRPO, init_args: "
         "{kl_coefficient: 0.1, entropy_coefficient: 0.01}}}}]"
     )
     trainer = f"trainer: {{accelerator: gpu, devices: 8, strategy: fsdp2, callbacks: {callbacks}}}"
-    files = of(f"data: {{{LONG}}}\n{trainer}", "Qwen3-4B")
-    found = planned(files, gpu="H100")
+    run = Asked.of_files(of(f"data: {{{LONG}}}\n{trainer}", "Qwen3-4B"), on_gpu=True)
+    found = planned(run, "H100")
     shape, total = replace(ModelShape.of_config(config_of("Qwen3-4B")), entropy=True), int(78.5 * GIB)
     same = rank_budget(shape, total, (total // 2, 0), 3072 + 512, "fsdp2", 8, "bf16-mixed", reference=True)
     assert found.memory.budget == same
@@ -172,35 +175,34 @@ def test_a_plan_for_gpus_is_what_the_run_reckons(of, capsys):
     assert found.work.training > 3 * found.work.sampling > 0
     assert 0 < found.seconds.sampling < found.seconds.step
 
-    planning.plan([*(f"--config={file}" for file in files), "--gpu", "h100", "--devices", "32", "--json"])
-    told = json.loads(capsys.readouterr().out)
+    told = json.loads(json.dumps(planning.as_json(planned(run, "h100", 32))))
     assert told["ranks"] == 32
     assert told["fits"] is True
     assert told["memory_bytes"]["training"]["moments"] == 8 * shape.parameters // 32
     assert told["step"]["sampled_tokens"] == 32 * 8 * 3072
     # of 126 M weights a rank it is exact
     assert told["memory_bytes"]["comparing"]["comparison"] > 16 * shape.parameters // 32
+    with pytest.raises(InputError, match="do not divide over 3 ranks"):
+        planned(run, "H100", 3)
 
 
-def test_what_does_not_fit_says_what_to_lower_first(of, capsys):
-    files = of(f"data: {{{LONG}}}\nmodel: {{init_args: {{chunked_head: false}}}}", "Qwen3-8B")
-    with pytest.raises(SystemExit) as ending:
-        planning.plan([*(f"--config={file}" for file in files), "--gpu", "H100", "--devices", "2"])
-    assert ending.value.code == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 45
-    assert max(map(len, lines)) <= 100
-    assert any(line.startswith("It DOES NOT FIT") for line in lines)
-    first = lines.index("Lower first, one after the other:")
-    options = [line.split(":")[0].strip() for line in lines[first + 1 : first + 9]]
-    assert "trainer.strategy" in options
-    assert "trainer.devices" in options
-    assert lines[first + 1 + options.index("trainer.devices")].endswith("fits")
-
-    found = planned(files, devices=2, gpu="H100")
+def test_what_does_not_fit_says_what_to_lower_first(of):
+    text = f"data: {{{LONG}}}\nmodel: {{class_path: NSRPreRL, init_args: {{chunked_head: false}}}}"
+    run = Asked.of_files(of(text, "Qwen3-8B"), on_gpu=True)
+    found = planned(run, "H100", 2)
     assert found.memory.problem.startswith("GPU memory: ")
-    fitting = replace(found.setup, strategy="fsdp2", world_size=16)
-    assert Memory(fitting).fits(found.free)
+    assert not found.fits
+    lines = planning.lines(found)
+    assert "It DOES NOT FIT" in "\n".join(lines)
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 100, max(lines, key=len)
+    options = {words.split(":")[0]: fits for words, _, fits in found.lower}
+    assert list(options) == ["model.init_args.chunked_head", "trainer.strategy", "trainer.devices"]
+    assert list(options.values()) == [False, False, True]
+    number = int(found.lower[-1][0].split()[1].strip(","))
+    chunked = replace(found.setup, shape=replace(found.setup.shape, whole_logits=False), strategy="fsdp2")
+    assert Memory(replace(chunked, world_size=number)).fits(found.free)
+    assert not Memory(replace(chunked, world_size=number // 2)).fits(found.free)
     assert not lowered(replace(found.setup, total=1 << 30), 1 << 30)[-1][2]
 
 
@@ -208,33 +210,33 @@ def test_a_plan_of_the_demo_on_this_cpu(of, capsys):
     planning.plan([f"--config={DSRL}"])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
-    assert lines[0].startswith("NSRPreRL -> GRPO on embedded: 867,968 parameters; this CPU, single, 32-true")
-    found = planned(of(), devices=2)
+    assert lines[:2] == ["NSRPreRL -> GRPO on embedded: 867,968 parameters", "this CPU, single, 32-true"]
+    run = Asked.of_files(of("trainer: {strategy: fsdp2}"), on_gpu=False)
+    found = planned(run, devices=2)
     assert found.setup.longest == 144
     assert found.setup.engine.kv_tokens * 4096 == 128 << 20
     assert found.seconds is None
-    assert "buckets" in found.memory.phases["training"]
-    sharded = planned(of("trainer: {strategy: fsdp2, devices: 2}"))
-    assert sharded.memory.phases["checkpoint"]["checkpoint"] == 12 * 867_968
-    assert sharded.memory.phases["training"]["moments"] == 4 * 867_968
+    assert found.memory.phases["checkpoint"]["checkpoint"] == 12 * 867_968
+    assert found.memory.phases["training"]["moments"] == 4 * 867_968
+    assert "buckets" in Memory(replace(found.setup, strategy="ddp")).phases["training"]
 
 
 def test_what_is_not_known_is_refused_in_a_line(of, refused, tmp_path):
     transformers.MambaConfig(num_hidden_layers=2, hidden_size=32, vocab_size=90).save_pretrained(tmp_path / "mamba")
+    files = of(f"model: {{class_path: NSRPreRL, init_args: {{model: {tmp_path / 'mamba'}}}}}")
+    said = refused("plan", *(f"--config={file}" for file in files))
+    assert "no plan can be made for mamba (no attention)" in said
+    assert len(said.splitlines()) == 1
     custom = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}, "hidden_size": 32}
     (tmp_path / "custom").mkdir()
     (tmp_path / "custom" / "config.json").write_text(json.dumps(custom))
-    for model, words in (
-        ("mamba", "no plan can be made for mamba (no attention)"),
-        ("custom", "brings code of its own"),
-    ):
-        said = refused("plan", *(f"--config={file}" for file in of(f"model: {{init_args: {{model: ./{model}}}}}")))
-        assert words in said
-        assert len(said.splitlines()) == 1
+    with pytest.raises(InputError, match="brings code of its own"):
+        known_shape(GRPO(model=str(tmp_path / "custom")), [])
+    transformers.Qwen3NextConfig(num_hidden_layers=4).save_pretrained(tmp_path / "mixed")
+    with pytest.raises(InputError, match=r"qwen3_next \(layers of linear_attention\)"):
+        known_shape(GRPO(model=str(tmp_path / "mixed")), [])
     assert "Did you mean H100?" in refused("plan", "--config", DSRL, "--gpu", "H10")
     assert "--devices 0: give 1 or more" in refused("plan", "--config", DSRL, "--devices", "0")
-    assert "do not divide over 3 ranks" in refused("plan", "--config", DSRL, "--devices", "3")
-    assert "Give --gpu" in refused("plan", *(f"--config={file}" for file in of("trainer: {accelerator: gpu}")))
     assert "no such file" in refused("plan", "--config", "nowhere.yaml")
 
 

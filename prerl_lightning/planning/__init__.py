@@ -81,9 +81,13 @@ def plan(args: Sequence[str]) -> None:
     for file in own.config:
         if not Path(file).is_file():
             raise InputError(f"prerl plan: --config {file}: no such file.{shipped.hint(file)}")
-    from prerl_lightning.planning.parts import planned
+    from prerl_lightning.planning.parts import Asked, planned
+    from prerl_lightning.planning.work import card
 
-    found = planned(own.config, own.devices, own.gpu, own.prompt_tokens, own.response_tokens)
+    if own.gpu:
+        card(own.gpu)  # before the configuration is read
+    run = Asked.of_files(own.config, on_gpu=bool(own.gpu))
+    found = planned(run, own.gpu, own.devices, own.prompt_tokens, own.response_tokens)
     print(json.dumps(as_json(found), indent=1) if own.json else "\n".join(lines(found)))
     if not found.fits:
         sys.stdout.flush()
@@ -134,25 +138,20 @@ def lines(found: "Plan") -> list[str]:
     yes = "fits" if found.fits else "DOES NOT FIT"
     recomputed = ", activations recomputed" if memory.pack.checkpointing else ""
     text = [
-        f"{found.objective} on {_end(found.model, 40)}: {setup.shape.parameters:,} parameters; {ranks}, "
-        f"{setup.strategy}, {setup.precision}",
+        f"{_end(found.objective, 40)} on {_end(found.model, 30)}: {setup.shape.parameters:,} parameters",
+        f"{ranks}, {setup.strategy}, {setup.precision}",
         "",
         *table(memory.phases),
         "",
-        f"It {yes}: {memory.peak / GIB:.1f} GiB a rank, {found.free / GIB:.1f} {found.free_where}.",
+        f"It {yes}: {_bytes(memory.peak)} a rank, {_bytes(found.free)} {found.free_where}.",
         f"Packs of {memory.pack.tokens:,} tokens{recomputed}; the KV cache holds {setup.engine.kv_tokens:,} tokens, "
         f"{setup.engine.kv_tokens / setup.longest:.1f} of the longest ({setup.longest:,}).",
     ]
-    if found.host:
-        text.append(
-            "Host memory of a node, besides the processes' own: "
-            + ", ".join(f"{size / GIB:.1f} GiB {_HOST[key]}" for key, size in found.host.items() if size)
-            + "."
-        )
-    text.append(f"A checkpoint takes {found.checkpoint / GIB:.1f} GiB of disk.")
+    text += [f"Host memory: {_bytes(size)} a node {_HOST[key]}." for key, size in found.host.items() if size]
+    text.append(f"A checkpoint takes {_bytes(found.checkpoint)} of disk.")
     if found.lower:
         text += ["", "Lower first, one after the other:"]
-        text += [f"  {words:<60} {peak / GIB:8.1f} GiB{', fits' * fits}" for words, peak, fits in found.lower]
+        text += [f"  {words:<60} {_bytes(peak):>12}{', fits' * fits}" for words, peak, fits in found.lower]
     if not found.fits and not any(fits for *_, fits in found.lower):
         text.append("  and even so it does not fit: take a smaller model, shorter responses or a larger device")
     r = found.rollouts
@@ -160,8 +159,8 @@ def lines(found: "Plan") -> list[str]:
         "",
         f"A step: {r.prompts} prompts x {r.group} responses; {_count(r.sampled)} tokens sampled, {_count(step.tokens)} "
         f"trained on in {step.passes} passes a rank",
-        f"  FLOPs: {step.sampling:.2g} sampling, {step.training:.2g} training; a rank receives "
-        f"{step.sent / GIB:.1f} GiB",
+        f"  FLOPs: {step.sampling:.2g} sampling, {step.training:.2g} training"
+        + (f"; a rank receives {_bytes(step.sent)}" if step.sent else ""),
     ]
     if found.seconds:
         s = found.seconds
@@ -170,20 +169,30 @@ def lines(found: "Plan") -> list[str]:
     return [*text, "", "Assumed:", *(f"  {line}" for line in found.assumes)]
 
 
-_HOST = {"loading": "while every rank loads the model", "checkpoint": "for a checkpoint, at rank 0"}
+_HOST = {
+    "loading": "while each rank loads the model, in fp32, besides what the processes take",
+    "checkpoint": "where rank 0 is, for a checkpoint",
+}
 
 
 def table(phases: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """GiB by part (rows) and phase (columns)."""
+    """GiB, or MiB of a small run, by part (rows) and phase (columns)."""
+    small = max(sum(sizes.values()) for sizes in phases.values()) < 10 * GIB
 
     def row(label: str, cells: Iterable[str]) -> str:
         return f"{label:<24}" + "".join(f"{cell:>12}" for cell in cells)
 
-    found = [row("GiB a rank", phases)]
+    def cell(size: int) -> str:
+        return f"{size / (1 << 20):,.0f}" if small else f"{size / GIB:.2f}"
+
+    found = [row(f"{'MiB' if small else 'GiB'} a rank", phases)]
     for part in (part for part in LABELS if any(part in sizes for sizes in phases.values())):
-        cells = (f"{sizes[part] / GIB:.2f}" if part in sizes else "-" for sizes in phases.values())
-        found.append(row(LABELS[part], cells))
-    return [*found, row("together", (f"{sum(sizes.values()) / GIB:.2f}" for sizes in phases.values()))]
+        found.append(row(LABELS[part], (cell(sizes[part]) if part in sizes else "-" for sizes in phases.values())))
+    return [*found, row("together", (cell(sum(sizes.values())) for sizes in phases.values()))]
+
+
+def _bytes(size: float) -> str:
+    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / (1 << 20):.1f} MiB"
 
 
 def _count(tokens: float) -> str:

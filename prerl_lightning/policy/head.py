@@ -137,6 +137,7 @@ class _HeadLogProbs(torch.autograd.Function):
             if by_weight is not None:
                 block = _product(low.T, hidden)
                 by_weight[start:end] = by_weight[start:end] + block if add else block
+                del block
             del logits, scaled, log_p, slopes, by_logits, low
         if by_weight is not None and ctx.into_grad != "no":
             weight.grad = by_weight
