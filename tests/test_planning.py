@@ -20,6 +20,7 @@ from prerl_lightning.planning.memory import Memory, lowered
 from prerl_lightning.planning.parts import Asked, known_shape, planned
 from prerl_lightning.planning.work import CARDS, Rollouts, card, step_tokens, work
 from prerl_lightning.policy.model import Policy
+from prerl_lightning.rollout.engine import EngineSizes
 from prerl_lightning.types import Prompt, Response, Rollout
 
 DSRL = str(Path(__file__).parents[1] / "configs" / "dsrl.yaml")
@@ -38,6 +39,7 @@ PUBLIC = {  # class, options, layers, hidden, intermediate, heads, parameters
     ),
     "Qwen3-4B": ("Qwen3Config", QWEN3 | {"tie_word_embeddings": True}, 36, 2560, 9728, 32, 4_022_468_096),
     "Qwen3-8B": ("Qwen3Config", QWEN3, 36, 4096, 12288, 32, 8_190_735_360),
+    "Qwen3-32B": ("Qwen3Config", QWEN3, 64, 5120, 25600, 64, 32_762_123_264),
     "Qwen3-30B-A3B": (
         *("Qwen3MoeConfig", QWEN3 | {"num_key_value_heads": 4, "moe_intermediate_size": 768}),
         *(48, 2048, 6144, 32, 30_532_122_624),
@@ -203,7 +205,7 @@ def test_what_does_not_fit_says_what_to_lower_first(of):
     chunked = replace(found.setup, shape=replace(found.setup.shape, whole_logits=False), strategy="fsdp2")
     assert Memory(replace(chunked, world_size=number)).fits(found.free)
     assert not Memory(replace(chunked, world_size=number // 2)).fits(found.free)
-    assert not lowered(replace(found.setup, total=1 << 30), 1 << 30)[-1][2]
+    assert lowered(replace(found.setup, total=1 << 30), 1 << 30, 32) == []
 
 
 def test_a_plan_of_the_demo_on_this_cpu(of, capsys):
@@ -219,6 +221,19 @@ def test_a_plan_of_the_demo_on_this_cpu(of, capsys):
     assert found.memory.phases["checkpoint"]["checkpoint"] == 12 * 867_968
     assert found.memory.phases["training"]["moments"] == 4 * 867_968
     assert "buckets" in Memory(replace(found.setup, strategy="ddp")).phases["training"]
+
+
+def test_an_engine_whose_share_holds_no_sequence_is_refused(of):
+    """Engines go over no several GPUs, however many there are."""
+    run = Asked.of_files(of(f"data: {{{LONG}}}\ntrainer: {{strategy: fsdp2}}", "Qwen3-32B"), on_gpu=True)
+    found = planned(run, "H100", 32)
+    assert "its share has room for 0 tokens" in found.memory.problem
+    ((words, _, fits),) = found.lower
+    assert words.startswith("data.engine.init_args.gpu_memory_utilization: 0.8")
+    assert fits
+    with pytest.raises(InputError, match="room for 10 tokens"):
+        EngineSizes(weights=GIB, kv_cache=100, kv_token=10).check(11)
+    EngineSizes().check(11)
 
 
 def test_what_is_not_known_is_refused_in_a_line(of, refused, tmp_path):

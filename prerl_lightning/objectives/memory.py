@@ -59,6 +59,8 @@ def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: 
     engine.sleep()  # one that an earlier fit of this process has started
     free, total = torch.cuda.mem_get_info(device)
     free = int(ranks.all_reduce(torch.tensor(free), ReduceOp.MIN))
+    if engine.device_bytes(shape, total)[0]:  # else it has started already
+        engine.sizes(shape, load_config(module.model_name), total).check(longest)
     sharded = isinstance(trainer.strategy, ModelParallelStrategy)
     own = shape.parameters // (trainer.world_size if sharded else 1)
     budget = rank_budget(

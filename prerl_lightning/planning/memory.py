@@ -15,7 +15,6 @@ from prerl_lightning.budget import (
     Strategy,
     choose_pack,
     head_bytes,
-    kv_bytes_per_token,
     pass_bytes,
     rank_budget,
     training_bytes,
@@ -25,7 +24,7 @@ from prerl_lightning.objectives.passes import CPU_PACK_TOKENS
 from prerl_lightning.rollout.engine import EngineSizes
 
 PROGRAM = 740 << 20  # Python with torch, transformers, Lightning and vLLM on a CPU, measured: benchmarks/plan.py
-MOST_RANKS = 1024
+SHARE = "data.engine.init_args.gpu_memory_utilization"
 
 Parts = dict[str, int]  # bytes by part
 
@@ -99,6 +98,7 @@ class Memory:
 
     def _on_gpu(self, total: int, checkpointing: bool | None, max_tokens: int | None) -> RankBudget:
         s = self.setup
+        s.engine.check(s.longest)
         return rank_budget(
             *(s.shape, total, (s.awake, s.asleep), s.longest, s.strategy, s.world_size, s.precision),
             *(s.reference, checkpointing, max_tokens, s.watching(s.own)),
@@ -175,12 +175,21 @@ def host_bytes(setup: Setup, ranks_on_node: int) -> Mapping[str, int]:
     return {"loading": loading, "checkpoint": 12 * setup.shape.parameters if setup.sharded else 0}
 
 
-def lowered(setup: Setup, free: int) -> list[tuple[str, int, bool]]:
+def lowered(setup: Setup, free: int, prompts: int) -> list[tuple[str, int, bool]]:
     """What to change where it does not fit, in the order of what it costs, each besides those before it: the option,
-    the peak then in bytes, and whether that fits. What lowers nothing is left out; ends with what fits, if anything."""
+    the peak then in bytes, and whether that fits. What lowers nothing is left out; ends with what fits, if anything.
+    ``prompts``: of a step, which ranks have to share evenly."""
     found: dict[str, tuple[str, int, bool]] = {}  # by option: of several values the last
     here = Memory(setup)
-    for words, changed in _changes(setup):
+    total, one = setup.total, setup.longest * setup.engine.kv_token
+    if total is not None and setup.engine.kv_cache < one:
+        tenths = next((n for n in range(1, 10) if n * total // 10 - setup.engine.weights >= one), None)
+        if tenths is None:
+            return []
+        setup = replace(setup, engine=replace(setup.engine, kv_cache=tenths * total // 10 - setup.engine.weights))
+        here = Memory(setup)
+        found[SHARE] = (f"{SHARE}: 0.{tenths}, for a KV cache", here.peak, here.fits(free))
+    for words, changed in _changes(setup, prompts) if not here.fits(free) else ():
         there = Memory(changed(here.setup))
         before, peak = (m.peak * (1 if setup.total is not None else m.setup.world_size) for m in (here, there))
         if there.fits(free) or peak < 0.99 * before:
@@ -191,9 +200,9 @@ def lowered(setup: Setup, free: int) -> list[tuple[str, int, bool]]:
     return list(found.values())
 
 
-def _changes(setup: Setup) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
+def _changes(setup: Setup, prompts: int) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
     """First what changes nothing but time."""
-    shape, engine = setup.shape, "data.engine.init_args"
+    shape = setup.shape
     on_cpu = setup.total is None
     if setup.max_tokens is None or setup.max_tokens > setup.longest:
         words = f"model.init_args.max_tokens_per_microbatch: {setup.longest}"
@@ -202,18 +211,18 @@ def _changes(setup: Setup) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
     if shape.whole_logits:
         yield "model.init_args.chunked_head: true", lambda s: replace(s, shape=replace(s.shape, whole_logits=False))
     if not on_cpu and not setup.sleeps:
-        yield f"{engine}.sleep_between_rollouts: true", lambda s: replace(s, sleeps=True)
+        yield "data.engine.init_args.sleep_between_rollouts: true", lambda s: replace(s, sleeps=True)
     for tenths in range(9, 0, -1) if setup.total is not None else ():
         cache = tenths * (setup.total or 0) // 10 - setup.engine.weights
-        if setup.longest * kv_bytes_per_token(shape) <= cache < setup.engine.kv_cache:
+        if setup.longest * setup.engine.kv_token <= cache < setup.engine.kv_cache:
             smaller = replace(setup.engine, kv_cache=cache)
-            words = f"{engine}.gpu_memory_utilization: 0.{tenths}"
+            words = f"{SHARE}: 0.{tenths}"
             yield words, lambda s, smaller=smaller: replace(s, engine=smaller)  # type: ignore[misc]
     yield "alignment.every_n_steps: 0", lambda s: replace(s, watching=lambda parameters: 0)
     if setup.world_size > 1 and not setup.sharded:
         yield "trainer.strategy: fsdp2", lambda s: replace(s, strategy="fsdp2")
     ranks = setup.world_size
-    while not on_cpu and (ranks := 2 * ranks) <= MOST_RANKS:
+    while not on_cpu and prompts % (ranks := 2 * ranks) == 0:
         words = f"trainer.devices: {ranks}, under fsdp2"
         yield words, lambda s, ranks=ranks: replace(s, strategy="fsdp2", world_size=ranks)  # type: ignore[misc]
     yield "kl_coefficient: 0 in all lives", lambda s: replace(s, reference=False)

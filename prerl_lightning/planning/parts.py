@@ -121,11 +121,11 @@ def planned(
         fits=fits,
         host=host_bytes(setup, min(world_size, NODE)) if with_card else {},
         checkpoint=checkpoint_bytes(shape),
-        lower=() if fits else lowered(setup, free),
+        lower=() if fits else lowered(setup, free, run.data.prompts_per_step),
         rollouts=rollouts,
         work=step,
         seconds=seconds(with_card, step, shape, rollouts, world_size, setup.engine) if with_card else None,
-        assumes=_assumed(rollouts, new, with_card, found.problem),
+        assumes=_assumed(rollouts, new, with_card),
     )
 
 
@@ -157,7 +157,9 @@ class Asked:
                     trainer.precision = "bf16-mixed"
                 super().before_instantiate_classes()
 
-        run = Parts.run(["fit", *(f"--config={file}" for file in files), "--trainer.logger=false"])
+        run = Parts.run(
+            ["fit", *(f"--config={file}" for file in files), "--trainer.logger=false", "--seed_everything=false"]
+        )
         return cls.of(cast(RunParts, run))
 
     @cached_property
@@ -224,7 +226,7 @@ def known_shape(module: PolicyModule, callbacks: Sequence[Any]) -> ModelShape:
     )
 
 
-def _assumed(rollouts: Rollouts, new: int, gpu: Card | None, problem: str) -> list[str]:
+def _assumed(rollouts: Rollouts, new: int, gpu: Card | None) -> list[str]:
     given = "--response_tokens N: their mean" if rollouts.response == new else f"of {new:,} at most"
     found = [
         f"responses of {rollouts.response:,} tokens ({given}), prompts of {rollouts.prompt:,} (--prompt_tokens N)",

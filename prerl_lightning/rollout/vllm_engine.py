@@ -105,16 +105,16 @@ class VLLMEngine(Engine):
     def device_bytes(self, shape: ModelShape, total: int) -> tuple[int, int]:
         if self._llm is not None and not self._asleep:  # it has taken it already
             return 0, 0
-        awake = sum(self._on_gpu(shape, total))
+        awake = int(self.options["gpu_memory_utilization"] * total)
+        if self.options["kv_cache_mib"] is not None:  # then vLLM does not look at the share
+            awake = sum(self._on_gpu(shape, total))
         return awake, 0 if self.options["sleep_between_rollouts"] else awake
 
     def _on_gpu(self, shape: ModelShape, total: int) -> tuple[int, int]:
         """Bytes of weights and KV cache."""
         share, mib = int(self.options["gpu_memory_utilization"] * total), self.options["kv_cache_mib"]
         weights = shape.parameters * (4 if self.options["dtype"] == "float32" else 2)
-        if mib is not None:  # then vLLM does not look at the share
-            return weights, mib << 20
-        return min(weights, share), share - min(weights, share)
+        return weights, mib << 20 if mib is not None else max(0, share - weights)
 
     def sizes(self, shape: ModelShape, config: PretrainedConfig, total: int | None) -> EngineSizes:
         dtype: Dtype = self.options["dtype"]
@@ -125,7 +125,7 @@ class VLLMEngine(Engine):
         else:  # packed copies: in place of the layers' weights, but beside those of the head
             weights = size * (shape.parameters + shape.vocab * shape.hidden)
             cache = self._kv_cache_bytes(config, shape, dtype, self.options["kv_cache_mib"])
-        return EngineSizes(weights, cache, cache // kv_bytes_per_token(shape, size), self.options["max_num_seqs"])
+        return EngineSizes(weights, cache, kv_bytes_per_token(shape, size), self.options["max_num_seqs"])
 
     def check(self, model: str, config: PretrainedConfig) -> None:
         limit, asked = getattr(config, "max_position_embeddings", None), self.options["max_model_len"]
