@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -33,7 +33,7 @@ from prerl_lightning.planning.work import (
     work,
 )
 from prerl_lightning.policy.model import load_config
-from prerl_lightning.run import RunParts
+from prerl_lightning.run import PrerlCLI, RunParts
 
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -139,7 +139,7 @@ class Asked:
     callbacks: Sequence[Any]
 
     @classmethod
-    def of(cls, cli: RunParts) -> "Asked":
+    def of(cls, cli: PrerlCLI) -> "Asked":
         options = cli.config_init["fit"]
         watchers = [options[key] for key in cli._parser("fit").callback_keys]
         return cls(cli.model, cli.datamodule, options["trainer"], [*(options["trainer"].callbacks or ()), *watchers])
@@ -157,10 +157,8 @@ class Asked:
                     trainer.precision = "bf16-mixed"
                 super().before_instantiate_classes()
 
-        run = Parts.run(
-            ["fit", *(f"--config={file}" for file in files), "--trainer.logger=false", "--seed_everything=false"]
-        )
-        return cls.of(cast(RunParts, run))
+        args = [*(f"--config={file}" for file in files), "--trainer.logger=false", "--seed_everything=false"]
+        return cls.of(Parts.run(["fit", *args]))
 
     @cached_property
     def shape(self) -> ModelShape:
