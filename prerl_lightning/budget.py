@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from prerl_lightning.errors import InputError
-from prerl_lightning.policy.head import BLOCK_ELEMENTS, BLOCK_ROWS
+from prerl_lightning.policy.head import block_elements, block_rows
 from prerl_lightning.policy.lora import Adapters, Lora
 
 Strategy = Literal["single", "ddp", "fsdp2"]
@@ -40,6 +40,8 @@ class ModelShape:
         whole_logits: all at once, by the model itself (``chunked_head: false``).
         adapters: parameters of LoRA's, which alone are trained; 0: all are.
         frozen_bytes: of the weights that are not.
+        entropy: of the next token, with its gradient, is in the loss.
+        idle_parameters: of experts that one token does not go through.
     """
 
     parameters: int
@@ -58,6 +60,8 @@ class ModelShape:
     qk_norm: bool = False
     softcap: bool = False
     whole_logits: bool = False
+    entropy: bool = False
+    idle_parameters: int = 0
     adapters: int = 0
     frozen_bytes: int = 0
 
@@ -100,7 +104,18 @@ class ModelShape:
             softcap=bool(getattr(config, "final_logit_softcapping", None)),
             adapters=adapters,
             frozen_bytes=sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+            idle_parameters=idle_parameters(model),
         )
+
+
+def idle_parameters(model: PreTrainedModel) -> int:
+    """Of a mixture's experts, those that one token does not go through, as many as there are parameters in them."""
+    config = model.config.get_text_config()
+    number = next(
+        (n for k in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(config, k, 0))), 0
+    )
+    held = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name) if number else 0
+    return held - held * getattr(config, "num_experts_per_tok", number) // number if held else 0
 
 
 def kv_bytes_per_token(shape: ModelShape, dtype_bytes: int = 2) -> int:
@@ -191,29 +206,51 @@ def weight_copy_bytes(shape: ModelShape, precision: str, checkpointing: int = Fa
     return 2 * kept if _size(precision) == 2 and not rest_in_16_bits else 0
 
 
-def head_bytes(shape: ModelShape, tokens: int, block_elements: int) -> int:
+def head_bytes(shape: ModelShape, tokens: int, on_cpu: bool = False) -> int:
     """The chunked head at its largest (policy/head.py). Either a block's logits and what is made of them; or, with few
     tokens, the gradient of a block's weights. Of the model's own logits a bound."""
     if shape.whole_logits:
-        return 22 * tokens * shape.vocab  # in 16 bits, in fp32, scaled, their log-softmax, and gradients
-    rows = min(max(1024, block_elements // tokens), BLOCK_ROWS, shape.vocab)
-    per_logit = 20 if shape.softcap else 8
+        # in 16 bits, in fp32, scaled, their log-softmax, and gradients; what the entropy is made of, and its gradient
+        return (35 if shape.entropy else 19) * tokens * shape.vocab
+    rows = min(block_rows(tokens, on_cpu), shape.vocab)
+    per_logit = (20 if shape.softcap else 8) + (4 if shape.entropy else 0)  # the gradient of the entropy
     block = max(per_logit * tokens, (per_logit - 2) * tokens + 8 * shape.hidden)
     return rows * block + 12 * tokens * shape.hidden
 
 
 def pack_bytes(
-    shape: ModelShape, tokens: int, precision: str, checkpointing: int, sharded: bool = False, padded: bool = False
+    shape: ModelShape,
+    tokens: int,
+    precision: str,
+    checkpointing: int,
+    sharded: bool = False,
+    padded: bool = False,
+    on_cpu: bool = False,
 ) -> int:
     """The most that forward and backward passes of packs of 1 to ``tokens`` input tokens take beyond `training_bytes`;
-    ``sharded``: under FSDP2; ``padded``: see `activation_bytes_per_token`."""
+    ``sharded``: under FSDP2; ``padded``: see `activation_bytes_per_token`; ``on_cpu``: by the head's smaller
+    blocks."""
     layer = _layer_bytes(shape, precision, padded) if checkpointing else 0
     kept = activation_bytes_per_token(shape, precision, checkpointing, padded) - layer
     passing = layer + max(14 * shape.hidden, 2 * _size(precision) * shape.intermediate)  # and a layer's gradients
     # the fewer tokens, the larger a part of the head is in a block: at the first of these sizes the largest
-    sizes = {min(tokens, max(1, BLOCK_ELEMENTS // min(BLOCK_ROWS, shape.vocab))), tokens}
-    most = max(n * kept + max(n * passing, head_bytes(shape, n, BLOCK_ELEMENTS)) for n in sizes)
+    sizes = {min(tokens, max(1, block_elements(on_cpu) // min(block_rows(1, on_cpu), shape.vocab))), tokens}
+    most = max(n * kept + max(n * passing, head_bytes(shape, n, on_cpu)) for n in sizes)
     return most + (0 if sharded else weight_copy_bytes(shape, precision, checkpointing))
+
+
+def pass_bytes(
+    shape: ModelShape,
+    tokens: int,
+    precision: str,
+    checkpointing: int,
+    sharded: bool = False,
+    padded: bool = False,
+    on_cpu: bool = False,
+) -> int:
+    """`pack_bytes` with `MARGIN`, as the device has attention."""
+    padded = padded or on_cpu or _size(precision) == 4  # the kernel for variable lengths takes 16 bits, on a GPU
+    return int(MARGIN * pack_bytes(shape, tokens, precision, checkpointing, sharded, padded, on_cpu))
 
 
 @dataclass(frozen=True)
@@ -241,14 +278,14 @@ def choose_pack(
     ``longest``: tokens of the longest prompt and response; a response is never split. InputError: it does not fit.
     ``checkpointing`` and ``max_tokens``: the user's own, or None. With both given nothing is chosen, and none refused.
     """
-    padded = padded or _size(precision) == 4  # the kernel for variable lengths takes 16 bits
     most = max(MOST_TOKENS, -(-longest // STEP) * STEP)
     sizes = [max_tokens] if max_tokens else [n for n in range(most, 0, -STEP) if n >= longest]
     for recompute in (False, True) if checkpointing is None else (checkpointing,):
         prefer_more = checkpointing is None and not (recompute or max_tokens)
         for tokens in (n for n in sizes if n >= LEAST_TOKENS or not prefer_more):
-            needed = pack_bytes(shape, max(tokens, longest), precision, recompute, sharded, padded)
-            choice = PackChoice(tokens, recompute, int(MARGIN * needed))
+            choice = PackChoice(
+                tokens, recompute, pass_bytes(shape, max(tokens, longest), precision, recompute, sharded, padded)
+            )
             if choice.bytes <= free_bytes or (max_tokens and checkpointing is not None):
                 return choice
     mends = ["a shorter data.sampling.max_new_tokens"] if free_bytes > 0 else []
@@ -269,13 +306,15 @@ RESERVED = 3 * GIB  # CUDA's and NCCL's own, and what an engine that sleeps keep
 
 @dataclass(frozen=True)
 class RankBudget:
-    """What the GPU of one rank holds of ``total`` bytes: in a rollout, and in a training step."""
+    """What the GPU of one rank holds of ``total`` bytes: in a rollout, in a training step, and where a watcher compares
+    gradients between two steps (``watching``, its passes included; 0: none does)."""
 
     total: int
     engine: int
     engine_asleep: int
     held: TrainingBytes
     pack: PackChoice
+    watching: int = 0
 
     @property
     def rollout(self) -> int:
@@ -284,6 +323,14 @@ class RankBudget:
     @property
     def step(self) -> int:
         return RESERVED + self.engine_asleep + self.held.total + self.pack.bytes
+
+    @property
+    def comparison(self) -> int:
+        return self.step - self.pack.bytes - self.held.gradients + self.watching if self.watching else 0
+
+    @property
+    def peak(self) -> int:
+        return max(self.rollout, self.step, self.comparison)
 
 
 def rank_budget(
@@ -297,6 +344,7 @@ def rank_budget(
     copies: int = 0,
     checkpointing: int | None = None,
     max_tokens: int | None = None,
+    watching: int = 0,
 ) -> RankBudget:
     """The pack that fits, and all that lies beside it.
 
@@ -305,27 +353,33 @@ def rank_budget(
         engine: what the engine takes in a rollout, and while it sleeps.
         longest: tokens of the longest prompt and response.
         copies: see `training_bytes`.
+        watching: what a watcher's gradients take (`objectives.memory.watching`).
 
     Raises:
         InputError: it does not fit, with what helps.
     """
     held = training_bytes(shape, strategy, world_size, precision, copies)
-    mends = "; ".join(
-        ["a smaller data.engine.init_args.gpu_memory_utilization"] * (engine[0] > 0)
-        + ["--trainer.strategy fsdp2 with more GPUs", "a smaller model"]
-    )
+    sharded = strategy == "fsdp2"
+    mends = ["a smaller data.engine.init_args.gpu_memory_utilization"] * (engine[0] > 0)
     free = total - RESERVED - engine[1] - held.total
     if free > 0:
-        pack = choose_pack(shape, free, longest, precision, checkpointing, max_tokens, strategy == "fsdp2")
-        budget = RankBudget(total, *engine, held, pack)
-        if budget.rollout <= total:
+        pack = choose_pack(shape, free, longest, precision, checkpointing, max_tokens, sharded)
+        if watching:  # response by response
+            watching += pass_bytes(shape, longest, precision, pack.checkpointing, sharded)
+        budget = RankBudget(total, *engine, held, pack, watching)
+        if budget.peak <= total:
             return budget
-        needed, doing = budget.rollout, f"a rollout ({engine[0] / GIB:.1f} GiB for the engine)"
+        if budget.rollout > total:
+            needed, doing = budget.rollout, f"a rollout ({engine[0] / GIB:.1f} GiB for the engine)"
+        else:
+            needed, doing = budget.comparison, "comparing gradients"
+            mends = ["alignment.every_n_steps: 0, or alignment.sketch: 499979"]
     else:
         needed, doing = total - free, "training, packs aside,"
     raise InputError(
         f"GPU memory: {doing} needs {needed / GIB:.1f} GiB a GPU, of which {held.total / GIB:.1f} for weights, "
-        f"gradients and Adam's moments in fp32; {total / GIB:.1f} GiB are free. What helps: {mends}."
+        f"gradients and Adam's moments in fp32; {total / GIB:.1f} GiB are free. What helps: "
+        f"{'; '.join([*mends, '--trainer.strategy fsdp2 with more GPUs', 'a smaller model'])}."
     )
 
 

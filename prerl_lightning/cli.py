@@ -30,6 +30,7 @@ USAGE = """usage: prerl {fit,validate,test} [--config FILE ...] [--KEY VALUE ...
        prerl configs [NAME]
        prerl study STUDY.yaml [--dry_run]
        prerl doctor [--config FILE ...] [--model MODEL] [--json]
+       prerl plan --config FILE ... [--gpu CARD] [--devices N] [--json]
        prerl convert CHECKPOINT OUT
        prerl export CHECKPOINT OUT
        prerl pretrain --config FILE --out FOLDER
@@ -49,6 +50,7 @@ Reinforcement learning with verifiable rewards in pre-train and post-train space
   configs    the configurations that come with the package; `prerl configs dsrl > mine.yaml` copies one
   study      arms x seeds of a YAML file, and a verdict for each of its claims; goes on where it was stopped
   doctor     does this machine run all this, and does that run fit? A self-test in under two minutes
+  plan       memory, tokens, FLOPs and time of a run, before a machine is rented: from its config.json alone
   convert    a sharded checkpoint as one file, or one file as a folder of shards
   export     the weights of a checkpoint as a Hugging Face folder
   pretrain   a tiny model from scratch on a corpus of your own, such as the embedded one
@@ -75,6 +77,7 @@ COMMANDS = {
     "configs": "prerl_lightning.shipped",
     "study": "prerl_lightning.study.command",
     "doctor": "prerl_lightning.doctor",
+    "plan": "prerl_lightning.planning",
     "convert": "prerl_lightning.convert",
     "export": "prerl_lightning.convert",
     "pretrain": "prerl_lightning.data.tasks.command",

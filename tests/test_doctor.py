@@ -120,7 +120,7 @@ def test_what_a_whole_run_measures(whole):
     assert max(figures(report, "policy")[way] for way in ("packed", "shared_prompt", "head_not_chunked")) < 1e-5
     assert figures(report, "attention")["tokens"] == pytest.approx(2000, rel=0.1)
     assert figures(report, "memory")["parameters"] == 867_968
-    assert 0 < figures(report, "budget")["step"]["sum"] < figures(report, "budget")["step"]["free"]
+    assert 0 < figures(report, "budget")["training"]["sum"] < figures(report, "budget")["training"]["free"]
 
 
 # ---------------------------------------------------------------------- running checks
@@ -455,7 +455,7 @@ def test_a_run_that_does_not_fit_here(huge, parsing, monkeypatch, capfd):
     assert check["status"] == "FAIL"
     assert "Host memory is too small: 1 rank, single" in check["seen"]
     assert "a smaller model" in check["mend"]
-    assert check["figures"]["step"]["moments"] == pytest.approx(2 * 4 * 32.76e9 / GIB, rel=0.01)
+    assert check["figures"]["training"]["moments"] == pytest.approx(2 * 4 * 32.76e9 / GIB, rel=0.01)
     assert len(check["details"]) == 3
 
 
@@ -491,8 +491,8 @@ def test_the_budget_of_gpus(budget_of, memories, huge, tmp_path):
     terms = {"strategy": "fsdp2", "world_size": 2, "precision": "bf16-mixed", "reference": True}
     same = rank_budget(shape, 78 * GIB, (40 * GIB, 0), 128, **terms)
     assert found.figures["rollout"]["sum"] == pytest.approx(same.rollout / GIB, abs=2e-3)
-    assert found.figures["step"]["sum"] == pytest.approx(same.step / GIB, abs=2e-3)
-    assert found.figures["step"]["reserve"] == RESERVED / GIB
+    assert found.figures["training"]["sum"] == pytest.approx(same.step / GIB, abs=2e-3)
+    assert found.figures["training"]["reserve"] == RESERVED / GIB
     assert found.figures["rollout"]["engine"] == 40.0
 
     found = budget_of("trainer: {accelerator: gpu, devices: 2, precision: bf16-mixed}", huge)

@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prerl_lightning
+from prerl_lightning.budget import ModelShape
 from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.alignment import GradientComparison
 from prerl_lightning.objectives import GRPO, MixedRL, NSRPreRL, Objective
@@ -24,7 +25,7 @@ from prerl_lightning.objectives.term import Term
 from prerl_lightning.objectives.token_weights import Confidence
 from prerl_lightning.policy import attention, packing
 from prerl_lightning.policy.attention import Segment, VarlenPlan, plan_attention
-from prerl_lightning.policy.model import Policy, model_path
+from prerl_lightning.policy.model import Policy, load_config, model_path
 from prerl_lightning.policy.packing import families, micro_batches
 from prerl_lightning.rollout.engine import Place, Sampling
 from prerl_lightning.rollout.vllm_engine import VLLMEngine, _ranks_in_environment
@@ -276,10 +277,10 @@ def test_a_cache_without_room_for_one_sequence_is_refused_before_the_start(monke
         VLLMEngine(kv_cache_mib=1, max_model_len=2000).start(
             model_path("embedded-sums"), 0, Place(device=torch.device("cpu"))
         )
-    assert (
-        VLLMEngine(max_model_len=100_000)._kv_cache_bytes(model_path("embedded-sums"), "float32", None)
-        >= 100_000 * 4096
-    )
+    config = load_config("embedded-sums")
+    sizes = VLLMEngine(max_model_len=100_000).sizes(ModelShape.of_config(config), config, None)
+    assert sizes.kv_cache >= 100_000 * 4096
+    assert sizes.kv_tokens >= 100_000
 
 
 def test_what_is_offloaded_is_reduced_on_the_cpu_and_computed_on_the_gpu(monkeypatch):

@@ -305,9 +305,9 @@ def test_what_a_run_of_adapters_holds(model_folder):
     adapted = ModelShape.of_config(config, LORA)
     halved = ModelShape.of_config(config, Lora(4, 8, base="bfloat16"))
     own = 4 * adapted.adapters
-    held = training_bytes(adapted, "ddp", 2, "bf16-mixed", reference=True)
+    held = training_bytes(adapted, "ddp", 2, "bf16-mixed", copies=1)
     assert (held.weights, held.gradients, held.moments) == (4 * shape.parameters + own, own, 2 * own)
-    assert (held.reference, held.buckets) == (own, own)
+    assert (held.copies, held.buckets) == (own, own)
     one_dimensional = 5 * 64  # norms
     assert halved.frozen_bytes == 2 * shape.parameters + 2 * one_dimensional
     assert training_bytes(halved, "fsdp2", 2, "bf16-mixed").weights == (halved.frozen_bytes // 2) + own // 2

@@ -14,7 +14,7 @@ from torch import Tensor
 from prerl_lightning import ranks
 from prerl_lightning.callbacks.watcher import Watcher, append_lines, run_folder
 from prerl_lightning.errors import InputError, check_bounds
-from prerl_lightning.metrics.alignment import GROUPS, GradientComparison, Part, ResponseAlignment
+from prerl_lightning.metrics.alignment import GROUPS, GradientComparison, Part, ResponseAlignment, comparison_bytes
 from prerl_lightning.metrics.evaluation import is_right
 from prerl_lightning.metrics.sketch import usable_size
 from prerl_lightning.objectives.advantages import group_advantages
@@ -71,6 +71,10 @@ class GradientAlignment(Watcher):
         self.every_n_steps, self.n_responses, self.likelihoods = every_n_steps, responses, likelihoods
         self.sketch, self.bins = sketch, bins
         self.folder: Path | None = None
+
+    def device_bytes(self, parameters: int) -> int:
+        """See `objectives.memory.watching`."""
+        return comparison_bytes(parameters, self.sketch, self.bins) if self.every_n_steps else 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.folder = run_folder(trainer)

@@ -6,48 +6,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
-from lightning.pytorch.strategies import ModelParallelStrategy
 
-from prerl_lightning.budget import MARGIN, RESERVED, Strategy, pack_bytes, rank_budget, training_bytes
-from prerl_lightning.doctor.machine import available_memory
 from prerl_lightning.doctor.ranks_worker import STAGES
 from prerl_lightning.doctor.subject import GIB, Result, Subject, result, skipped
 from prerl_lightning.errors import InputError
-from prerl_lightning.objectives.base import PolicyModule
-from prerl_lightning.objectives.memory import copies
-from prerl_lightning.objectives.passes import CPU_PACK_TOKENS
-from prerl_lightning.policy.model import load_config, model_path
-from prerl_lightning.rollout.engine import Engine
-from prerl_lightning.rollout.vllm_engine import Dtype, VLLMEngine
+from prerl_lightning.planning.host import available_memory
+from prerl_lightning.planning.memory import Memory
+from prerl_lightning.planning.parts import Asked
+from prerl_lightning.policy.model import load_config
 
 Row = dict[str, float]
-Terms = tuple[Strategy, int, str, int]  # strategy, world size, precision, copies of the weights beside
-
 # ---------------------------------------------------------------------- the budget
-
-
-@dataclass(frozen=True)
-class Room:
-    """Bytes beside what training holds: of each rank's GPU, or of the host, where all ranks are.
-
-    Args:
-        free: before anything of the run is loaded; ``where`` says of what.
-        engine: in a rollout, and asleep.
-        problem: why it does not fit, with what helps.
-    """
-
-    free: int
-    where: str
-    engine: tuple[int, int]
-    pack: int = 0
-    reserve: int = 0
-    problem: str = ""
 
 
 def budget(subject: Subject) -> Result:
@@ -55,44 +29,41 @@ def budget(subject: Subject) -> Result:
     cli = subject.configured
     if cli is None:
         return skipped("--config FILE asks whether that run fits into memory")
-    module, engine, trainer = cli.model, cli.datamodule.engine, cli.config_init["fit"]["trainer"]
+    asked = Asked.of(cli)
+    trainer, engine = asked.trainer, asked.data.engine
     try:
         devices = _devices(trainer, subject.on_gpu)
     except InputError as error:
         return _refused(str(error))
-    world_size = len(devices) * trainer.num_nodes
-    sharded = trainer.strategy == "fsdp2" or isinstance(trainer.strategy, ModelParallelStrategy)
-    strategy: Strategy = "fsdp2" if sharded else "ddp" if world_size > 1 else "single"
-    beside, _ = copies(module, trainer.callbacks or ())
-    terms: Terms = (strategy, world_size, str(trainer.precision), beside)
-    held = training_bytes(subject.shape, *terms)
-    on_gpu = devices[0].type == "cuda"
     longest = engine.max_model_len(load_config(subject.model_name))
-    if cli.datamodule.max_prompt_tokens is not None:  # the prompts themselves are not read here
-        new = max(s.max_new_tokens for s in cli.datamodule.training_samplings)
-        longest = min(longest, cli.datamodule.max_prompt_tokens + new)
-    room = (_on_gpus if on_gpu else _on_host)(subject, module, engine, devices, terms, longest)
-    step = {
-        "weights": held.weights,
-        "gradients": held.gradients,
-        "moments": held.moments,
-        "other": held.copies + held.buckets + held.gathered,
-        "engine": room.engine[1],
-        "pack": room.pack,
-        "reserve": room.reserve,
-    }
-    rollout = step | {"gradients": 0, "other": step["other"] - held.gathered, "engine": room.engine[0], "pack": 0}
-    times = 1 if on_gpu else len(devices)
-    rows = {name: _row(sizes, times, room.free) for name, sizes in (("rollout", rollout), ("step", step))}
-    most = max(row["sum"] for row in rows.values())
-    text = f"{world_size} rank{'s' if world_size > 1 else ''}, {strategy}, {terms[2]}, {subject.shape.parameters:,} "
-    text += f"parameters: {most:.1f} of {room.free / GIB:.1f} GiB on {room.where}"
-    figures = {"ranks": world_size, "strategy": strategy, "precision": terms[2], **rows}
-    if not on_gpu and most > room.free / GIB:
+    if asked.data.max_prompt_tokens is not None:  # the prompts themselves are not read here
+        new = max(s.max_new_tokens for s in asked.data.training_samplings)
+        longest = min(longest, asked.data.max_prompt_tokens + new)
+    world_size = len(devices) * trainer.num_nodes
+    if devices[0].type == "cuda":
+        memories = [torch.cuda.mem_get_info(device) for device in devices]
+        room = min(left for left, _ in memories)
+        tightest = devices[[left for left, _ in memories].index(room)]
+        where = f"{tightest}{', which has the least free' if len(devices) > 1 else ''}"
+        memory = Memory(asked.setup(world_size, longest, room, memories[0][1]))
+        if not memory.problem:
+            recomputed = ", activations recomputed" if memory.pack.checkpointing else ""
+            where += f", with packs of {memory.pack.tokens:,} tokens{recomputed}"
+    else:
+        room = available_memory()
+        where = "this host" if len(devices) == 1 else f"this host, for all {len(devices)} ranks"
+        memory = Memory(asked.setup(world_size, longest, None, None))
+    times = len(devices) if devices[0].type == "cpu" else 1
+    rows = {phase: _row(parts, times, room) for phase, parts in memory.phases.items()}
+    setup, most = memory.setup, times * memory.peak / GIB
+    text = f"{world_size} rank{'s' if world_size > 1 else ''}, {setup.strategy}, {setup.precision}, "
+    text += f"{setup.shape.parameters:,} parameters: {most:.1f} of {room / GIB:.1f} GiB on {where}"
+    figures = {"ranks": world_size, "strategy": setup.strategy, "precision": setup.precision, **rows}
+    if memory.problem:
+        return _refused(memory.problem, (text, *table(rows)), figures)
+    if not memory.fits(room):
         helps = "fewer trainer.devices; a smaller data.engine.init_args.kv_cache_mib or max_model_len; a smaller model."
-        room = replace(room, problem=f"Host memory is too small: {text}. What helps: {helps}")
-    if room.problem:
-        return _refused(room.problem, ((text,) if on_gpu else ()) + tuple(table(rows)), figures)
+        return _refused(f"Host memory is too small: {text}. What helps: {helps}", table(rows), figures)
     return Result("PASS", text, figures=figures, details=tuple(table(rows)))
 
 
@@ -122,58 +93,26 @@ def _devices(trainer: Any, gpus: bool) -> list[torch.device]:
     return found
 
 
-def _on_gpus(
-    subject: Subject, module: PolicyModule, engine: Engine, devices: list[torch.device], terms: Terms, longest: int
-) -> Room:
-    """As objectives/memory.py reckons in a run."""
-    memories = [torch.cuda.mem_get_info(device) for device in devices]
-    free = min(left for left, _ in memories)
-    tightest = devices[[left for left, _ in memories].index(free)]
-    where = f"{tightest}{', which has the least free' if len(devices) > 1 else ''}"
-    awake, asleep = engine.device_bytes(subject.shape, memories[0][1])
-    try:
-        found = rank_budget(
-            subject.shape,
-            free,
-            (awake, asleep),
-            longest,
-            *terms,
-            checkpointing=module.gradient_checkpointing,
-            max_tokens=module.batching.max_tokens_per_microbatch,
-        )
-    except InputError as error:
-        return Room(free, where, (awake, asleep), reserve=RESERVED, problem=str(error))
-    how = ", activations recomputed" if found.pack.checkpointing else ""
-    where += f", with packs of {found.pack.tokens:,} tokens{how}"
-    return Room(free, where, (awake, asleep), found.pack.bytes, RESERVED)
-
-
-def _on_host(
-    subject: Subject, module: PolicyModule, engine: Engine, devices: list[torch.device], terms: Terms, longest: int
-) -> Room:
-    """Of a pack a bound: the head's blocks are smaller on a CPU."""
-    strategy, _, precision, _ = terms
-    tokens = max(module.batching.max_tokens_per_microbatch or CPU_PACK_TOKENS, longest)
-    recompute = module.gradient_checkpointing or 0
-    pack = pack_bytes(subject.shape, tokens, precision, recompute, strategy == "fsdp2", padded=True)
-    taken = 0
-    if isinstance(engine, VLLMEngine):
-        dtype: Dtype = "float32" if engine.options["dtype"] == "auto" else engine.options["dtype"]
-        cache = engine._kv_cache_bytes(model_path(subject.model_name), dtype, engine.options["kv_cache_mib"])
-        taken = subject.shape.parameters * getattr(torch, dtype).itemsize + cache
-    where = "this host" if len(devices) == 1 else f"this host, for all {len(devices)} ranks"
-    return Room(available_memory(), where, (taken, taken), int(MARGIN * pack))
+COLUMNS = {  # of the parts
+    "weights": ("weights",),
+    "gradients": ("gradients",),
+    "moments": ("moments",),
+    "other": ("reference", "buckets", "gathered", "comparison", "checkpoint"),
+    "engine": ("engine_weights", "kv_cache"),
+    "pack": ("activations", "logits"),
+    "reserve": ("reserved", "program"),
+}
 
 
 def _row(parts: Mapping[str, int], times: int, free: int) -> Row:
-    row = {name: times * size / GIB for name, size in parts.items()}
+    row = {name: times * sum(parts.get(part, 0) for part in held) / GIB for name, held in COLUMNS.items()}
     return {name: round(size, 3) for name, size in {**row, "sum": sum(row.values()), "free": free / GIB}.items()}
 
 
 def table(rows: Mapping[str, Row]) -> list[str]:
     columns = list(next(iter(rows.values())))
-    lines = [f"{'GiB':<8}" + "".join(f"{name:>10}" for name in columns)]
-    return lines + [f"{name:<8}" + "".join(f"{row[c]:>10.2f}" for c in columns) for name, row in rows.items()]
+    lines = [f"{'GiB':<10}" + "".join(f"{name:>10}" for name in columns)]
+    return lines + [f"{name:<10}" + "".join(f"{row[c]:>10.2f}" for c in columns) for name, row in rows.items()]
 
 
 # ---------------------------------------------------------------------- ranks

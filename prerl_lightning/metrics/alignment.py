@@ -116,6 +116,12 @@ def _add(total: Gradient, gradient: Gradient, weight: float = 1.0) -> None:
             total[key] = value * weight
 
 
+def comparison_bytes(parameters: int, sketch: int | None, bins: int) -> int:
+    """What `GradientComparison` holds at a time beside the weights, of a rank's number of them: see above."""
+    exact = sketch == 0 or (sketch is None and parameters <= EXACT_PARAMETERS)
+    return 4 * parameters * (6 if bins else 4) if exact else 0
+
+
 def layer_groups(policy: Policy) -> dict[str, str]:
     """Parameter name -> one of GROUPS: the blocks in thirds, and what is in front of and behind them. Tied weights are
     ``embedding``."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prerl_lightning.budget import ModelShape, idle_parameters
 from prerl_lightning.policy.model import Policy
 from prerl_lightning.policy.packing import MicroBatch
 
@@ -55,26 +56,42 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class TrainingFlops:
-    """Counts for one model; sizes are taken before it is sharded or as the full sizes of its shards."""
+    """Counts for one model, by its policy, sharded or not, or by its shape. Of a mixture of experts those that a token
+    goes through."""
 
-    def __init__(self, policy: Policy) -> None:
-        config = policy.model.config.get_text_config()
-        embedding: Any = policy.model.get_input_embeddings().weight
-        head: Any = policy.model.get_output_embeddings().weight
-        self.head = _of_token(head)
-        self.body = sum(_of_token(p) for p in policy.parameters() if p is not embedding and p is not head)
+    def __init__(self, of: Policy | ModelShape) -> None:
+        if isinstance(of, ModelShape):
+            self.head = of.vocab * of.hidden
+            self.body = of.parameters - of.idle_parameters - self.head * (1 if of.tied else 2)
+            self.frozen = (self.body, self.head) if of.adapters else (0, 0)
+            self.body += of.adapters
+            self.attention = of.layers * of.heads * of.head_dim
+            return
+        config = of.model.config.get_text_config()
+        embedding: Any = of.model.get_input_embeddings().weight
+        head: Any = of.model.get_output_embeddings().weight
+        body = [p for p in of.parameters() if p is not embedding and p is not head]
+        idle = idle_parameters(of.model)
+        self.head = head.numel()
+        self.body = sum(p.numel() for p in body) - idle
+        frozen = sum(p.numel() for p in body if not p.requires_grad)
+        self.frozen = (max(0, frozen - idle), 0 if head.requires_grad else self.head)
         heads = getattr(config, "num_attention_heads", 0)  # state-space layers have none
         head_dim = (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
         self.attention = config.num_hidden_layers * heads * head_dim
 
     def __call__(self, attended: Tensor, n_targets: int) -> float:
         """Forward and backward of one micro-batch: its `attended_tokens`, and how many log-probs it gives."""
-        return self.body * len(attended) + self.head * n_targets + 12.0 * self.attention * float(attended.sum())
+        return self.training(len(attended), float(attended.sum()), n_targets)
 
+    def training(self, tokens: float, attended: float, n_targets: float) -> float:
+        """Forward and backward of so many input tokens, which attend to ``attended`` in sum. A frozen weight has no
+        gradient of its own."""
+        body, head = self.frozen
+        return 3.0 * self.forward(tokens, attended, n_targets) - 2.0 * (body * tokens + head * n_targets)
 
-def _of_token(weight: Tensor) -> float:
-    """Forward and backward, of which a frozen weight's leaves out its own gradient."""
-    return (6.0 if weight.requires_grad else 4.0) * weight.numel()
+    def forward(self, tokens: float, attended: float, n_targets: float) -> float:
+        return 2.0 * self.body * tokens + 2.0 * self.head * n_targets + 4.0 * self.attention * attended
 
 
 def rates(metrics: Mapping[str, float], seconds: Mapping[str, float], peak: float | None) -> dict[str, float]:

@@ -28,6 +28,21 @@ def copies(module: "PolicyModule", callbacks: Iterable[Any]) -> tuple[int, int]:
     return max(in_memory), max(on_disk)
 
 
+def watching(callbacks: Iterable[Any], parameters: int) -> int:
+    """The most bytes that a callback takes between two steps on a rank with so many of the weights that are trained."""
+    return max((c.device_bytes(parameters) for c in callbacks if hasattr(c, "device_bytes")), default=0)
+
+
+def shape_of(module: "PolicyModule", callbacks: Iterable[Any]) -> ModelShape:
+    """The model's, by its config.json alone, with what the lives of a run ask of its head."""
+    modules = [module, *(c.successor for c in reincarnations(callbacks))]
+    return replace(
+        ModelShape.of_config(load_config(module.model_name), module.lora),
+        whole_logits=not module.chunked_head,
+        entropy=any(life.loss.entropy_coefficient != 0 for life in modules),
+    )
+
+
 def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: int) -> PackChoice | None:
     """The packs' size and whether activations are recomputed, by the model's shape and what is free on the ranks' GPUs
     before anything is loaded; None on a CPU. The same on all ranks; collective.
@@ -40,12 +55,15 @@ def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: 
     """
     if device.type != "cuda":
         return None
-    config, trainer = load_config(module.model_name), module.trainer
-    shape = replace(ModelShape.of_config(config, module.lora), whole_logits=not module.chunked_head)
+    trainer = module.trainer
+    shape = shape_of(module, trainer.callbacks)  # type: ignore[attr-defined]
     engine.sleep()  # one that an earlier fit of this process has started
     free, total = torch.cuda.mem_get_info(device)
     free = int(ranks.all_reduce(torch.tensor(free), ReduceOp.MIN))
+    if engine.device_bytes(shape, total)[0]:  # else it has started already
+        engine.sizes(shape, load_config(module.model_name), total).check(longest)
     sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    own = shape.trained // (trainer.world_size if sharded else 1)
     budget = rank_budget(
         shape,
         free,
@@ -57,6 +75,7 @@ def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: 
         copies=copies(module, trainer.callbacks)[0],  # type: ignore[attr-defined]
         checkpointing=module.gradient_checkpointing,
         max_tokens=module.batching.max_tokens_per_microbatch,
+        watching=watching(trainer.callbacks, own),  # type: ignore[attr-defined]
     )
     log.info(
         "GPU memory, of %.1f GiB free: %.1f in a rollout, %.1f in a training step with packs of %d tokens%s.",

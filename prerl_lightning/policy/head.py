@@ -14,7 +14,7 @@ from torch import Tensor
 # of one block's logits in fp32: 512 MiB, 12 large products for 10,000 tokens and 152,000 words; on a CPU 8 MiB, which
 # stay in its cache (1.7 times faster for SmolLM2)
 BLOCK_ELEMENTS, CPU_BLOCK_ELEMENTS = 1 << 27, 1 << 21
-BLOCK_ROWS = 1 << 14  # of the weight, at most, on a GPU: few tokens would have a copy of all of it
+BLOCK_ROWS = 1 << 14  # of the weight, at most: few tokens would have a copy of all of it, and two of its gradient
 
 
 def head_log_probs(
@@ -137,6 +137,7 @@ class _HeadLogProbs(torch.autograd.Function):
             if by_weight is not None:
                 block = _product(low.T, hidden)
                 by_weight[start:end] = by_weight[start:end] + block if add else block
+                del block
             del logits, scaled, log_p, slopes, by_logits, low
         if by_weight is not None and ctx.into_grad != "no":
             weight.grad = by_weight
@@ -144,11 +145,18 @@ class _HeadLogProbs(torch.autograd.Function):
         return by_hidden.to(hidden.dtype), by_weight, by_bias, None, None, None, None, None
 
 
+def block_elements(on_cpu: bool) -> int:
+    return CPU_BLOCK_ELEMENTS if on_cpu else BLOCK_ELEMENTS
+
+
+def block_rows(tokens: int, on_cpu: bool) -> int:
+    """Of the weight, whose logits for so many tokens are made at once."""
+    return min(max(1024, block_elements(on_cpu) // max(1, tokens)), BLOCK_ROWS)
+
+
 def _blocks(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
     """(first token id, (T, block) fp32 logits of its own) over the vocabulary."""
-    on_cpu = hidden.device.type == "cpu"
-    size = max(1024, (CPU_BLOCK_ELEMENTS if on_cpu else BLOCK_ELEMENTS) // max(1, len(hidden)))
-    size = size if on_cpu else min(size, BLOCK_ROWS)
+    size = block_rows(len(hidden), hidden.device.type == "cpu")
     for start in range(0, len(weight), size):
         logits = _product(hidden, weight[start : start + size].to(hidden.dtype).T)
         logits = logits.to(_exact(logits))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from prerl_lightning.budget import ModelShape
-from prerl_lightning.errors import check_bounds
+from prerl_lightning.budget import GIB, ModelShape
+from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.types import Response
 
 OnGroup = Callable[[int, list[Response]], None]
@@ -86,6 +86,30 @@ class Place:
     )
 
 
+@dataclass(frozen=True)
+class EngineSizes:
+    """Bytes of an engine's weights, of its KV cache and of a token in it, and how many sequences are decoded at a time,
+    where that is known. All 0: an engine that does not say."""
+
+    weights: int = 0
+    kv_cache: int = 0
+    kv_token: int = 0
+    sequences: int | None = None
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.kv_cache // self.kv_token if self.kv_token else 0
+
+    def check(self, longest: int) -> None:
+        """Raises InputError where the KV cache has no room for a sequence of so many tokens."""
+        if self.kv_token and self.kv_tokens < longest:
+            raise InputError(
+                f"data.engine: beside its weights ({self.weights / GIB:.1f} GiB; no engine goes over several GPUs) its "
+                f"share has room for {self.kv_tokens:,} tokens, and the longest prompt and response have {longest:,}. "
+                "What helps: a larger data.engine.init_args.gpu_memory_utilization or kv_cache_mib; a smaller model."
+            )
+
+
 class Engine(ABC):
     """Samples from the policy's current weights. One engine a rank, in the training process.
 
@@ -150,6 +174,10 @@ class Engine(ABC):
     def device_bytes(self, shape: ModelShape, total: int) -> tuple[int, int]:
         """Of ``total`` bytes of a GPU, what it takes when awake and when asleep; before `start` too."""
         return 0, 0
+
+    def sizes(self, shape: ModelShape, config: PretrainedConfig, total: int | None) -> "EngineSizes":
+        """On a GPU of ``total`` bytes; None: on a CPU. Before `start`."""
+        return EngineSizes()
 
     def sleep(self) -> None:  # noqa: B027  (optional: an engine on the CPU has nothing to hand back)
         """Hand the accelerator's memory to the training step, until the next `update_weights`."""

@@ -28,7 +28,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from prerl_lightning.budget import ModelShape, kv_bytes_per_token
 from prerl_lightning.errors import InputError, check_bounds
-from prerl_lightning.rollout.engine import Engine, OnGroup, Place, Sampling
+from prerl_lightning.rollout.engine import Engine, EngineSizes, OnGroup, Place, Sampling
 from prerl_lightning.rollout.text import decode, think_tags
 from prerl_lightning.rollout.vllm_arguments import check_arguments
 from prerl_lightning.types import Response
@@ -103,13 +103,29 @@ class VLLMEngine(Engine):
         return int(longest)
 
     def device_bytes(self, shape: ModelShape, total: int) -> tuple[int, int]:
-        options = self.options
         if self._llm is not None and not self._asleep:  # it has taken it already
             return 0, 0
-        awake = int(options["gpu_memory_utilization"] * total)
-        if options["kv_cache_mib"] is not None:  # then vLLM does not look at the share
-            awake = shape.parameters * (4 if options["dtype"] == "float32" else 2) + (options["kv_cache_mib"] << 20)
-        return awake, 0 if options["sleep_between_rollouts"] else awake
+        awake = int(self.options["gpu_memory_utilization"] * total)
+        if self.options["kv_cache_mib"] is not None:  # then vLLM does not look at the share
+            awake = sum(self._on_gpu(shape, total))
+        return awake, 0 if self.options["sleep_between_rollouts"] else awake
+
+    def _on_gpu(self, shape: ModelShape, total: int) -> tuple[int, int]:
+        """Bytes of weights and KV cache."""
+        share, mib = int(self.options["gpu_memory_utilization"] * total), self.options["kv_cache_mib"]
+        weights = shape.parameters * (4 if self.options["dtype"] == "float32" else 2)
+        return weights, mib << 20 if mib is not None else max(0, share - weights)
+
+    def sizes(self, shape: ModelShape, config: PretrainedConfig, total: int | None) -> EngineSizes:
+        dtype: Dtype = self.options["dtype"]
+        dtype = ("float32" if total is None else "bfloat16") if dtype == "auto" else dtype
+        size: int = getattr(torch, dtype).itemsize
+        if total is not None:
+            weights, cache = self._on_gpu(shape, total)
+        else:  # packed copies: in place of the layers' weights, but beside those of the head
+            weights = size * (shape.parameters + shape.vocab * shape.hidden)
+            cache = self._kv_cache_bytes(config, shape, dtype, self.options["kv_cache_mib"])
+        return EngineSizes(weights, cache, kv_bytes_per_token(shape, size), self.options["max_num_seqs"])
 
     def check(self, model: str, config: PretrainedConfig) -> None:
         limit, asked = getattr(config, "max_position_embeddings", None), self.options["max_model_len"]
@@ -122,7 +138,8 @@ class VLLMEngine(Engine):
             )
         if (mib := self.options["kv_cache_mib"]) is not None:
             dtype: Dtype = self.options["dtype"]
-            self._kv_cache_bytes(model, "float32" if dtype == "auto" and not torch.cuda.is_available() else dtype, mib)
+            dtype = "float32" if dtype == "auto" and not torch.cuda.is_available() else dtype
+            self._kv_cache_bytes(config, ModelShape.of_config(config), dtype, mib)
 
     def start(self, model: str, seed: int, place: Place) -> None:
         if self._llm is not None and self._started == (model, seed, place):
@@ -179,7 +196,9 @@ class VLLMEngine(Engine):
         if options["enforce_eager"] is None:
             options["enforce_eager"] = on_cpu
         if kv_cache_mib is not None or on_cpu:
-            options["kv_cache_memory_bytes"] = self._kv_cache_bytes(model, options["dtype"], kv_cache_mib)
+            config = AutoConfig.from_pretrained(model).get_text_config()
+            shape = ModelShape.of_config(config)
+            options["kv_cache_memory_bytes"] = self._kv_cache_bytes(config, shape, options["dtype"], kv_cache_mib)
         if place.world_size > 1 or place.device.index:  # it alone can be told which GPU to take
             options["distributed_executor_backend"] = "external_launcher"
         options |= {"seed": seed, "logprobs_mode": "processed_logprobs", "disable_log_stats": True} | extra
@@ -202,10 +221,9 @@ class VLLMEngine(Engine):
         _skip_ranks()
         return llm
 
-    def _kv_cache_bytes(self, model: str, dtype: Dtype, mib: int | None) -> int:
+    def _kv_cache_bytes(self, config: PretrainedConfig, shape: ModelShape, dtype: Dtype, mib: int | None) -> int:
         """Room for at least one sequence of the greatest length. Raises InputError where ``mib`` is not enough."""
-        config = AutoConfig.from_pretrained(model).get_text_config()
-        one = kv_bytes_per_token(ModelShape.of_config(config), 4 if dtype == "float32" else 2)
+        one = kv_bytes_per_token(shape, 4 if dtype == "float32" else 2)
         length = self.max_model_len(config)
         least = (length + KV_BLOCK - 1) // KV_BLOCK * KV_BLOCK * one
         if mib is not None and mib << 20 < least:
