@@ -19,20 +19,8 @@ exclude_patterns = ["_build", "figures.py"]
 html_show_sphinx = html_show_copyright = False
 html_copy_source = False
 KINDS = (
-    *(
-        "objectives",
-        "terms",
-        "axes",
-        "adapters",
-        "keys",
-        "values",
-        "problems",
-        "engines",
-        "rewards",
-        "callbacks",
-        "strategies",
-    ),
-    *("trainer", "metrics"),
+    *("objectives", "terms", "axes", "adapters", "keys", "values", "problems", "engines", "rewards", "callbacks"),
+    *("strategies", "trainer", "metrics"),
 )
 FLAGS = "<!-- Lightning's flags -->"
 

@@ -14,11 +14,12 @@ from prerl_lightning.data.prompts import PromptFormat
 from prerl_lightning.objectives.entropy import TargetEntropy
 from prerl_lightning.objectives.term import Term
 from prerl_lightning.objectives.until import Until
+from prerl_lightning.policy.lora import Lora
 from prerl_lightning.rewards.pool import Verification
 from prerl_lightning.rollout.engine import HeldOutSampling, Sampling
 
 # they have no class_path in a configuration
-PLAIN = (PromptFormat, Verification, Sampling, HeldOutSampling, Term, TargetEntropy, Until)
+PLAIN = (PromptFormat, Verification, Sampling, HeldOutSampling, Term, TargetEntropy, Until, Lora)
 
 
 def described(value: Any) -> Any:

@@ -25,6 +25,7 @@ from prerl_lightning.policy.lora import Lora
 from prerl_lightning.policy.model import Policy, load_config, load_tokenizer
 from prerl_lightning.policy.reference import Reference
 from prerl_lightning.rollout.vllm_engine import VLLMEngine
+from prerl_lightning.settings import described
 
 SHAPES = ("llama-tied", "qwen3-untied")
 
@@ -294,6 +295,11 @@ def test_merges_and_successors(model_folder):
     other = PolicyReincarnation(1, GRPO(lora=Lora(rank=2)))
     with pytest.raises(InputError, match="leave its lora out"):
         fit(GRPO(model=model, lora=LORA), engine, callbacks=[other])
+
+
+def test_of_python_the_configuration_is_that_of_yaml():
+    found = described(GRPO(model="embedded", lora=Lora(targets=["q_proj"])))["init_args"]["lora"]
+    assert found == {"rank": 16, "alpha": 32.0, "targets": ["q_proj"], "dropout": 0.0, "base": "float32"}
 
 
 # ---------------------------------------------------------------------- memory
