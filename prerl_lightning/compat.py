@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.strategies.launchers import subprocess_script as fabric_subprocess_script
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, LitLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -142,3 +142,9 @@ def share_version(loggers: Sequence[Logger]) -> None:
     for other in writers[1:]:
         if other._version is None and (other.save_dir, other.name) == (writers[0].save_dir, writers[0].name):
             other._version = writers[0].version
+
+
+def accept_lit_logger() -> None:
+    """As a value of the Trainer's ``logger`` in a configuration: it is Fabric's Logger and not Lightning's, which alone
+    the command line takes."""
+    Logger.register(LitLogger)

@@ -199,6 +199,7 @@ def _near_name(path: str) -> str:
     found = {kind.__name__: kind.__name__ for base in bases for kind in _below(base)}
     found |= {kind.__name__: kind.__name__ for base in (L.Callback, Logger) for kind in _below(base)}
     found |= {name: f"{rewards.__name__}.{name}" for name in rewards.__all__}
+    found["LitLogger"] = "lightning.pytorch.loggers.LitLogger"  # no subclass: see compat.accept_lit_logger
     hint = nearest(_name(path), found)
     name = hint.removeprefix(" Did you mean ").removesuffix("?")
     return hint.replace(name, found[name]) if hint else ""

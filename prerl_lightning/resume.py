@@ -95,7 +95,7 @@ def chosen(
         if told is None:
             none = ckpt_path == "auto" and not any(runs.glob("**/last.ckpt"))
             told = "" if none else str(newest(runs))
-        ckpt_path = os.environ[RESUMED_FROM] = told
+        os.environ[RESUMED_FROM], ckpt_path = told, told or None
         log.info("Resuming from %s" if told else "A new run: there is no last.ckpt below %s", told or runs)
     elif ckpt_path and (name := registry_name(ckpt_path)) is not None:
         if told is None and not first_rank():

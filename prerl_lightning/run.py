@@ -21,7 +21,7 @@ from prerl_lightning import refusals, resume, shipped
 from prerl_lightning.callbacks.monitors import check_monitors
 from prerl_lightning.callbacks.reincarnation import PolicyReincarnation
 from prerl_lightning.callbacks.watcher import callbacks_of
-from prerl_lightning.compat import observe_ranks, share_version, whole_numbers_first
+from prerl_lightning.compat import accept_lit_logger, observe_ranks, share_version, whole_numbers_first
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, said_by_us
 from prerl_lightning.objectives import PolicyModule
@@ -43,7 +43,15 @@ from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
 
-UNNAMED = {"CSVLogger": "lightning_logs", "TensorBoardLogger": "lightning_logs", "WandbLogger": None}  # their defaults
+# of loggers: which argument names a run, and its default
+UNNAMED = {
+    "CSVLogger": ("name", "lightning_logs"),
+    "TensorBoardLogger": ("name", "lightning_logs"),
+    "WandbLogger": ("name", None),
+    "LitLogger": ("name", None),
+    "MLFlowLogger": ("run_name", None),
+    "SwanLabLogger": ("experiment_name", None),
+}
 
 
 class PrerlCLI(LightningCLI):
@@ -55,6 +63,7 @@ class PrerlCLI(LightningCLI):
     def run(cls, args: list[str]) -> "PrerlCLI":
         observe_ranks(watchdog.observe)
         whole_numbers_first()
+        accept_lit_logger()
         args = refusals.checked(args)
         cls.name = _run_name(refusals.config_files(args))
         return cls(
@@ -120,9 +129,15 @@ class PrerlCLI(LightningCLI):
             if package and not find_spec(package):
                 pip = package.replace("_", "-")
                 raise InputError(f"trainer.logger: {kind} needs the package {package}: pip install {pip}")
+            if kind == "LitLogger" and logger.init_args.save_logs:
+                raise InputError(
+                    "trainer.logger: LitLogger.save_logs: it would start the whole command once more within itself, to "
+                    "read what that prints. Write save_logs: false."
+                )
             # one that is given no name has the run's, whichever file it stands in
-            if kind in UNNAMED and logger.init_args.get("name", kind) == UNNAMED[kind]:
-                logger.init_args.name = self.name
+            argument, default = UNNAMED.get(kind, ("", None))
+            if argument and logger.init_args.get(argument, kind) == default:
+                logger.init_args[argument] = self.name
         check_trainer(trainer, trains=self.subcommand == "fit")
         if trainer.precision is None:
             model = getattr(self._get(self.config, "model"), "init_args", {}).get("model")

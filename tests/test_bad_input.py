@@ -349,7 +349,10 @@ CASES = [
     ("--trainer.callbacks=LearningRateMonitor", "trainer.callbacks: LearningRateMonitor: optim/lr is in each row"),
     ("--trainer.logger=CometLogger", "trainer.logger: CometLogger needs the package comet_ml: pip install comet-ml"),
     ("--trainer.logger=MLFlowLogger", "trainer.logger: MLFlowLogger needs the package mlflow: pip install mlflow"),
-    ("--trainer.logger=LitLogger", "trainer.logger: LitLogger is not what can be imported here"),
+    (
+        "--trainer.logger=LitLogger",
+        "trainer.logger: LitLogger is not what can be imported here.* lightning.pytorch.loggers.LitLogger",
+    ),
     ("--trainer.logger=NeptuneLogger", "trainer.logger: NeptuneLogger is not what can be imported here"),
     ("--trainer.num_nodes=0", "trainer.num_nodes: 0 must be"),
     ("--trainer.log_every_n_steps=-1", "trainer.log_every_n_steps: -1 must be"),

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ OVERLAYS = [
     CONFIGS / "time_limit.yaml",
     CONFIGS / "lora.yaml",
     *sorted((CONFIGS / "strategy").glob("*")),
-    *sorted((CONFIGS / "logger").glob("*")),
+    *(path for path in sorted((CONFIGS / "logger").glob("*")) if path.stem != "swanlab" or find_spec("swanlab")),
 ]
 
 
@@ -211,6 +212,12 @@ def test_loggers_without_a_name_have_the_run_s(parse, tmp_path, monkeypatch):
     for overlay in ("tensorboard", "wandb"):
         loggers = parse(*base, CONFIGS / "logger" / f"{overlay}.yaml").trainer.logger
         assert [logger.init_args.name for logger in loggers] == ["dsrl", "dsrl"]
+    assert parse(*base, CONFIGS / "logger" / "litlogger.yaml").trainer.logger[1].init_args.name == "dsrl"
+    assert parse(*base, CONFIGS / "logger" / "mlflow.yaml").trainer.logger[1].init_args.run_name == "dsrl"
+    lit = ("fit", "--config", CONFIGS / "dsrl.yaml", "--trainer.logger=lightning.pytorch.loggers.LitLogger")
+    with pytest.raises(InputError, match=r"LitLogger.save_logs: it would start the whole command once more"):
+        parse(*lit)
+    assert parse(*lit, "--trainer.logger.save_logs=false").trainer.logger.init_args.name == "dsrl"
     own = tmp_path / "own.yaml"
     own.write_text("trainer: {logger: {class_path: CSVLogger, init_args: {save_dir: runs, name: mine}}}")
     assert parse(*base, own).trainer.logger.init_args.name == "mine"

@@ -12,7 +12,7 @@ from lightning.fabric.strategies.launchers import subprocess_script as fabric_su
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, LitLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies.launchers import subprocess_script
@@ -20,6 +20,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from trainers import quiet_trainer
 
 from prerl_lightning.compat import (
+    accept_lit_logger,
     note_stops,
     observe_ranks,
     requeue_path,
@@ -171,3 +172,10 @@ def test_loggers_of_one_folder_share_its_number(tmp_path):
     assert folders(share=True) == [0, 0, 7]
     assert folders(share=False) == [1, 2, 7]  # or `share_version` is not needed any more
     share_version([])
+
+
+def test_lit_logger_is_still_no_logger_to_the_command_line():
+    """tests/test_cli.py parses it, and what it says of the registry's names tests/test_hub.py has."""
+    assert Logger not in LitLogger.__mro__
+    accept_lit_logger()
+    assert issubclass(LitLogger, Logger)

@@ -123,7 +123,8 @@ def options():
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=identified(COMMANDS))
 def test_commands(page, line, here, options, fit, capsys):
     words = shlex.split(line, comments=True)
-    words = words[1:] if words[0] == "srun" else words
+    words = words[1:] if words[0] in ("srun", "nohup") else words
+    words = words[: words.index(">")] if ">" in words else words
     if words[0] == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
         assert all("=" in word or word in targets for word in words[1:])
@@ -145,10 +146,10 @@ def test_commands(page, line, here, options, fit, capsys):
             known = options(command, capsys)
             own = [a.partition("=")[0] for a in args if a.startswith("-") and not re.match(r"-\d", a)]
             for option in own:
-                is_fit_s = command in ("evaluate", "doctor") and option.removeprefix("--").split(".")[0] in KEYS
+                is_fit_s = command in ("evaluate", "doctor", "job") and option.removeprefix("--").split(".")[0] in KEYS
                 assert option in known or is_fit_s or option == "--config", (line, option)
     else:
-        assert words[0] in ("uv", "pip", "python3.11", "srun", "#!/bin/bash"), line
+        assert words[0] in ("uv", "pip", "python3.11", "srun", "sbatch", "#!/bin/bash"), line
 
 
 YAMLS = [(page.relative_to(ROOT).as_posix(), text) for page, _, text in fenced("yaml")]

@@ -18,7 +18,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from prerl_lightning import checkpoints
+from prerl_lightning import checkpoints, hub
 from prerl_lightning.budget import GIB, ModelShape
 from prerl_lightning.callbacks.monitors import check_monitor
 from prerl_lightning.callbacks.requeue import requeue
@@ -29,6 +29,8 @@ from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.objectives.memory import copies
 from prerl_lightning.policy import files
 from prerl_lightning.policy.model import Policy, load_config, load_tokenizer, model_path
+from prerl_lightning.report.card import card
+from prerl_lightning.report.reading import read_begun
 from prerl_lightning.signals import Interrupted
 from prerl_lightning.strategies import FSDP2Strategy
 from prerl_lightning.watchdog import watchdog
@@ -321,13 +323,16 @@ def kept_best(checkpoint: dict[str, Any], monitor: str | None, mode: str, path: 
 
 
 class ExportModel(L.Callback):
-    """Writes the policy as a Hugging Face folder, ``model`` (weights, config, tokenizer), when training ends; with LoRA
-    its adapters folded in, and alone in ``adapter``, as peft has them.
+    """Writes the policy as a Hugging Face folder, ``model`` (weights, config, tokenizer), when training ends, and into it
+    a card, README.md: objectives, data, held-out measures with their intervals. With LoRA its adapters are folded in,
+    and lie alone in ``adapter``, as peft has them.
 
     Args:
         enabled: False: do not.
         dtype: of the weights in the file.
-        interrupted: also where a signal ends it (Ctrl-C, SIGTERM), which may not leave the time for it.
+        interrupted: also where a signal ends it (Ctrl-C, SIGTERM), which may not leave the time for it; without a card.
+        push_to_hub: NAME or OWNER/NAME of a repository on the Hugging Face hub, made at the start, private, unless it
+            is there; at the end of training, not behind a signal, the folder goes there.
     """
 
     def __init__(
@@ -335,8 +340,17 @@ class ExportModel(L.Callback):
         enabled: bool = True,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         interrupted: bool = False,
+        push_to_hub: str | None = None,
     ) -> None:
-        self.enabled, self.dtype, self.interrupted = enabled, dtype, interrupted
+        self.enabled, self.dtype, self.interrupted, self.push_to_hub = enabled, dtype, interrupted, push_to_hub
+        if push_to_hub is not None and not enabled:
+            raise InputError("export.push_to_hub: nothing is exported with export.enabled: false. Leave one out.")
+        self._written: Path | None = None  # on the first rank
+
+    def check_run(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:
+        """Raises InputError where the model could not be pushed."""
+        if self.push_to_hub is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            hub.make_repository(self.push_to_hub, "export.push_to_hub")
 
     def on_exception(self, trainer: L.Trainer, pl_module: PolicyModule, exception: BaseException) -> None:  # type: ignore[override]
         if self.interrupted and isinstance(exception, Interrupted):
@@ -350,6 +364,16 @@ class ExportModel(L.Callback):
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "model"
         export(pl_module, folder, getattr(torch, self.dtype), write=trainer.is_global_zero)
+        self._written = folder if trainer.is_global_zero else None
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Behind the last validation, and when run.json says how the run ended."""
+        folder, self._written = self._written, None
+        if folder is not None:
+            (folder / "README.md").write_text(card(read_begun(folder.parent)), encoding="utf-8")
+            if self.push_to_hub is not None:
+                watchdog.close()  # to which an upload is a standstill
+                hub.push(folder, self.push_to_hub)
 
 
 def export(module: PolicyModule, folder: Path, dtype: torch.dtype, write: bool = True) -> None:
