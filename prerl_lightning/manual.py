@@ -207,13 +207,13 @@ def _about(topic: str) -> Iterator[str]:
         return (line for of_group in glossary().items() for line in _group(*of_group))
     if (found := column(topic)) is not None:
         return _column(found)
-    if matches := list(_arguments_named(topic)):
-        return (line for where, argument in matches for line in ("", f"{where}:", *_argument(argument, "  ")))
     for called, (name, path, kind) in _classes().items():
         if _folded(called) == _folded(topic):
             return _entry(entry(path), name, kind)
     if files := [name for name in shipped.names() if _folded(topic) in (_folded(name), _folded(_last(name, "/")))]:
         return (line for name in files for line in _configuration(name))
+    if matches := list(_arguments_named(topic)):
+        return (line for where, argument in matches for line in ("", f"{where}:", *_argument(argument, "  ")))
     if "." in topic and read(topic) is not None:
         return _entry(entry(topic), topic, "objectives" if _is_objective(topic) else "")
     names = [*_classes(), *KEYS, *options(), *VALUES, "metrics", *(name for of in _commands() for name in of)]
