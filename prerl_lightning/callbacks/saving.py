@@ -323,9 +323,9 @@ def kept_best(checkpoint: dict[str, Any], monitor: str | None, mode: str, path: 
 
 
 class ExportModel(L.Callback):
-    """Writes the policy as a Hugging Face folder, ``model`` (weights, config, tokenizer), when training ends, and into it
-    a card, README.md: objectives, data, held-out measures with their intervals. With LoRA its adapters are folded in,
-    and lie alone in ``adapter``, as peft has them.
+    """Writes the policy as a Hugging Face folder, ``model`` (weights, config, tokenizer), when training ends, and into
+    it a card, README.md: objectives, data, held-out measures with their intervals. With LoRA its adapters are folded
+    in, and lie alone in ``adapter``, as peft has them.
 
     Args:
         enabled: False: do not.
