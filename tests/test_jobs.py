@@ -169,13 +169,13 @@ def recorded(tmp_path, monkeypatch):
     return prerl, read
 
 
-def test_a_dry_run(here, recorded, monkeypatch, capsys):
+def test_a_dry_run(here, recorded, monkeypatch, capfd):
     prerl, read = recorded
     monkeypatch.setattr(sys, "executable", str(prerl.parent / "python"))
     monkeypatch.setenv("WANDB_API_KEY", "very-secret")
     given = ["--machine=H100", "--studio=s", "--name=try", *GIVEN, "--env=WANDB_API_KEY", "--dry_run"]
     command.job(given)
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     assert "WANDB_API_KEY (of this shell)" in out
     assert "very-secret" not in out
     assert asked("--studio=s", *GIVEN)[1]["command"] in out
@@ -251,6 +251,7 @@ def test_an_interrupted_script_goes_on_where_it_was(here, recorded, tmp_path, mo
 def sent(monkeypatch):
     """lightning-sdk with its client, by which alone it reaches the network, replaced: the bodies that it was given."""
     pytest.importorskip("lightning_sdk", reason="pip install lightning-sdk")
+    import lightning_sdk
     import lightning_sdk.job
     from lightning_sdk.api import cloud_account_api, job_api, logs_api, mmt_api
     from lightning_sdk.lightning_cloud.openapi import V1Job, V1MultiMachineJob
@@ -262,29 +263,33 @@ def sent(monkeypatch):
             bodies.append(body)
             return V1Job(name=body.name, spec=body.spec, id="1")
 
+        def cloud_space_service_get_cloud_space(self, **_):
+            return SimpleNamespace(name="s")
+
         def jobs_service_create_multi_machine_job(self, project_id, body):
             bodies.append(body)
             return V1MultiMachineJob(name=body.name, spec=body.spec, id="1", machines=body.machines)
 
-    for module in (cloud_account_api, job_api, logs_api, mmt_api):
+    for module in (cloud_account_api, job_api, mmt_api):
         monkeypatch.setattr(module, "cached_lightning_client", lambda *args, **kwargs: Client())
+    monkeypatch.setattr(logs_api, "LightningClient", lambda *args, **kwargs: Client())
     teamspace = SimpleNamespace(id="7", name="space", owner=SimpleNamespace(name="me"), default_cloud_account="cloud")
-    studio = SimpleNamespace(teamspace=teamspace, cloud_account="cloud", _studio=SimpleNamespace(id="studio-1"))
+    studio = {"_teamspace": teamspace, "_studio": SimpleNamespace(id="studio-1", name="s", cluster_id="cloud")}
     monkeypatch.setattr(lightning_sdk.job, "_resolve_teamspace", lambda **_: teamspace)
     monkeypatch.setattr(lightning_sdk.job, "_resolve_default_cloud_account", lambda _: None)
     monkeypatch.setattr(lightning_sdk.job, "raise_access_error_if_not_allowed", lambda *_: None)
-    kind = type("Studio", (), {"__new__": lambda cls, **_: studio})
-    monkeypatch.setattr("lightning_sdk.studio.Studio", kind)
+    monkeypatch.setattr(lightning_sdk, "Teamspace", lambda name: teamspace)
+    monkeypatch.setattr(lightning_sdk.Studio, "__init__", lambda self, **_: self.__dict__.update(studio))
     return bodies
 
 
-def test_what_lightning_sdk_sends(here, sent, recorded, monkeypatch, capsys):
+def test_what_lightning_sdk_sends(here, sent, recorded, monkeypatch, capfd):
     prerl, _ = recorded
     monkeypatch.setattr(sys, "executable", str(prerl.parent / "python"))
     monkeypatch.setenv("WANDB_API_KEY", "very-secret")
     given = ["--machine=H100_X_8", "--name=try", *GIVEN, "--env=WANDB_API_KEY", "--interruptible"]
     command.job([*given, "--studio=s", "--teamspace=me/space"])
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     spec = sent[0].spec
     assert (spec.cloudspace_id, spec.instance_name, spec.spot, spec.max_run_attempts) == (
         *("studio-1", "lit-h100-8", True, command.ATTEMPTS),

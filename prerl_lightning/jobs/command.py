@@ -180,15 +180,17 @@ def _machine(name: str, needed: bool) -> Any:
 
 def send(arguments: Mapping[str, Any]) -> Any:
     """To lightning-sdk, whose Job is given back. Raises InputError for what it or the platform refuses."""
-    from lightning_sdk import Job
+    from lightning_sdk import Job, Teamspace
 
     try:
-        return Job.run(**arguments)
+        # as text OWNER/NAME would be no Studio's: Job.run compares it with the name alone
+        teamspace = arguments["teamspace"] and Teamspace(arguments["teamspace"])
+        return Job.run(**{**arguments, "teamspace": teamspace})
     except Exception as error:  # of its own, of its client, of HTTP
-        said = in_one_line(error)
-        for value in arguments["env"].values():
-            said = said.replace(value, HIDDEN) if value else said
-        raise InputError(f"prerl job: not sent: {said} If it does not know you: lightning-sdk login") from None
+        said = in_one_line(error, most=10_000)
+        for value in filter(None, arguments["env"].values()):
+            said = said.replace(value, HIDDEN)
+        raise InputError(f"prerl job: not sent: {said[:300]} If it does not know you: lightning-sdk login") from None
 
 
 def _listed(arguments: Mapping[str, Any]) -> Iterator[str]:
