@@ -3,8 +3,7 @@
     python benchmarks/ppo.py                       # seeds 0 to 4, about five minutes each on two cores
     python benchmarks/ppo.py --seeds 0 1
 
-Results go to benchmarks/results/ppo.json, each seed replacing its earlier one; what stands behind -- goes to
-`prerl fit`.
+Results go to benchmarks/results/ppo.json, a seed replacing its earlier run. What stands behind -- goes to `prerl fit`.
 """
 
 import argparse
