@@ -144,7 +144,8 @@ def lines(found: "Plan") -> list[str]:
         *table(memory.phases),
         "",
         f"It {yes}: {_bytes(memory.peak)} a rank, {_bytes(found.free)} {found.free_where}.",
-        f"Packs of {memory.pack.tokens:,} tokens{recomputed}; the KV cache holds {setup.engine.kv_tokens:,} tokens, "
+        f"Packs of {memory.pack.tokens:,} tokens{recomputed}.",
+        f"The KV cache holds {setup.engine.kv_tokens:,} tokens, "
         f"{setup.engine.kv_tokens / setup.longest:.1f} of the longest ({setup.longest:,}).",
     ]
     text += [f"Host memory: {_bytes(size)} a node {_HOST[key]}." for key, size in found.host.items() if size]
