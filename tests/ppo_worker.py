@@ -27,7 +27,7 @@ def run(model, body, folder, steps=END, ckpt_path=None, callbacks=None, **option
     callbacks = lives(body) if callbacks is None else callbacks
     options = {"enable_checkpointing": True, "callbacks": [*callbacks, saver], **options}
     fit(host, steps, ckpt_path, **options)
-    whole = torch.cat([w.flatten() for _, w in host.live_policy.named_weights()]).double()
+    whole = torch.cat([w.flatten() for _, w in sorted(host.live_policy.named_weights())]).double()
     value = host.acting.life_state()["value"]["weights"]  # None but on the first rank
     return whole, torch.cat([torch.zeros(1) if w is None else w.flatten() for w in value.values()]).double()
 
