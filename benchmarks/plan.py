@@ -24,6 +24,7 @@ RESULTS = Path(__file__).parent / "results" / "plan.json"
 QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
 QWEN |= {"vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 32768}
 WAYS = {"single": (1, "auto"), "ddp": (2, "ddp"), "fsdp2": (2, "fsdp2")}
+COIN = "def toss(prompt, response, ground_truth, extra):\n    return float(len(response) % 2)\n"  # some have a gradient
 LAYERS = {"single": 8, "ddp": 2, "fsdp2": 4}  # of qwen
 
 
@@ -66,7 +67,8 @@ def configuration(model: str, way: str, folder: Path, given: str, weights: bool)
     if model != "embedded":
         options = {"model": given, "lr": 1e-6, "max_tokens_per_microbatch": 256}
         data["train"] = {"class_path": "TwoDigitSums", "init_args": {"split": "train", "size": 64}}
-        data |= {"reward": "prerl_lightning.rewards.format_reward", "prompts_per_step": 4}
+        (folder / "coin.py").write_text(COIN)
+        data |= {"reward": "coin.toss", "prompts_per_step": 4}
         data["sampling"] = {"group_size": 4, "max_new_tokens": 48}
         data["engine"]["init_args"] = {"max_model_len": 256, "kv_cache_mib": 64}
         more = {"alignment": {"every_n_steps": 0}, "export": {"enabled": False}} if way != "single" else {}
@@ -127,10 +129,11 @@ def main() -> None:
             args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _prerl(*args: str) -> str:
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+def _prerl(folder: Path, *args: str) -> str:
+    paths = os.pathsep.join([str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "prerl_lightning.cli", *args]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True)
+    env = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.stdout)
     return done.stdout
@@ -138,13 +141,13 @@ def _prerl(*args: str) -> str:
 
 def measured(file: Path) -> list[dict[str, float]]:
     """GiB by phase, of each rank."""
-    _prerl("fit", "--config", str(file))
+    _prerl(file.parent, "fit", "--config", str(file))
     found = [json.loads(rank.read_text()) for rank in sorted(file.parent.glob("rank_*.json"))]
     return [{phase: round(size / 2**30, 3) for phase, size in peaks.items()} for peaks in found]
 
 
 def planned(file: Path, peaks: list[dict[str, float]]) -> dict[str, Any]:
-    plan = json.loads(_prerl("plan", "--json", "--config", str(file)))
+    plan = json.loads(_prerl(file.parent, "plan", "--json", "--config", str(file)))
     peak = max(max(of_rank.values()) for of_rank in peaks)
     phases = {phase: round(sum(parts.values()) / 2**30, 3) for phase, parts in plan["memory_bytes"].items()}
     program = max(parts["program"] for parts in plan["memory_bytes"].values()) / 2**30

@@ -60,13 +60,16 @@ def row(name: str, gpus: int, folder: Path) -> str:
     model = {"class_path": "GRPO", "init_args": {"model": str(folder / name)}}
     file.write_text(yaml.safe_dump(RUN | {"model": model, "trainer": {"strategy": "fsdp2" if gpus > 1 else "auto"}}))
     found = planned(Asked.of_files([str(file)], on_gpu=True), "H100", gpus)
-    gib = {phase: f"{sum(parts.values()) / 2**30:.0f} GiB" for phase, parts in found.memory.phases.items()}
+    gib = {phase: f"{sum(parts.values()) / 2**30:,.0f} GiB" for phase, parts in found.memory.phases.items()}
     how = ", recomputed" if found.memory.pack.checkpointing else ""
-    fits = "yes" if found.fits else "no" + (f"; {found.lower[-1][0]}" if found.lower and found.lower[-1][2] else "")
+    fits = "yes" if found.fits else "no: the engine's weights are larger than a GPU"
+    if found.lower and found.lower[-1][2]:
+        fits = "with " + ", ".join(words.rpartition("init_args.")[2] for words, *_ in found.lower)
     assert found.seconds is not None
+    took = f"{found.seconds.step / 60:.1f} min" if found.fits else "-"
     return (
-        f"| {name} | {gpus} | {gib['rollout']} | {gib['training']} | {found.memory.pack.tokens:,}{how} | "
-        f"{found.seconds.step / 60:.1f} min | {found.host['loading'] / 2**30:,.0f} GiB | {fits} |"
+        f"| {name} | {gpus} | {gib['rollout']} | {gib['training']} | {found.memory.pack.tokens:,}{how} | {took} | "
+        f"{found.host['loading'] / 2**30:,.0f} GiB | {fits} |"
     )
 
 
