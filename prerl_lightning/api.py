@@ -247,7 +247,7 @@ def fit(
         max_steps: optimizer steps; -1: until something else ends it, such as ``max_time``.
         name: of the run: runs/NAME/version_N; default: the lives' objectives.
         seed: ``seed_everything``.
-        ckpt_path: to resume from: a path, ``last`` or ``best`` of the runs of this name.
+        ckpt_path: to resume from: a path; of the runs of this name ``last``, ``auto`` (that, or none) or ``best``.
         allow_changes: resume also where a step or the order of the data is another than in the checkpoint's run.
         callbacks: in place of ours of their kind, or added; see `run_callbacks`.
         trainer: further arguments of Lightning's Trainer.

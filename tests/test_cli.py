@@ -212,13 +212,14 @@ def test_loggers_without_a_name_have_the_run_s(parse, tmp_path, monkeypatch):
     for overlay in ("tensorboard", "wandb"):
         loggers = parse(*base, CONFIGS / "logger" / f"{overlay}.yaml").trainer.logger
         assert [logger.init_args.name for logger in loggers] == ["dsrl", "dsrl"]
-    assert parse(*base, CONFIGS / "logger" / "litlogger.yaml").trainer.logger[1].init_args.name == "dsrl"
-    assert parse(*base, CONFIGS / "logger" / "mlflow.yaml").trainer.logger[1].init_args.run_name == "dsrl"
-    lit = ("fit", "--config", CONFIGS / "dsrl.yaml", "--trainer.logger=lightning.pytorch.loggers.LitLogger")
-    with pytest.raises(InputError, match=r"LitLogger.save_logs: it would start the whole command once more"):
-        parse(*lit)
-    assert parse(*lit, "--trainer.logger.save_logs=false").trainer.logger.init_args.name == "dsrl"
     own = tmp_path / "own.yaml"
+    lit = "{class_path: lightning.pytorch.loggers.LitLogger, init_args: {save_logs: SAVE}}"
+    own.write_text(f"trainer: {{logger: [MLFlowLogger, {lit.replace('SAVE', 'false')}]}}")
+    mlflow, litlogger = parse(*base, own).trainer.logger
+    assert (mlflow.init_args.run_name, litlogger.init_args.name) == ("dsrl", "dsrl")
+    own.write_text(f"trainer: {{logger: {lit.replace('SAVE', 'true')}}}")
+    with pytest.raises(InputError, match=r"LitLogger.save_logs: it would start the whole command once more"):
+        parse(*base, own)
     own.write_text("trainer: {logger: {class_path: CSVLogger, init_args: {save_dir: runs, name: mine}}}")
     assert parse(*base, own).trainer.logger.init_args.name == "mine"
 
