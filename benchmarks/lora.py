@@ -3,7 +3,8 @@
     python benchmarks/lora.py configs/smollm2_add.yaml --lr 2e-4 --name smollm2 -- --trainer.max_steps 20
 
 Of each run: held-out accuracy by step, the largest resident memory of its process (engine included), bytes of
-last.ckpt and of what is exported, and seconds a step. Adds them to the results' file under the name.
+last.ckpt and of what is exported, and seconds a step. Adds them to the results' file under the name. What stands
+behind -- are further options of prerl fit, for both.
 """
 
 import argparse
@@ -53,8 +54,9 @@ def main() -> None:
     parser.add_argument("--name", required=True)
     parser.add_argument("--lr", help="with LoRA; default: that of configs/lora.yaml")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "lora.json")
-    parser.add_argument("more", nargs="*", help="behind --: further options of prerl fit, for both")
-    given = parser.parse_args()
+    own = sys.argv[1:]
+    cut = own.index("--") if "--" in own else len(own)
+    given, more = parser.parse_args(own[:cut]), own[cut + 1 :]
     full = [f"--config={given.config}"]
     lora = [
         *full,
@@ -64,7 +66,7 @@ def main() -> None:
     found = {"arguments": sys.argv[1:], "machine": describe()}
     for name, args in (("full", full), ("lora", lora)):
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = one([*args, *given.more], Path(folder))
+            found[name] = one([*args, *more], Path(folder))
         print(name, json.dumps(found[name]), flush=True)
     results = json.loads(given.out.read_text()) if given.out.is_file() else {}
     given.out.write_text(json.dumps(results | {given.name: found}, indent=1) + "\n")
