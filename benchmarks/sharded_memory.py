@@ -34,6 +34,7 @@ def run(way: str, rank: int, folder: Path) -> None:
     import lightning as L
     import torch
     import torch.distributed as dist
+    from lightning.fabric.plugins.environments import LightningEnvironment
     from torch.distributed.device_mesh import init_device_mesh
 
     from prerl_lightning.checkpoints import WholeFileIO
@@ -42,7 +43,10 @@ def run(way: str, rank: int, folder: Path) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store_{way}", rank=rank, world_size=2)
-    strategy = FSDP2Strategy()
+    strategy, environment = FSDP2Strategy(), LightningEnvironment()
+    environment.set_global_rank(rank)
+    environment.set_world_size(2)
+    strategy.cluster_environment = environment
     strategy.parallel_devices = [torch.device("cpu")] * 2
     strategy._device_mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
     strategy.sharded_checkpoints, strategy.checkpoint_io = way == "shards", WholeFileIO()
@@ -64,10 +68,10 @@ def run(way: str, rank: int, folder: Path) -> None:
     strategy.model.policy = policy
     checkpoint = {"state_dict": strategy.lightning_module_state_dict()}
     checkpoint["optimizer_states"] = [strategy.optimizer_state(optimizer)]
-    if way == "shards" or rank == 0:
-        strategy.save_checkpoint(checkpoint, folder / f"{way}.ckpt") if way == "shards" else (
-            strategy.checkpoint_io.save_checkpoint(checkpoint, folder / f"{way}.ckpt")
-        )
+    if way == "shards":
+        strategy.save_checkpoint(checkpoint, folder / "shards.ckpt")
+    elif rank == 0:
+        strategy.checkpoint_io.save_checkpoint(checkpoint, folder / "whole.ckpt")
     found["save"] = peak()
     dist.barrier()
     print(json.dumps(found))
