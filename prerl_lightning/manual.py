@@ -216,8 +216,8 @@ def _about(topic: str) -> Iterator[str]:
         return (line for where, argument in matches for line in ("", f"{where}:", *_argument(argument, "  ")))
     if "." in topic and read(topic) is not None:
         return _entry(entry(topic), topic, "objectives" if _is_objective(topic) else "")
-    names = [*_classes(), *KEYS, *options(), *VALUES, "metrics", *(name for of in _commands() for name in of)]
-    near = nearest(topic, [*names, *(_last(name, "/") for name in shipped.names())])
+    names = [*(_last(name, "/") for name in shipped.names()), *(name for of in _commands() for name in of)]
+    near = nearest(topic, [*names, *options(), *KEYS, *VALUES, "metrics", *_classes()])  # GRPO rather than grpo.yaml
     if "." in topic:
         raise InputError(f"{topic}: no class or function of this path is found from here.{near} Give MODULE.NAME.")
     raise InputError(f"{topic}: no such topic.{near} prerl help lists them.")

@@ -153,7 +153,7 @@ def test_what_cannot_be_is_refused(call, pattern, tmp_path, monkeypatch, quietly
             (tmp_path / "without_weights" / file.name).symlink_to(file)
     with pytest.raises(InputError, match=pattern):
         call()
-    assert not list(tmp_path.rglob("runs"))
+    assert not list(tmp_path.rglob("version_*"))
 
 
 def test_loading_shows_no_bar(capsys):
