@@ -348,7 +348,7 @@ FAULTS = [
     ),
     Fault(
         "the-host-s-luck-changed",
-        "rollout/vllm_engine.py",
+        "rollout/host.py",
         "        torch.set_rng_state(states[0])\n",
         "",
         "test_engine.py -k how_responses_end and llama-tied",
@@ -525,7 +525,20 @@ FAULTS = [
         "    return tensor",
         "test_gpu_path.py -k collectives_of_two_ranks or without_a_cpu_backend",
     ),
-    Fault("sharded-in-fp32", "strategies.py", 'if precision == "bf16-mixed":', "if False:", "test_sharded.py"),
+    Fault(
+        "sharded-in-fp32",
+        "strategies.py",
+        'if (precision or self.precision_plugin.precision) == "bf16-mixed":',
+        "if False:",
+        "test_sharded.py",
+    ),
+    Fault(
+        "threads-of-the-moment",
+        "rollout/host.py",
+        "    if threads != _threads():\n        set_num_threads(_threads())\n",
+        "",
+        "test_engine.py -k whatever_the_number",
+    ),
     Fault(
         "gradients-reduced-in-bf16",
         "strategies.py",
@@ -876,9 +889,9 @@ FAULTS = [
     # ------------------------------------------------------------------ checkpoints
     Fault(
         "written-in-its-place",
-        "callbacks/saving.py",
-        'new = path.with_name(f"{path.name}.new")',
-        "new = path",
+        "checkpoints.py",
+        'path, self.problem = Path(path), ""\n        new = _beside(path, "new")',
+        'path, self.problem = Path(path), ""\n        new = path',
         "test_saving.py::test_a_full_disk_leaves_the_good_checkpoint",
     ),
     Fault(

@@ -28,7 +28,8 @@ from prerl_lightning.policy.attention import Segment, VarlenPlan, plan_attention
 from prerl_lightning.policy.model import Policy, load_config, model_path
 from prerl_lightning.policy.packing import families, micro_batches
 from prerl_lightning.rollout.engine import Place, Sampling
-from prerl_lightning.rollout.vllm_engine import VLLMEngine, _ranks_in_environment
+from prerl_lightning.rollout.host import ranks_in_environment
+from prerl_lightning.rollout.vllm_engine import VLLMEngine
 from prerl_lightning.strategies import FSDP2Strategy
 from prerl_lightning.types import Sequences
 
@@ -261,7 +262,7 @@ def test_slurm_s_local_rank_reaches_the_engine(monkeypatch):
     finally:
         data.teardown("fit")
     assert places[0].device == torch.device("cuda", 3)
-    with _ranks_in_environment(places[0]):
+    with ranks_in_environment(places[0]):
         assert os.environ["LOCAL_RANK"] == "3"
 
 

