@@ -87,9 +87,9 @@ class WholeFileIO(TorchCheckpointIO):
             if self.raises:
                 raise said from error
 
-    def load_checkpoint(self, path: Any, *args: Any, weights_only: bool | None = None, **how: Any) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         if not os.path.isdir(path):
-            return super().load_checkpoint(path, *args, weights_only=weights_only, **how)
+            return super().load_checkpoint(path, map_location, weights_only)
         return read(Path(path), load(path, weights_only is not False))
 
 
