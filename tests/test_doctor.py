@@ -495,7 +495,11 @@ def test_the_budget_of_gpus(budget_of, memories, huge, tmp_path):
     assert found.figures["training"]["reserve"] == RESERVED / GIB
     assert found.figures["rollout"]["engine"] == 40.0
 
-    found = budget_of("trainer: {accelerator: gpu, devices: 2, precision: bf16-mixed}", huge)
+    share = "engine: {class_path: VLLMEngine, init_args: {max_model_len: 144, gpu_memory_utilization: 0.9}}"
+    trainer = "trainer: {accelerator: gpu, devices: 2, precision: bf16-mixed}"
+    found = budget_of(trainer, huge)
+    assert found.seen.startswith("data.engine: beside its weights (61.0 GiB")
+    found = budget_of(f"{trainer}\ndata: {{{share}}}", huge)
     assert found.status == "FAIL"
     assert found.seen.startswith("GPU memory: training, packs aside, needs")
     assert "--trainer.strategy fsdp2 with more GPUs" in found.mend

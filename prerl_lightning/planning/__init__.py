@@ -32,7 +32,7 @@ LABELS = {
     "weights": "weights, fp32",
     "gradients": "gradients",
     "moments": "Adam's moments",
-    "copies": "reference, values",
+    "reference": "KL reference",
     "buckets": "DDP's buckets",
     "gathered": "gathered by FSDP2",
     "activations": "activations of a pack",
@@ -145,8 +145,8 @@ def lines(found: "Plan") -> list[str]:
         "",
         f"It {yes}: {_bytes(memory.peak)} a rank, {_bytes(found.free)} {found.free_where}.",
         f"Packs of {memory.pack.tokens:,} tokens{recomputed}.",
-        f"The KV cache holds {setup.engine.kv_tokens:,} tokens, "
-        f"{setup.engine.kv_tokens / setup.longest:.1f} of the longest ({setup.longest:,}).",
+        f"The KV cache holds {setup.engine.kv_tokens:,} tokens, {setup.engine.kv_tokens / setup.longest:.1f} of the "
+        f"longest responses with their prompts ({setup.longest:,}).",
     ]
     text += [f"Host memory: {_bytes(size)} a node {_HOST[key]}." for key, size in found.host.items() if size]
     text.append(f"A checkpoint takes {_bytes(found.checkpoint)} of disk.")
