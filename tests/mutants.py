@@ -234,7 +234,7 @@ FAULTS = [
     Fault(
         "reference-forgotten-by-a-resume",
         "callbacks/reincarnation.py",
-        '            self.successor.restore_life(lives)\n',
+        "            self.successor.restore_life(lives)\n",
         "",
         "test_plain_runs.py::test_a_resume_goes_on_in_its_life_with_its_reference",
     ),
