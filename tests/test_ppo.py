@@ -272,7 +272,7 @@ def test_as_the_only_life(model_folder, tmp_path):
 def test_a_value_model_is_gone_behind_its_life_and_waits_in_front(model_folder, make_rollout):
     module = attached(PPO, model_folder("llama-tied"), value_body="policy", value_lr=1e-2)
     assert module.life_state()["value"] is None
-    module.make_update(make_rollout(2, 2)).learn(torch.ones(4, dtype=torch.bool))
+    module.make_update(make_rollout(2, 2, rewards=[1, 0, 1, 1])).learn(torch.ones(4, dtype=torch.bool))
     state = module.life_state()
     module.let_go()
     assert module.life_state()["value"] is None
