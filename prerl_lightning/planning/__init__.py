@@ -32,7 +32,7 @@ LABELS = {
     "weights": "weights, fp32",
     "gradients": "gradients",
     "moments": "Adam's moments",
-    "reference": "KL reference",
+    "copies": "reference, values",
     "buckets": "DDP's buckets",
     "gathered": "gathered by FSDP2",
     "activations": "activations of a pack",
