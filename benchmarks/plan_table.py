@@ -64,7 +64,7 @@ def row(name: str, gpus: int, folder: Path) -> str:
     how = ", recomputed" if found.memory.pack.checkpointing else ""
     fits = "yes" if found.fits else "no: the engine's weights are larger than a GPU"
     if found.lower and found.lower[-1][2]:
-        fits = "with " + ", ".join(words.rpartition("init_args.")[2] for words, *_ in found.lower)
+        fits = "with " + "; ".join(words.rpartition("init_args.")[2] for words, *_ in found.lower)
     assert found.seconds is not None
     took = f"{found.seconds.step / 60:.1f} min" if found.fits else "-"
     return (

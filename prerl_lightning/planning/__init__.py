@@ -158,8 +158,8 @@ def lines(found: "Plan") -> list[str]:
     r = found.rollouts
     text += [
         "",
-        f"A step: {r.prompts} prompts x {r.group} responses; {_count(r.sampled)} tokens sampled, {_count(step.tokens)} "
-        f"trained on in {step.passes} passes a rank",
+        f"A step: {r.prompts:,} prompts x {r.group} responses",
+        f"  tokens: {_count(r.sampled)} sampled, {_count(step.tokens)} trained on in {step.passes:,} passes a rank",
         f"  FLOPs: {step.sampling:.2g} sampling, {step.training:.2g} training"
         + (f"; a rank receives {_bytes(step.sent)}" if step.sent else ""),
     ]
@@ -171,7 +171,7 @@ def lines(found: "Plan") -> list[str]:
 
 
 _HOST = {
-    "loading": "while each rank loads the model, in fp32, besides what the processes take",
+    "loading": "while each rank loads the model in fp32",
     "checkpoint": "where rank 0 is, for a checkpoint",
 }
 

@@ -227,7 +227,8 @@ def known_shape(module: PolicyModule, callbacks: Sequence[Any]) -> ModelShape:
 def _assumed(rollouts: Rollouts, new: int, gpu: Card | None) -> list[str]:
     given = "--response_tokens N: their mean" if rollouts.response == new else f"of {new:,} at most"
     found = [
-        f"responses of {rollouts.response:,} tokens ({given}), prompts of {rollouts.prompt:,} (--prompt_tokens N)",
+        f"responses of {rollouts.response:,} tokens ({given})",
+        f"prompts of {rollouts.prompt:,} tokens (--prompt_tokens N)",
         "every response contributes, AdamW; several lives: the one that trains most",
     ]
     if gpu is None:
@@ -237,5 +238,5 @@ def _assumed(rollouts: Rollouts, new: int, gpu: Card | None) -> list[str]:
         f"{TRAINING:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s in training, {PREFILL:.0%} in sampling; "
         f"{BANDWIDTH:.0%} of {gpu.bandwidth / 1e12:.2f} TB/s",
         f"{LINK:.0%} of {gpu.link / 1e9:.0f} GB/s between {NODE} GPUs of a node, of 50 beyond, hidden by the passes",
-        "no seconds for rewards, optimizer, update of the engine, watchers; nothing was measured on a GPU",
+        "no seconds for rewards, optimizer, the engine's update; nothing was measured on a GPU",
     ]
