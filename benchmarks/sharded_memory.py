@@ -127,19 +127,22 @@ def main() -> None:
         assert process.returncode == 0, process.args
         return json.loads(output.strip().splitlines()[-1])
 
+    def keep(found: dict) -> None:
+        print(found, flush=True)
+        RESULTS.write_text(json.dumps({"peak_gb": found, "machine": describe()}, indent=1) + "\n")
+
     try:
         assert started("model").wait() == 0
         found: dict = {}
         for way in WAYS:
             processes = [started(way, str(rank)) for rank in range(2)]
             found[way] = [said(process) for process in processes]
-            print(way, found[way], flush=True)
+            keep(found)
         for form in ("convert", "export"):
             found[form] = said(started(form))
-            print(form, found[form], flush=True)
+            keep(found)
     finally:
         shutil.rmtree(folder)
-    RESULTS.write_text(json.dumps({"peak_gb": found, "machine": describe()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -100,8 +100,7 @@ def main(out: Path, model: str, strategy: str) -> None:
     def first() -> NSRPreRL:
         return NSRPreRL(model=model, lr=1e-3, mismatch_samples=2)
 
-    folders = {"sharded": strategy == "fsdp2"}
-    whole = fit(out / "whole", strategy, first(), lives(), **folders)
+    whole = fit(out / "whole", strategy, first(), lives())
     assert type(whole.acting) is GRPO
     assert whole.acting.policy is whole.policy
     for step in (1, 2, 3):
@@ -126,7 +125,7 @@ def main(out: Path, model: str, strategy: str) -> None:
     fit(out / "gradient", strategy, descent, [], steps=1)
 
     fit(out / "reset", strategy, first(), lives("reset"))
-    fit(out / "kl", strategy, first(), lives(kl=0.1), **folders)
+    fit(out / "kl", strategy, first(), lives(kl=0.1))
     fit(out / "kl_resumed", strategy, first(), lives(kl=0.1), ckpt_path=out / "kl" / "checkpoints" / "step=3.ckpt")
 
     # everything that watches, at every step; in front of the lives, which may not matter
