@@ -17,14 +17,20 @@ from lightning.pytorch.plugins import MixedPrecision
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from trainers import quiet_trainer
 
 from prerl_lightning import checkpoints, ranks
-from prerl_lightning.callbacks.saving import export_policy
+from prerl_lightning.callbacks.saving import RunCheckpoint, export_policy
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives import GRPO, NSRPreRL
+from prerl_lightning.objectives.optimizer import make_optimizer
 from prerl_lightning.objectives.passes import gathered
+from prerl_lightning.objectives.settings import OptimizerSettings
 from prerl_lightning.policy import attention, model
 from prerl_lightning.policy.model import Policy
+from prerl_lightning.policy.probe import Probe
+from prerl_lightning.policy.reference import Reference
 from prerl_lightning.strategies import FSDP2Strategy
 from prerl_lightning.types import Rollout
 
@@ -117,6 +123,8 @@ def check_folder(folder: str, out: Path, rank: int) -> None:
     weights = {f"policy.{name}": tensor for name, tensor in policy.state_dict(keep_vars=True).items()}
     configuration = {"model": {"init_args": {"model": folder}}}
     checkpoint = {"state_dict": weights, "optimizer_states": [optimizer.state_dict()], "configuration": configuration}
+    reference = Reference(policy).state_dict(policy, sharded=True)
+    checkpoint |= {"lives": {"reference": reference}}
     checkpoint |= {"loops": {}, "pytorch-lightning_version": "2.6", "global_step": 1}
     path = out / "checkpoints" / "step=1.ckpt"
     for _ in range(2):  # the second in the place of the first
@@ -144,6 +152,9 @@ def check_folder(folder: str, out: Path, rank: int) -> None:
         strategy.model.policy, strategy.optimizers = again, optimizers
         found = strategy.load_checkpoint(source)
         assert found["configuration"] == configuration
+        anchored = Reference(again)
+        anchored.load_state_dict(again, found["lives"]["reference"])
+        assert all(torch.equal(anchored.shards[n], t.to_local()) for n, t in reference.items())
         for name, parameter in again.named_parameters():
             assert torch.equal(parameter.full_tensor(), whole["state_dict"][f"policy.{name}"]), name
         state, expected = optimizers[0].state_dict(), whole["optimizer_states"][0]
@@ -151,6 +162,64 @@ def check_folder(folder: str, out: Path, rank: int) -> None:
         for number, moments in expected["state"].items():
             for name, moment in moments.items():
                 assert torch.equal(ranks.full(state["state"][number][name]), moment), (number, name)
+
+
+class Plain(L.LightningModule):
+    """Trains a policy on the same few tokens again and again."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.folder, self.policy = folder, None
+
+    def configure_model(self) -> None:
+        if self.policy is None:
+            strategy = self.trainer.strategy
+            sharding = strategy if isinstance(strategy, FSDP2Strategy) else None
+            self.policy = Policy.from_pretrained(self.folder, sharding=sharding)
+
+    def configure_optimizers(self):
+        return make_optimizer(self.policy, OptimizerSettings(1e-2, torch.optim.AdamW, False, "constant", 0, 0.0))
+
+    def train_dataloader(self):
+        return DataLoader(range(8))
+
+    def training_step(self, batch, batch_idx):
+        self.policy.zero_grad()
+        self.manual_backward(-Probe(self.policy).packed().mean())
+        self.optimizers().step()
+
+
+def fit(folder: str, out: Path, strategy: str, steps: int, ckpt_path: Path | None = None, sharded: bool = False):
+    """(weights,) float64 after so many steps, a checkpoint at each."""
+    module, checkpoint = Plain(folder), RunCheckpoint(1, str(out), save_top_k=-1, sharded=sharded)
+    trainer = quiet_trainer(
+        devices=2 if strategy == "fsdp2" else 1,
+        strategy=strategy,
+        max_steps=steps,
+        callbacks=[checkpoint],
+        enable_checkpointing=True,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, ckpt_path=ckpt_path)
+    return torch.cat([tensor.flatten() for _, tensor in sorted(module.policy.named_weights(torch.float64))])
+
+
+def check_run(folder: str, out: Path, rank: int) -> None:
+    """Resumed from a folder of shards, writing folders or files, as if never interrupted."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "test"}
+    whole = fit(folder, out / "run", "fsdp2", 3, sharded=True)
+    names = ["last.ckpt", "step=1.ckpt", "step=2.ckpt", "step=3.ckpt"]
+    assert sorted(os.listdir(out / "run")) == names
+    assert all((out / "run" / name / "meta.pt").is_file() for name in names)
+    assert (out / "run" / "last.ckpt" / "meta.pt").samefile(out / "run" / "step=3.ckpt" / "meta.pt")
+    for sharded in (True, False):
+        again = out / f"resumed {sharded}"
+        assert torch.equal(fit(folder, again, "fsdp2", 3, out / "run" / "step=1.ckpt", sharded), whole)
+        assert (again / "step=3.ckpt").is_dir() == sharded
+    if rank == 0:
+        torch.save(whole, out / "weights.pt")
 
 
 def main(rank: int, out: Path, folders: dict[str, str], rollout) -> None:
@@ -162,6 +231,7 @@ def main(rank: int, out: Path, folders: dict[str, str], rollout) -> None:
         check_loaded(folder)
     check_refused(folder, out, rank)
     check_folder(folders["llama-tied"], out, rank)
+    check_run(folders["llama-tied"], out, rank)
     cases = itertools.product(folders, ("32-true", "bf16-mixed"), WAYS, (GRPO, NSRPreRL))
     for shape, precision, way, objective in cases:
         module, strategy = objective(model=folders[shape]), strategy_of(precision, cpu_offload="offloaded" in way)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from forked import Forked, finish_together
 from safetensors.torch import load_file
-from sharded_worker import WAYS
+from sharded_worker import WAYS, fit
 from test_update import attached, gradient
 from trainers import quiet_trainer
 
@@ -162,6 +162,13 @@ def test_what_a_kill_left_of_a_folder_is_swept(written):
     checkpoints.link(folder / "step=2.ckpt", folder / "last.ckpt")
     assert checkpoints.damage(folder / "last.ckpt") is None
     assert (folder / "last.ckpt" / "meta.pt").stat().st_nlink == 2
+
+
+def test_one_rank_goes_on_where_two_were(sharded, folders, tmp_path):
+    out, _ = sharded
+    for path in (out / "run" / "step=2.ckpt", out / "resumed False" / "step=2.ckpt"):
+        found = fit(folders["llama-tied"], tmp_path / path.parent.name, "auto", 3, path)
+        torch.testing.assert_close(found, torch.load(out / "weights.pt"), rtol=1e-5, atol=1e-6)
 
 
 def test_shards_need_a_strategy_that_shards(tmp_path):
