@@ -152,7 +152,7 @@ def _command(args: list[str], debug: bool) -> None:
     else:
         from prerl_lightning.refusals import checked
 
-        checked(args)  # at once, rather than behind the next import
+        args = checked(args)  # at once, rather than behind the next import
         from prerl_lightning.run import PrerlCLI
 
         run = PrerlCLI.run

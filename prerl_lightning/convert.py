@@ -7,18 +7,14 @@ prerl export runs/dsrl/version_0/checkpoints/last.ckpt my_model --dtype bfloat16
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from prerl_lightning import checkpoints
 from prerl_lightning.errors import ArgumentParser, InputError
-from prerl_lightning.evaluation.weights import checkpoint_weights
-from prerl_lightning.policy import files
-from prerl_lightning.policy.model import empty_model, load_tokenizer
-from prerl_lightning.resume import check_whole, load
+
+if TYPE_CHECKING:  # --help and refusals need no torch
+    from torch import Tensor
+
+    from prerl_lightning.checkpoints import Make
 
 
 def convert(args: Sequence[str]) -> None:
@@ -31,7 +27,11 @@ def convert(args: Sequence[str]) -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("out")
     own = parser.parse_args(args)
-    path, out = _given(own.checkpoint), _free(own.out)
+    out = _free(own.out)
+    path = _given(own.checkpoint)
+    from prerl_lightning import checkpoints
+    from prerl_lightning.resume import load
+
     tree = load(str(path))
     if not path.is_dir():
         return checkpoints.save_folder(tree, out, alone=True)
@@ -40,12 +40,15 @@ def convert(args: Sequence[str]) -> None:
         checkpoints.WholeFileIO().save_checkpoint(checkpoints.read(path, tree, made), out)
 
 
-def _mapped_by(file: Any, size: int) -> checkpoints.Make:
+def _mapped_by(file: Any, size: int) -> "Make":
     """What tensors are read into: memory that is a file's, which the kernel may write out."""
+    import numpy as np
+    import torch
+
     file.truncate(max(size, 1))
     room, end = np.memmap(file, np.uint8, "r+"), 0
 
-    def make(_: str, tensor: Tensor) -> Tensor:
+    def make(_: str, tensor: "Tensor") -> "Tensor":
         nonlocal end
         start, end = end, end + tensor.nbytes
         return torch.from_numpy(room[start:end]).view(tensor.dtype).view(tensor.shape)
@@ -61,7 +64,17 @@ def export(args: Sequence[str]) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--model", help="that the run began with; default: by the checkpoint's configuration")
     own = parser.parse_args(args)
-    path, out, dtype = _given(own.checkpoint), _free(own.out), getattr(torch, own.dtype)
+    out = _free(own.out)
+    path = _given(own.checkpoint)
+    import torch
+
+    from prerl_lightning import checkpoints
+    from prerl_lightning.evaluation.weights import checkpoint_weights
+    from prerl_lightning.policy import files
+    from prerl_lightning.policy.model import empty_model, load_tokenizer
+    from prerl_lightning.resume import load
+
+    dtype = getattr(torch, own.dtype)
     configuration = load(str(path)).get("configuration") or {}
     model = own.model or (configuration.get("model", {}).get("init_args") or {}).get("model")
     if not model:
@@ -78,6 +91,8 @@ def _given(checkpoint: str) -> Path:
     path = Path(checkpoint)
     if not path.exists():
         raise InputError(f"There is no checkpoint {path}.")
+    from prerl_lightning.resume import check_whole
+
     check_whole(path)
     return path
 

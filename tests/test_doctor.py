@@ -488,7 +488,7 @@ def test_the_budget_of_gpus(budget_of, memories, huge, tmp_path):
     assert "2 ranks, fsdp2, bf16-mixed" in found.seen
     assert "of 78.0 GiB on cuda:1, which has the least free, with packs of" in found.seen
     shape = ModelShape.of_config(runs.load_config("embedded"))
-    terms = {"strategy": "fsdp2", "world_size": 2, "precision": "bf16-mixed", "reference": True}
+    terms = {"strategy": "fsdp2", "world_size": 2, "precision": "bf16-mixed", "copies": 1}
     same = rank_budget(shape, 78 * GIB, (40 * GIB, 0), 128, **terms)
     assert found.figures["rollout"]["sum"] == pytest.approx(same.rollout / GIB, abs=2e-3)
     assert found.figures["training"]["sum"] == pytest.approx(same.step / GIB, abs=2e-3)

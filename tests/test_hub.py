@@ -157,7 +157,8 @@ def registry(tmp_path, monkeypatch):
 
 
 def chosen(ckpt_path, runs):
-    return resume.chosen(ckpt_path, runs, "embedded", None, "max", True)
+    objective = SimpleNamespace(model_name="embedded", lora=None)
+    return resume.chosen(ckpt_path, runs, objective, None, "max", True)
 
 
 def test_a_checkpoint_of_the_registry(registry, tmp_path, monkeypatch):

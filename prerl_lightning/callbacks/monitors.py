@@ -20,6 +20,7 @@ from prerl_lightning.metrics.evaluation import summary
 from prerl_lightning.metrics.rollout import rollout_statistics
 from prerl_lightning.metrics.sums import Sums
 from prerl_lightning.objectives.lives import reincarnations
+from prerl_lightning.objectives.ppo import PPO
 from prerl_lightning.objectives.until import KEY, Until
 from prerl_lightning.rewards.shaping import WeightedSum
 from prerl_lightning.types import Prompt, Refill, Response, Rollout
@@ -43,13 +44,18 @@ def held_out_names(k: int, greedy: bool, key: str = "val") -> set[str]:
 
 
 def training_names(
-    group_size: int, parts: Collection[str] = (), sources: Collection[str] = (), refill: bool = False
+    group_size: int,
+    parts: Collection[str] = (),
+    sources: Collection[str] = (),
+    refill: bool = False,
+    values: bool = False,
 ) -> set[str]:
     """Of a training step, also those that not every step and objective has.
 
     Args:
         parts: rewards of a sum.
         sources: sets of a mixture.
+        values: there is a value model.
     """
     prompts = [Prompt(i, (1,), "", "", source=source) for i, source in enumerate([*sources] or [""]) for _ in range(2)]
     n = len(prompts) * group_size
@@ -63,7 +69,9 @@ def training_names(
         policy_version=0,
         temperature=1.0,
     )
-    return {*rollout_statistics(rollout), *Sums.KEYS, *STEP} - {"train/flops"}
+    of_values = {name for name in glossary.names(()) if name.startswith("value/")}
+    names = {*rollout_statistics(rollout), *Sums.KEYS, *STEP} - {"train/flops"} - of_values
+    return names | of_values if values else names
 
 
 def check_monitors(trainer: L.Trainer, modules: Collection[Any], data: RolloutDataModule) -> None:
@@ -81,7 +89,8 @@ def check_monitors(trainer: L.Trainer, modules: Collection[Any], data: RolloutDa
     sums = [rewards[key] for key in data.training_sets if isinstance(rewards[key], WeightedSum)]
     parts = dict.fromkeys(name for reward in sums for name in cast(WeightedSum, reward).parts)
     sources = [key.partition("/")[2] for key in data.training_sets if "/" in key]
-    names = training_names(data.sampling.group_size, parts, sources, bool(data.refill))
+    values = any(isinstance(module, PPO) for module in modules)
+    names = training_names(data.sampling.group_size, parts, sources, bool(data.refill), values)
     if data.val is not None and trainer.limit_val_batches != 0:
         for key in data.held_out:
             names |= held_out_names(*data.samples_of(key), key)

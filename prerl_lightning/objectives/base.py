@@ -271,7 +271,7 @@ class PolicyModule(BaseObjective, RunState):
         self._acting = (successor,)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["lives"] = lives.state(self)
+        checkpoint["lives"] = lives.state(self, getattr(self.trainer.strategy, "sharded_checkpoints", False))
         if (adapters := self.live_policy.adapters) is not None:
             checkpoint["lora"] = adapters.state_dict()
         self.validations.on_save_checkpoint(self.trainer, checkpoint)

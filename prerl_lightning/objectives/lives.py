@@ -80,10 +80,10 @@ def end_life(host: "PolicyModule", step: int, why: str) -> bool:
     return True
 
 
-def state(host: "PolicyModule") -> dict[str, Any]:
-    """For a checkpoint. Collective where a life keeps weights beside the policy's."""
+def state(host: "PolicyModule", sharded: bool = False) -> dict[str, Any]:
+    """For a checkpoint, see `life_state`. Collective where a life keeps weights beside the policy's."""
     return {
-        **host.acting.life_state(getattr(host.trainer.strategy, "sharded_checkpoints", False)),
+        **host.acting.life_state(sharded),
         "schedule": _schedule(host),
         "began": [first for _, first in host.lives],
         "alive": host.acting.life,

@@ -211,11 +211,12 @@ def as_on_disk(
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights of ``lm``, which may be on the meta device, by their names on disk, each behind ``made``.
 
-    A layer's are made at a time, since transformers may hold in one parameter what is several on disk (experts).
+    A layer's are made at a time, since transformers may hold in one parameter what is several on disk (experts); in an
+    order by names, however ``lm`` was made.
     """
     by_layer = sorted(weights, key=lambda entry: _layer(entry[0]))
     for _, layer in groupby(by_layer, key=lambda entry: _layer(entry[0])):
-        yield from revert_weight_conversion(lm, {name: made(held) for name, held in layer}).items()
+        yield from sorted(revert_weight_conversion(lm, {name: made(held) for name, held in layer}).items())
 
 
 def _layer(name: str) -> str:
