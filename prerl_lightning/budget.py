@@ -163,7 +163,7 @@ def training_bytes(
 
 
 def recomputed_layers(shape: ModelShape, checkpointing: int) -> int:
-    """True: all; a number: every so manieth."""
+    """How many: with True all, with a number n every n-th."""
     return -(-shape.layers // checkpointing) if checkpointing else 0
 
 
@@ -239,18 +239,11 @@ def pack_bytes(
     return most + (0 if sharded else weight_copy_bytes(shape, precision, checkpointing))
 
 
-def pass_bytes(
-    shape: ModelShape,
-    tokens: int,
-    precision: str,
-    checkpointing: int,
-    sharded: bool = False,
-    padded: bool = False,
-    on_cpu: bool = False,
-) -> int:
-    """`pack_bytes` with `MARGIN`, as the device has attention."""
-    padded = padded or on_cpu or _size(precision) == 4  # the kernel for variable lengths takes 16 bits, on a GPU
-    return int(MARGIN * pack_bytes(shape, tokens, precision, checkpointing, sharded, padded, on_cpu))
+def pass_bytes(shape: ModelShape, tokens: int, precision: str, checkpointing: int, **where: bool) -> int:
+    """`pack_bytes`, whose further arguments are ``where``, with `MARGIN`, and as the device has attention."""
+    if where.get("on_cpu") or _size(precision) == 4:  # the kernel for variable lengths takes 16 bits, on a GPU
+        where["padded"] = True
+    return int(MARGIN * pack_bytes(shape, tokens, precision, checkpointing, **where))
 
 
 @dataclass(frozen=True)
@@ -283,9 +276,9 @@ def choose_pack(
     for recompute in (False, True) if checkpointing is None else (checkpointing,):
         prefer_more = checkpointing is None and not (recompute or max_tokens)
         for tokens in (n for n in sizes if n >= LEAST_TOKENS or not prefer_more):
-            choice = PackChoice(
-                tokens, recompute, pass_bytes(shape, max(tokens, longest), precision, recompute, sharded, padded)
-            )
+            where = {"sharded": sharded, "padded": padded}
+            needed = pass_bytes(shape, max(tokens, longest), precision, recompute, **where)
+            choice = PackChoice(tokens, recompute, needed)
             if choice.bytes <= free_bytes or (max_tokens and checkpointing is not None):
                 return choice
     mends = ["a shorter data.sampling.max_new_tokens"] if free_bytes > 0 else []
@@ -365,7 +358,7 @@ def rank_budget(
     if free > 0:
         pack = choose_pack(shape, free, longest, precision, checkpointing, max_tokens, sharded)
         if watching:  # response by response
-            watching += pass_bytes(shape, longest, precision, pack.checkpointing, sharded)
+            watching += pass_bytes(shape, longest, precision, pack.checkpointing, sharded=sharded)
         budget = RankBudget(total, *engine, held, pack, watching)
         if budget.peak <= total:
             return budget

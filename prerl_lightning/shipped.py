@@ -9,7 +9,7 @@ They lie in configs/ at the top of the repository; here is a link to it, which a
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice, takewhile
 from pathlib import Path
 
@@ -42,14 +42,14 @@ def path(given: str) -> str:
     return given if os.path.isfile(given) else str(taken(given) or given)
 
 
-def in_arguments(args: Sequence[str]) -> list[str]:
-    """A command line with the path of each ``--config``."""
+def in_arguments(args: Sequence[str], change: Callable[[str], str] = path) -> list[str]:
+    """A command line with each ``--config`` changed, into its path by default."""
     found: list[str] = []
     for i, arg in enumerate(args):
         if i and args[i - 1] in ("--config", "-c"):
-            arg = path(arg)
+            arg = change(arg)
         elif arg.startswith("--config="):
-            arg = f"--config={path(arg.partition('=')[2])}"
+            arg = f"--config={change(arg.partition('=')[2])}"
         found.append(arg)
     return found
 

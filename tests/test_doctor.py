@@ -18,6 +18,7 @@ from prerl_lightning.budget import GIB, RESERVED, ModelShape, rank_budget
 from prerl_lightning.doctor import CHECKS, Check, _Lines, discreet, examine, machine, passes, rollouts, runs, versions
 from prerl_lightning.doctor.ranks_worker import STAGES
 from prerl_lightning.doctor.subject import Result, Subject, result, skipped
+from prerl_lightning.planning import LABELS
 from prerl_lightning.types import Response
 
 ROOT = Path(__file__).parents[1]
@@ -493,6 +494,9 @@ def test_the_budget_of_gpus(budget_of, memories, huge, tmp_path):
     assert found.figures["rollout"]["sum"] == pytest.approx(same.rollout / GIB, abs=2e-3)
     assert found.figures["training"]["sum"] == pytest.approx(same.step / GIB, abs=2e-3)
     assert found.figures["training"]["reserve"] == RESERVED / GIB
+    of_others = same.held.copies + same.held.buckets + same.held.gathered
+    assert found.figures["training"]["other"] == round(of_others / GIB, 3) > 0
+    assert {part for of in runs.COLUMNS.values() for part in of} == set(LABELS)  # no part of a plan is left out
     assert found.figures["rollout"]["engine"] == 40.0
 
     share = "engine: {class_path: VLLMEngine, init_args: {max_model_len: 144, gpu_memory_utilization: 0.9}}"

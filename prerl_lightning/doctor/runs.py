@@ -97,7 +97,7 @@ COLUMNS = {  # of the parts
     "weights": ("weights",),
     "gradients": ("gradients",),
     "moments": ("moments",),
-    "other": ("reference", "buckets", "gathered", "comparison", "checkpoint"),
+    "other": ("copies", "buckets", "gathered", "comparison", "checkpoint"),
     "engine": ("engine_weights", "kv_cache"),
     "pack": ("activations", "logits"),
     "reserve": ("reserved", "program"),

@@ -32,14 +32,14 @@ def checkpoint_weights(path: str | Path, model: str, dtype: torch.dtype | None =
         adapters = read(Path(path), {"lora": tree["lora"]})["lora"]
         return _folded(Policy(load_model(model)), adapters, {n: stored.read(t) for n, t in found.items()}, path, dtype)
     lm = empty_model(model)
-    once = {(t.data_ptr() or id(t), t.shape): name for name, t in reversed(found.items())}
+    once = set({(t.data_ptr() or id(t), t.shape): name for name, t in reversed(found.items())}.values())
     parameters = {id(found[name]) for name, _ in lm.named_parameters() if name in found}
 
     def made(held: Tensor) -> Tensor:
         tensor = stored.read(held)
         return tensor.to(dtype) if dtype and id(held) in parameters else tensor
 
-    return as_on_disk(lm, ((name, found[name]) for name in found if name in set(once.values())), made)
+    return as_on_disk(lm, ((name, found[name]) for name in found if name in once), made)
 
 
 def _folded(

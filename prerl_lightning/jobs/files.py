@@ -17,6 +17,7 @@ import yaml  # type: ignore[import-untyped]
 
 from prerl_lightning import shipped
 from prerl_lightning.errors import InputError, in_one_line
+from prerl_lightning.refusals import config_files
 from prerl_lightning.secrets import hidden_keys, hide
 
 SECRET = (
@@ -27,19 +28,12 @@ SECRET = (
 def arguments_and_files(rest: Sequence[str], files: dict[str, Path]) -> tuple[list[str], list[str]]:
     """Those of `prerl fit`, each configuration file by its place in the job's folder, and these files. What they and
     the other arguments name of this folder comes to ``files``."""
-    words, configurations = [], []
-    for before, word, after in zip(["", *rest], rest, [*rest[1:], ""], strict=False):
+    words = shipped.in_arguments(rest, lambda given: _configuration(given, files))
+    for word, after in zip(rest, [*rest[1:], ""], strict=False):
         option, is_one, value = word.partition("=")
-        if before in ("--config", "-c"):
-            configurations.append(word)
-            words.append(_configuration(word, files))
-            continue
-        words.append(f"{option}={_configuration(value, files)}" if is_one and option == "--config" else word)
-        if is_one and option == "--config":
-            configurations.append(value)
-        elif re.fullmatch(r"--(\w+\.)+\w+", option):
+        if re.fullmatch(r"--(\w+\.)+\w+", option):
             _collect({option[2:]: _parsed(value if is_one else after)}, files)
-    return words, configurations
+    return words, config_files(rest)
 
 
 def _configuration(given: str, files: dict[str, Path]) -> str:

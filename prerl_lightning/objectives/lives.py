@@ -17,6 +17,11 @@ def reincarnations(callbacks: Iterable[Any]) -> list[Any]:
     return sorted((c for c in callbacks if hasattr(c, "successor")), key=lambda c: c.at_step)
 
 
+def all_lives(host: "PolicyModule", callbacks: Iterable[Any]) -> "list[PolicyModule]":
+    """The objectives of a run, in order."""
+    return [host, *(switch.successor for switch in reincarnations(callbacks))]
+
+
 def arrange(modules: "Sequence[PolicyModule]", steps: Sequence[int]) -> None:
     """Tell each life's module its place in the run.
 

@@ -11,7 +11,7 @@ from torch.distributed import ReduceOp
 
 from prerl_lightning import ranks
 from prerl_lightning.budget import GIB, ModelShape, PackChoice, rank_budget
-from prerl_lightning.objectives.lives import reincarnations
+from prerl_lightning.objectives.lives import all_lives
 from prerl_lightning.policy.model import load_config
 from prerl_lightning.rollout.engine import Engine
 
@@ -23,8 +23,7 @@ log = logging.getLogger(__name__)
 
 def copies(module: "PolicyModule", callbacks: Iterable[Any]) -> tuple[int, int]:
     """Of what is trained, that a life of the run keeps beside the policy, at most: in memory, and in a checkpoint."""
-    modules = [module, *(c.successor for c in reincarnations(callbacks))]
-    in_memory, on_disk = zip(*(life.copies for life in modules), strict=True)
+    in_memory, on_disk = zip(*(life.copies for life in all_lives(module, callbacks)), strict=True)
     return max(in_memory), max(on_disk)
 
 
@@ -35,11 +34,10 @@ def watching(callbacks: Iterable[Any], parameters: int) -> int:
 
 def shape_of(module: "PolicyModule", callbacks: Iterable[Any]) -> ModelShape:
     """The model's, by its config.json alone, with what the lives of a run ask of its head."""
-    modules = [module, *(c.successor for c in reincarnations(callbacks))]
     return replace(
         ModelShape.of_config(load_config(module.model_name), module.lora),
         whole_logits=not module.chunked_head,
-        entropy=any(life.loss.entropy_coefficient != 0 for life in modules),
+        entropy=any(life.loss.entropy_coefficient != 0 for life in all_lives(module, callbacks)),
     )
 
 

@@ -113,7 +113,7 @@ class Memory:
         pack = choose_pack(s.shape, 0, s.longest, s.precision, recompute, tokens, s.sharded)
         watching = s.watching(s.own)
         if watching:
-            watching += pass_bytes(s.shape, s.longest, s.precision, recompute, s.sharded)
+            watching += pass_bytes(s.shape, s.longest, s.precision, recompute, sharded=s.sharded)
         held = training_bytes(s.shape, s.strategy, s.world_size, s.precision, s.copies)
         return RankBudget(total, s.awake, s.asleep, held, pack, watching)
 
@@ -122,7 +122,7 @@ class Memory:
         recompute = s.checkpointing or 0
 
         def room(tokens: int) -> int:
-            return pass_bytes(s.shape, tokens, s.precision, recompute, s.sharded, on_cpu=True)
+            return pass_bytes(s.shape, tokens, s.precision, recompute, sharded=s.sharded, on_cpu=True)
 
         most = s.max_tokens or CPU_PACK_TOKENS
         tokens = max(min(most, s.step_tokens or most), s.longest)

@@ -12,7 +12,7 @@ from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, in_one_line
 from prerl_lightning.objectives import memory as run_memory
 from prerl_lightning.objectives.base import PolicyModule
-from prerl_lightning.objectives.lives import reincarnations
+from prerl_lightning.objectives.lives import all_lives
 from prerl_lightning.objectives.passes import CPU_PACK_TOKENS
 from prerl_lightning.planning import PROMPT
 from prerl_lightning.planning.host import available_memory
@@ -166,7 +166,7 @@ class Asked:
 
     @property
     def lives(self) -> list[PolicyModule]:
-        return [self.module, *(c.successor for c in reincarnations(self.callbacks))]
+        return all_lives(self.module, self.callbacks)
 
     def setup(
         self, world_size: int, longest: int, free: int | None, gpu: int | None, step_tokens: int | None = None
