@@ -36,8 +36,10 @@ def measure(config: str, seed: int, more: list[str]) -> dict:
         if process.wait() != 0:
             sys.exit(f"{config} with seed {seed} failed")
         seconds = time.perf_counter() - start
-        with next(Path(folder).glob("*/version_0/metrics.csv")).open() as lines:
+        metrics = next(Path(folder).glob("*/version_0/metrics.csv"))
+        with metrics.open() as lines:
             rows = list(csv.DictReader(lines))
+        endings = json.loads(metrics.with_name("run.json").read_text())["endings"]
 
     def column(name: str) -> list[float]:
         return [float(r[name]) for r in rows if r.get(name)]
@@ -52,7 +54,7 @@ def measure(config: str, seed: int, more: list[str]) -> dict:
     for name in ("avg@8", "pass@8", "truncated", "thoughts/wait"):
         if held_out := [(r["step"], float(r[f"val/{name}"])) for r in rows if r.get(f"val/{name}")]:
             result[f"held_out_{name}"] = {step: round(value, 3) for step, value in held_out}
-    return result
+    return result | ({"endings": endings} if endings else {})
 
 
 def main() -> None:
