@@ -87,7 +87,7 @@ TITLES = {
 
 # the module of each axis of a term, and its classes; and what follows the entropy
 AXES = {
-    "advantages": ("GroupStd", "GroupMean", "LeaveOneOut", "BatchStd", "SignedReward", "ConstantBaseline"),
+    "advantages": ("GroupStd", "GroupMean", "LeaveOneOut", "BatchStd", "SignedReward", "LENS", "ConstantBaseline"),
     "surrogates": ("PPOClip", "GSPO", "CISPO", "SAPO", "DPPO", "PolicyGradient"),
     "aggregations": ("TokenMean", "SeqMeanTokenMean", "ConstantLength"),
     "token_weights": ("BySign", "Confidence"),

@@ -72,11 +72,12 @@ def move(lm, by=0.12, seed=0):
 class Case:
     """What the expected losses are made of: of each response by number, in plain Python but for log-probs.
 
-    ``r``, ``g``, ``cut``; ``new[space][i]`` and ``old[space][i]``: (T_i,) log-probs; ``h[space][i]``: (T_i,)
-    entropies; ``batch``: the numbers in the minibatch."""
+    ``r``, ``g``, ``cut``, ``engine``: log-probs; ``new[space][i]`` and ``old[space][i]``: (T_i,) log-probs;
+    ``h[space][i]``: (T_i,) entropies; ``batch``: the numbers in the minibatch."""
 
     def __init__(self, rollout, lm, old_lm, batch):
         self.r, self.g, self.cut = rollout.rewards.tolist(), rollout.group_ids.tolist(), rollout.truncated.tolist()
+        self.engine = [response.log_probs.tolist() for response in rollout.responses]
         self.batch, self.n = batch, range(len(rollout))
         self.new, self.old, self.h = {}, {}, {}
         for space in OTHER:
@@ -166,6 +167,23 @@ def cw_nsr(c, s):
     return total / tokens
 
 
+def lens(c, s):
+    def advantage(i):
+        group = [j for j in c.n if c.g[j] == c.g[i]]
+        sure = {j: math.exp(mean(c.engine[j])) for j in group}
+        difficulty = 2 * max(sure.values())
+        if right := [j for j in group if c.r[j] == 1]:
+            difficulty = max(difficulty, 1 / (sum(1 / sure[j] for j in right) / len(group)))
+        reward = {j: 1.0 if j in right else -sure[j] / (difficulty - sure[j]) / len(group) for j in group}
+        centred = reward[i] - mean(reward.values())
+        if len(right) == len(group):
+            return 0.0
+        return centred / (stdev(reward.values()) + 1e-6) if right else 0.25 * centred
+
+    assert any(advantage(i) for i in c.batch if not any(c.group(i)))  # an all-wrong group teaches
+    return token_mean(c, s, advantage)
+
+
 def gspo(c, s):
     total = 0.0
     for i in c.batch:
@@ -220,8 +238,8 @@ def soft_switch(c, s):
 EXPECTED = {
     f.__name__: f
     for f in (
-        *(dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, w_reinforce, nsr, a_nsr, cw_nsr, gspo, cispo),
-        *(sapo, dppo, entropy_control, soft_switch),
+        *(dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, w_reinforce, nsr, a_nsr, cw_nsr, lens, gspo),
+        *(cispo, sapo, dppo, entropy_control, soft_switch),
     )
 }
 
@@ -231,8 +249,9 @@ def rollout(make_rollout):
     """Five groups of four, mixed, all wrong, all right, mixed, and one outside the minibatch; some truncated."""
     rewards = [1, 0, 0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1]
     made = make_rollout(5, 4, rewards=rewards)
-    # the engine's: only the estimate of the entropy looks at them
-    return replace(made, log_probs=torch.full_like(made.log_probs, -0.1), truncated=torch.arange(20) % 5 == 1)
+    # the engine's: only LENS and the estimate of the entropy look at them
+    log_probs = -0.02 - (torch.arange(len(made.log_probs)) % 7).to(made.log_probs) / 40
+    return replace(made, log_probs=log_probs, truncated=torch.arange(20) % 5 == 1)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from forked import Forked, finish_together
 from ppo_worker import lives, run
 from test_step import sgd
 from test_update import attached
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from prerl_lightning.errors import InputError
@@ -193,6 +194,13 @@ def test_in_warm_up_the_value_model_learns_alone(model_folder, make_rollout):
     assert found[0]["value/explained_variance"] == pytest.approx(0.0)
     assert found[-1]["value/explained_variance"] > 0.5
     assert found[-1]["value/loss"] < 0.5 * found[0]["value/loss"]
+    update = module.make_update(rollout)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for batch in update.passes.micro_batches("post-train", update.own):
+            module.critic().model(batch)
+    # the utilisation's arithmetic has the value model's: forward and backward, two epochs
+    assert found[0]["train/flops"] == pytest.approx(6 * counter.get_total_flops(), rel=0.1)
+    assert found[-1]["train/flops"] > 2 * found[0]["train/flops"]
 
 
 def test_a_value_model_of_no_finite_gradient_stays(model_folder, make_rollout, caplog):

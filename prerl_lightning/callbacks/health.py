@@ -143,7 +143,7 @@ class RunHealth(L.Callback):
 
         if self.life != acting.life:
             self.life, self.drought = acting.life, Drought()
-        if any(term.advantages(rollout.signals, rollout.group_ids).any() for term in acting.terms):
+        if any(term.advantages(rollout.signals, rollout).any() for term in acting.terms):
             self.drought = Drought()
         else:
             self.drought.add(rollout)

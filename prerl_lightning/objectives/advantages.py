@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prerl_lightning.errors import check_bounds
 from prerl_lightning.metrics.evaluation import is_right
+from prerl_lightning.types import Rollout
 
 Normalisation = Literal["std", "mean"]
 Contributing = Literal["all", "positive", "negative"]
@@ -28,6 +29,10 @@ class Advantage(ABC):
 
     @abstractmethod
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor: ...
+
+    def of_rollout(self, rewards: Tensor, rollout: Rollout) -> Tensor:
+        """What a `Term` asks for: an advantage that looks at more than the rewards overrides this."""
+        return self(rewards, rollout.group_ids)
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,48 @@ class ConstantBaseline(Advantage):
 
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
         return rewards.double() - self.baseline
+
+
+@dataclass(frozen=True)
+class LENS(Advantage):
+    """`GroupStd` of rewards that charge a wrong response for the policy's confidence in it, so that all-wrong groups
+    teach: LENS (arXiv 2510.08696, section 5.1).
+
+    With c = exp(mean log-prob of a response's tokens) by the engine that sampled it and G responses a group, the reward
+    of a right response (a reward of 1 or more) is 1, that of a wrong one -c / (D - c) / G, with D = 2 max c or, if
+    larger and the group is mixed, 1 / mean(right / c). An all-wrong group's are centred alone, times ``all_wrong``.
+    OURS: one denominator for all groups, and c in the second D, where the paper may mean the likelihood.
+
+    Args:
+        all_wrong: the paper's alpha, 0.25 in all its runs; 0: `GroupStd` of the mixed groups alone.
+    """
+
+    all_wrong: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_bounds(self, type(self).__name__, {"all_wrong": 0})
+
+    def of_rollout(self, rewards: Tensor, rollout: Rollout) -> Tensor:
+        of_response = torch.arange(len(rollout)).repeat_interleave(rollout.lengths)
+        sums = torch.zeros(len(rollout), dtype=torch.float64).index_add_(0, of_response, rollout.log_probs.double())
+        # log-probs that are not finite leave their response out of the loss, and must not spoil its group
+        confidences = (sums / rollout.lengths.clamp(min=1)).exp().nan_to_num(0.0, posinf=0.0)
+        return self(rewards, rollout.group_ids, confidences)
+
+    def __call__(self, rewards: Tensor, group_ids: Tensor, confidences: Tensor | None = None) -> Tensor:
+        """``confidences``: (N,) the c above; None: all are 1."""
+        right = is_right(rewards).double()
+        c = torch.ones_like(right) if confidences is None else confidences.double()
+        groups, index, size = group_ids.unique(return_inverse=True, return_counts=True)
+        zeros = torch.zeros(len(groups), dtype=torch.float64)
+        difficulty = 2 * zeros.scatter_reduce(0, index, c, "amax")
+        inverse = zeros.index_add(0, index, torch.where(right > 0, 1 / c, 0.0)) / size
+        difficulty = torch.maximum(difficulty, torch.where(inverse > 0, 1 / inverse, 0.0))
+        apart = (difficulty[index] - c).clamp(min=torch.finfo(torch.float64).tiny)
+        calibrated = right - (1 - right) * c / apart / size[index]
+        wrong = (zeros.index_add(0, index, right) == 0)[index]
+        centred = group_advantages(calibrated, group_ids, "mean")
+        return torch.where(wrong, self.all_wrong * centred, group_advantages(calibrated, group_ids, "std"))
 
 
 NORMALISATIONS: dict[Normalisation, Advantage] = {"std": GroupStd(), "mean": GroupMean()}

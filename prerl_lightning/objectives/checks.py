@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, check_bounds, in_one_line, nearest
 from prerl_lightning.objectives import lives
-from prerl_lightning.objectives.advantages import SignedReward
+from prerl_lightning.objectives.advantages import LENS, SignedReward
 from prerl_lightning.objectives.trainer_arguments import ARGUMENTS, CALLBACKS, HOOKS
 from prerl_lightning.objectives.until import Ending
 from prerl_lightning.policy.lora import KEY, targeted
@@ -143,9 +143,10 @@ def check_run(host: "PolicyModule", data: RolloutDataModule, trainer: L.Trainer)
         if endless and (schedule := module.optimization.lr_schedule) != "constant":
             raise InputError(f"{type(module).__name__}.lr_schedule: {schedule} needs an end: set trainer.max_steps.")
     for module in modules:
-        if module.loss.kl_in == "reward" and any(isinstance(t.advantage, SignedReward) for t in module.terms):
+        binary = [type(t.advantage).__name__ for t in module.terms if isinstance(t.advantage, SignedReward | LENS)]
+        if module.loss.kl_in == "reward" and binary:
             raise InputError(
-                f"{type(module).__name__}.kl_in: reward, while a term's SignedReward asks only whether a reward is 1, "
+                f"{type(module).__name__}.kl_in: reward, while a term's {binary[0]} asks only whether a reward is 1, "
                 "which none would be any more. Write kl_in: loss, or another advantage."
             )
     if data.sampling.group_size < 2 and any(term.of_groups for module in modules for term in module.terms):

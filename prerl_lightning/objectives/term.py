@@ -43,8 +43,8 @@ class Term:
 
     Args:
         space: ``post-train``: log p(y given x), ``pre-train``: log p(y).
-        advantage: `GroupStd`, `GroupMean`, `LeaveOneOut`, `BatchStd`, `SignedReward`, `ConstantBaseline`, or a class
-            of your own derived from `Advantage`; None: `GroupStd`.
+        advantage: `GroupStd`, `GroupMean`, `LeaveOneOut`, `BatchStd`, `SignedReward`, `LENS`, `ConstantBaseline`, or
+            a class of your own derived from `Advantage`; None: `GroupStd`.
         contributing: ``all``, ``positive`` or ``negative``, by the sign of the advantage.
         coefficient: a number, or `Linear`, `Cosine` or `Exponential` over the optimizer steps of the life.
         surrogate: `PPOClip`, `GSPO`, `CISPO`, `SAPO`, `DPPO`, `PolicyGradient`; None: `PPOClip` with the objective's
@@ -86,9 +86,9 @@ class Term:
         parts += [getattr(one, "__name__", type(one).__name__) for one in chosen if one is not None]
         return " ".join([*parts, *([self.contributing] if self.contributing != "all" else [])])
 
-    def advantages(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
+    def advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
         """(N,) float64."""
-        return (self.advantage or GroupStd())(rewards, group_ids)
+        return (self.advantage or GroupStd()).of_rollout(rewards, rollout)
 
     @property
     def of_groups(self) -> bool:

@@ -45,8 +45,8 @@ class Confidence(Weight):
     weights that sampled, in the term's space; 1 on others: a mistake is punished more, the surer the policy was of it.
 
     That the penalty of a wrong response grows with its length-normalised likelihood is said by CW-NSR (arXiv
-    2605.07137) and, of confidence-dependent rewards that let all-wrong groups count, by LENS (arXiv 2510.08696). The
-    power law is the plainest such form and OURS: neither paper's formula was at hand, so do not take this for either.
+    2605.07137). The power law is the plainest such form and OURS: the paper's formula was not at hand. `LENS` charges
+    for confidence in the reward.
 
     Args:
         power: 0 is no weight, 1 the likelihood itself.

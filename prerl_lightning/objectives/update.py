@@ -170,7 +170,7 @@ class Update:
 
     def work(self, term: Term) -> Work:
         passes, loss = self.passes, self.loss
-        advantages = term.advantages(self.rewards, self.rollout.group_ids)
+        advantages = term.advantages(self.rewards, self.rollout)
         of_tokens = self.of_tokens(advantages)
         contributing = term.counted(advantages, self.rollout)
         contributing &= passes.sound & (self.lengths > 0)

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from prerl_lightning import ranks
 from prerl_lightning.errors import InputError
+from prerl_lightning.metrics.utilisation import attended_tokens
 from prerl_lightning.objectives.advantages import EPSILON, generalised_advantages
 from prerl_lightning.objectives.losses import clipped_value_loss
 from prerl_lightning.objectives.optimizer import make_optimizer
@@ -173,7 +174,7 @@ class ValuedUpdate(Update):
             return
         old, returns = (values.to(self.device) for values in (self.old_values, self.returns))
         self.critic.model.module.zero_grad(set_to_none=True)
-        for batch in self._batches(self.own & in_minibatch):
+        for batch in self._batches(self.own & in_minibatch, passes=3 if self.critic.model.own else 1):
             values = self.critic.model(batch or self._idle())
             loss = values.sum() * 0.0
             if batch is not None:
@@ -189,10 +190,14 @@ class ValuedUpdate(Update):
             step = self.rollout.policy_version
             log.warning("Step %d: the value model's gradient norm is %s; its step is skipped.", step, norm)
 
-    def _batches(self, selected: Tensor) -> Any:
-        """Of responses of this rank, on the device; None for an idle pass."""
+    def _batches(self, selected: Tensor, passes: int = 0) -> Any:
+        """Of responses of this rank, on the device; None for an idle pass. ``passes``: the forward passes, of which a
+        backward is two, that each is to count as in train/flops."""
         for batch in self.passes.padded(self.passes.micro_batches("post-train", selected)):
             watchdog.move()
+            if batch is not None:
+                attended = attended_tokens(batch)
+                self.sums.add("train/flops", passes * self.flops.forward(len(attended), float(attended.sum()), 0))
             yield batch and batch.to(self.device)
 
     def _idle(self) -> Any:
