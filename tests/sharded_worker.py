@@ -28,6 +28,7 @@ from prerl_lightning.objectives.optimizer import make_optimizer
 from prerl_lightning.objectives.passes import gathered
 from prerl_lightning.objectives.settings import OptimizerSettings
 from prerl_lightning.policy import attention, model
+from prerl_lightning.policy.lora import Lora
 from prerl_lightning.policy.model import Policy
 from prerl_lightning.policy.probe import Probe
 from prerl_lightning.policy.reference import Reference
@@ -80,14 +81,19 @@ def from_own_shards(folder: str, strategy: FSDP2Strategy, **options) -> Policy:
         return Policy.from_pretrained(folder, sharding=strategy, **options)
 
 
-def check_loaded(folder: str) -> None:
+def check_loaded(folder: str, lora: Lora | None = None) -> None:
     """Bit for bit, buffers that are in no file among them."""
-    whole, policy = Policy.from_pretrained(folder), from_own_shards(folder, strategy_of("bf16-mixed"))
+    whole = Policy.from_pretrained(folder, lora=lora)
+    policy = from_own_shards(folder, strategy_of("bf16-mixed"), lora=lora)
     theirs = dict(whole.named_parameters())
     for name, parameter in policy.named_parameters():
         assert isinstance(parameter, DTensor)
-        assert torch.equal(parameter.full_tensor(), theirs.pop(name)), name
+        assert parameter.requires_grad == theirs[name].requires_grad
+        assert torch.equal(parameter.full_tensor(), theirs.pop(name)), name  # and types
     assert not theirs
+    if lora is not None:
+        assert policy.adapters.base == whole.adapters.base
+        assert policy.state_dict().keys() == whole.state_dict().keys()
     theirs = dict(whole.named_buffers())
     for name, buffer in policy.named_buffers():
         assert torch.equal(buffer, theirs.pop(name)), name
@@ -228,7 +234,8 @@ def main(rank: int, out: Path, folders: dict[str, str], rollout) -> None:
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
     check_gathered(rank, rollout)
     for folder in folders.values():
-        check_loaded(folder)
+        for lora in (None, Lora(rank=4), Lora(rank=4, base="bfloat16")):
+            check_loaded(folder, lora)
     check_refused(folder, out, rank)
     check_folder(folders["llama-tied"], out, rank)
     check_run(folders["llama-tied"], out, rank)

@@ -172,7 +172,7 @@ class Memory:
 def host_bytes(setup: Setup, ranks_on_node: int) -> Mapping[str, int]:
     """Of a node with GPUs, besides what each process takes: while the model loads, which every rank does on the CPU in
     fp32 unless fsdp2 has each read its shards, and for a checkpoint of one file, which rank 0 of fsdp2 gathers."""
-    loading = 0 if setup.sharded and not setup.shape.adapters else 4 * setup.shape.parameters * ranks_on_node
+    loading = 0 if setup.sharded else 4 * setup.shape.parameters * ranks_on_node
     return {"loading": loading, "checkpoint": 12 * setup.shape.trained if setup.sharded else 0}
 
 

@@ -108,10 +108,10 @@ def targeted(lm: PreTrainedModel, lora: Lora) -> dict[str, nn.Linear]:
 
 
 def fingerprint(lm: PreTrainedModel) -> str:
-    """Of its weights, by 64 numbers of each: another training's differ."""
+    """Of its weights, by 64 numbers of each: another training's differ. Collective under FSDP2."""
     digest = hashlib.sha256()
     for name, parameter in lm.named_parameters():
-        flat = parameter.detach().flatten()
+        flat = ranks.full(parameter.detach()).flatten()
         some = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -125,7 +125,7 @@ class Adapters:
     """Of a model's linear layers, put in place when this is made: in fp32, all else frozen.
 
     Attributes:
-        base: the `fingerprint` of the model without them; empty of a model without weights.
+        base: the `fingerprint` of the model without them; empty of a model without weights, until they `begin`.
         folded: those that were folded into the base, oldest first: of each layer A and B by name, full tensors on the
             CPU. The base of the folder and these make the present one.
     """
@@ -148,10 +148,15 @@ class Adapters:
             self.layers[name] = LoraLinear(linear, lora)
             setattr(lm.get_submodule(parent), own, self.layers[name])
         if self.base:
-            # the same on all ranks
-            seed = torch.tensor(torch.initial_seed() % 2**31)
-            self.seed = int(ranks.all_reduce(seed, dist.ReduceOp.MIN))
-            self._draw()
+            self.begin(self.base)
+
+    def begin(self, base: str) -> None:
+        """Draw the first ones over a model of this `fingerprint`: those made on the meta device, once they have memory.
+        Collective."""
+        self.base = base
+        seed = torch.tensor(torch.initial_seed() % 2**31)
+        self.seed = int(ranks.all_reduce(seed, dist.ReduceOp.MIN))  # the same on all ranks
+        self._draw()
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """A and B of each layer."""

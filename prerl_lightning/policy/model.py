@@ -271,7 +271,7 @@ class Policy(nn.Module):
         Args:
             longest: tokens of a sequence, at most, for models whose rotary frequencies depend on it.
             lora: train adapters alone. None: all weights.
-            sharding: a strategy that shards; then collective. With ``lora`` each rank loads all of the model first.
+            sharding: a strategy that shards; then collective.
 
         Raises:
             InputError: ``model`` is no model folder, its weights are not all there and finite, `Policy` would not
@@ -289,7 +289,7 @@ class Policy(nn.Module):
             def empty() -> Policy:
                 return made(empty_model(model, attn_implementation))
 
-            found = sharding and lora is None and sharded.load(empty, probe.prepare, _existing(model), sharding)
+            found = sharding and sharded.load(empty, probe.prepare, _existing(model), sharding, lora)
             if found:
                 policy, broken = found
                 _refuse(model, policy.model, "are not finite", broken)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from prerl_lightning import ranks
+from prerl_lightning.policy.lora import Lora, fingerprint
 
 if TYPE_CHECKING:
     from prerl_lightning.policy.model import Policy
@@ -64,7 +65,11 @@ def fill(held: Mapping[str, Tensor], files: Mapping[str, str]) -> list[str]:
 
 
 def load(
-    make: "Callable[[], Policy]", prepare: "Callable[[Policy], None]", model: str, sharding: Sharding
+    make: "Callable[[], Policy]",
+    prepare: "Callable[[Policy], None]",
+    model: str,
+    sharding: Sharding,
+    lora: Lora | None = None,
 ) -> "tuple[Policy, list[str]] | None":
     """The policy, and which of its weights are not finite; None where it has to be loaded whole. Collective.
 
@@ -72,6 +77,7 @@ def load(
         make: it, with parameters on the meta device.
         prepare: compares it with the model itself, by passes in fp32.
         model: the folder or hub id that it is of.
+        lora: the policy's.
     """
     exact, files = make(), files_of(model)
     exact_held = dict(exact.held())
@@ -85,8 +91,20 @@ def load(
         return exact, broken
     prepare(exact)
     policy = make()  # in the run's precision: FSDP2 knows one
+    if lora is not None:
+        policy.adapt(lora)
+    resting = {name: p.dtype for name, p in policy.named_parameters(remove_duplicate=False)}
     sharding.shard(policy)
-    policy.load_state_dict(exact.state_dict(keep_vars=True), assign=True)
+    state = exact.state_dict(keep_vars=True)
+    cast: dict[int, Tensor] = {}
+    for name, tensor in state.items():  # tied ones stay one
+        if tensor.dtype != resting.get(name, tensor.dtype):
+            cast[id(tensor)] = cast.get(id(tensor), nn.Parameter(tensor.detach().to(resting[name])))
+        state[name] = cast.get(id(tensor), tensor)
+    policy.load_state_dict(state, assign=True, strict=lora is None)  # no file has values of adapters
+    if policy.adapters is not None:
+        _materialise(policy, sharding.home)
+        policy.adapters.begin(fingerprint(exact.model))
     policy.take_choices(exact)
     return policy, []
 
@@ -115,4 +133,4 @@ def _materialise(policy: nn.Module, device: torch.device) -> None:
         if held.is_meta and id(held) not in made:
             made[id(held)] = nn.Parameter(torch.empty_like(held, device=device), held.requires_grad)
         state[name] = made.get(id(held), held)
-    policy.load_state_dict(state, assign=True)
+    policy.load_state_dict(state, assign=True, strict=False)  # with adapters it holds these alone
