@@ -118,8 +118,12 @@ def _warnings(trainer: L.Trainer) -> list[str]:
     return [message for health in callbacks_of(trainer, RunHealth) for message in health.warnings.values()]
 
 
+INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512_f", "avx2")
+
+
 def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, memory, GPUs; no name or address of the host."""
+    """Processor, its instructions, on which last digits depend, cores that this process may use, memory, GPUs; no name
+    or address of the host."""
     cpu = ""
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -129,6 +133,7 @@ def machine() -> dict[str, Any]:
         cpu = models[0] if models else ""
     return {
         "cpu": cpu or platform.processor() or platform.machine(),
+        "instructions": [name for name in INSTRUCTIONS if torch.cpu.get_capabilities().get(name)],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -21,9 +21,9 @@ def accelerator(subject: Subject) -> Result:
 
     if torch.cuda.is_available():
         return _gpus()
-    about, able = machine(), torch.cpu.get_capabilities()
-    fast = [name for name in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2") if able.get(name)]
-    figures = {"cpu": about["cpu"], "cores": about["cores"], "instructions": fast}
+    about = machine()
+    fast = about["instructions"]
+    figures = {name: about[name] for name in ("cpu", "cores", "instructions")}
     if torch.version.cuda is not None and (driver().gpus or driver().problem):
         try:
             torch.cuda.init()
