@@ -123,9 +123,10 @@ def kv_bytes_per_token(shape: ModelShape, dtype_bytes: int = 2) -> int:
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype_bytes
 
 
-def checkpoint_bytes(shape: ModelShape) -> int:
-    """On disk: what is trained, in fp32, and two Adam moments, and 1 % for the rest."""
-    return shape.trained * 12 * 101 // 100
+def checkpoint_bytes(shape: ModelShape, copies: int = 0, weights_only: bool = False) -> int:
+    """On disk: what is trained, in fp32, and 1 % for the rest; unless ``weights_only`` Adam's two moments too, and the
+    ``copies`` that lives keep beside."""
+    return shape.trained * 4 * (1 if weights_only else 3 + copies) * 101 // 100
 
 
 @dataclass(frozen=True)

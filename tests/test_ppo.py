@@ -15,11 +15,12 @@ from test_update import attached
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from prerl_lightning.budget import ModelShape, checkpoint_bytes
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives import GRPO, PPO
 from prerl_lightning.objectives.advantages import generalised_advantages
 from prerl_lightning.objectives.losses import clipped_value_loss
-from prerl_lightning.policy.model import Policy
+from prerl_lightning.policy.model import Policy, load_config
 
 # ---------------------------------------------------------------------- closed forms
 
@@ -329,3 +330,6 @@ def test_its_memory_is_reckoned_with(model_folder):
     assert copies(GRPO(kl_coefficient=0.1), lives("policy")) == (1, 1)
     assert copies(GRPO(kl_coefficient=0.1), lives("own")) == (4, 3)
     assert copies(PPO(kl_coefficient=0.1), []) == (5, 4)
+    shape = ModelShape.of_config(load_config(model_folder("llama-tied")))
+    assert checkpoint_bytes(shape, 4) == pytest.approx(7 / 3 * checkpoint_bytes(shape), abs=1)
+    assert checkpoint_bytes(shape, 4, weights_only=True) == pytest.approx(checkpoint_bytes(shape) / 3, abs=1)

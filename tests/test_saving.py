@@ -312,7 +312,7 @@ def test_room_for_two_checkpoints_is_asked_for_at_the_start(tmp_path, monkeypatc
     trainer = quiet_trainer(default_root_dir=tmp_path / "runs")
     RunCheckpoint().check_run(trainer, GRPO("embedded"))
     assert not (tmp_path / "runs").exists()
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=20 << 20))  # two of 868,000 x 12 bytes
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=21 << 20))  # two of 868,000 x 12 bytes
     RunCheckpoint().check_run(trainer, GRPO("embedded"))
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=19 << 20))
     RunCheckpoint(save_weights_only=True).check_run(trainer, GRPO("embedded"))

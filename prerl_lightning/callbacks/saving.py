@@ -19,7 +19,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from prerl_lightning import checkpoints, hub
-from prerl_lightning.budget import GIB, ModelShape
+from prerl_lightning.budget import GIB, ModelShape, checkpoint_bytes
 from prerl_lightning.callbacks.monitors import check_monitor
 from prerl_lightning.callbacks.requeue import requeue
 from prerl_lightning.checkpoints import NotWritten, WholeFileIO
@@ -137,11 +137,11 @@ class RunCheckpoint(ModelCheckpoint):
             raise InputError(f"{key}: {folder} cannot be written in: {error.strerror}.") from error
         config = load_config(pl_module.model_name)
         try:
-            parameters = ModelShape.of_config(config, pl_module.lora).trained
+            shape = ModelShape.of_config(config, pl_module.lora)
         except ValueError:  # no language model, which its loading says better
             return
-        beside = 0 if self.save_weights_only else 4 * copies(pl_module, trainer.callbacks)[1]  # type: ignore[attr-defined]
-        needed = 2 * parameters * ((4 if self.save_weights_only else 12) + beside)  # fp32, and Adam's two moments
+        beside = copies(pl_module, trainer.callbacks)[1]  # type: ignore[attr-defined]
+        needed = 2 * checkpoint_bytes(shape, beside, self.save_weights_only)
         free = shutil.disk_usage(there).free
         if free < needed:
             said = (

@@ -120,7 +120,7 @@ def planned(
         free_where="of a GPU are free" if with_card else "of this host are free, for all ranks",
         fits=fits,
         host=host_bytes(setup, min(world_size, NODE)) if with_card else {},
-        checkpoint=checkpoint_bytes(shape),
+        checkpoint=checkpoint_bytes(shape, run_memory.copies(run.module, run.callbacks)[1]),
         lower=() if fits else lowered(setup, free, run.data.prompts_per_step),
         rollouts=rollouts,
         work=step,
