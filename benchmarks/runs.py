@@ -69,8 +69,7 @@ def main() -> None:
         for seed in options.seeds:
             result = measure(config, seed, more)
             found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-            found.setdefault(config, {})[f"seed {seed}"] = result
-            found["machine"] = describe()
+            found.setdefault(config, {}).update({f"seed {seed}": result, "machine": describe()})
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")
             curves = [result.get(f"held_out_{name}", {}).values() for name in ("avg@8", "thoughts/wait")]
             accuracy, waits = (" ".join(f"{value:.3f}" for value in curve) for curve in curves)

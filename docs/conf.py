@@ -18,6 +18,7 @@ html_theme = "furo"
 exclude_patterns = ["_build", "figures.py"]
 html_show_sphinx = html_show_copyright = False
 html_copy_source = False
+html_static_path, html_css_files = ["_static"], ["wide.css"]
 KINDS = (
     *("objectives", "terms", "axes", "adapters", "keys", "values", "problems", "engines", "rewards", "callbacks"),
     *("strategies", "trainer", "metrics"),
