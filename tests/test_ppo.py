@@ -20,6 +20,7 @@ from prerl_lightning.errors import InputError
 from prerl_lightning.objectives import GRPO, PPO
 from prerl_lightning.objectives.advantages import generalised_advantages
 from prerl_lightning.objectives.losses import clipped_value_loss
+from prerl_lightning.policy.lora import Lora
 from prerl_lightning.policy.model import Policy, load_config
 
 # ---------------------------------------------------------------------- closed forms
@@ -326,10 +327,14 @@ def test_two_ranks_learn_what_one_does(whole, model_folder, tmp_path, free_port)
 def test_its_memory_is_reckoned_with(model_folder):
     from prerl_lightning.objectives.memory import copies
 
-    assert copies(GRPO(), []) == (0, 0)
-    assert copies(GRPO(kl_coefficient=0.1), lives("policy")) == (1, 1)
-    assert copies(GRPO(kl_coefficient=0.1), lives("own")) == (4, 3)
-    assert copies(PPO(kl_coefficient=0.1), []) == (5, 4)
-    shape = ModelShape.of_config(load_config(model_folder("llama-tied")))
+    config = load_config(model_folder("llama-tied"))
+    shape, adapted = ModelShape.of_config(config), ModelShape.of_config(config, Lora(rank=4))
+    assert copies(GRPO(), [], shape) == (0, 0)
+    assert copies(GRPO(kl_coefficient=0.1), lives("policy"), shape) == (1, 1)
+    assert copies(GRPO(kl_coefficient=0.1), lives("own"), shape) == (4, 3)
+    assert copies(PPO(kl_coefficient=0.1), [], shape) == (5, 4)
+    in_memory, on_disk = copies(PPO(lora=Lora(rank=4)), [], adapted)  # all of the body, beside adapters
+    assert in_memory * adapted.trained >= 4 * shape.parameters
+    assert on_disk * adapted.trained >= 3 * shape.parameters
     assert checkpoint_bytes(shape, 4) == pytest.approx(7 / 3 * checkpoint_bytes(shape), abs=1)
     assert checkpoint_bytes(shape, 4, weights_only=True) == pytest.approx(checkpoint_bytes(shape) / 3, abs=1)

@@ -140,7 +140,7 @@ class RunCheckpoint(ModelCheckpoint):
             shape = ModelShape.of_config(config, pl_module.lora)
         except ValueError:  # no language model, which its loading says better
             return
-        beside = copies(pl_module, trainer.callbacks)[1]  # type: ignore[attr-defined]
+        beside = copies(pl_module, trainer.callbacks, shape)[1]  # type: ignore[attr-defined]
         needed = 2 * checkpoint_bytes(shape, beside, self.save_weights_only)
         free = shutil.disk_usage(there).free
         if free < needed:

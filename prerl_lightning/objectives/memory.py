@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def copies(module: "PolicyModule", callbacks: Iterable[Any]) -> tuple[int, int]:
-    """Of what is trained, that a life of the run keeps beside the policy, at most: in memory, and in a checkpoint."""
-    in_memory, on_disk = zip(*(life.copies for life in all_lives(module, callbacks)), strict=True)
-    return max(in_memory), max(on_disk)
+def copies(module: "PolicyModule", callbacks: Iterable[Any], shape: ModelShape) -> tuple[int, int]:
+    """Of what is trained, that a life of the run keeps beside the policy, at most: in memory, and in a checkpoint.
+    Another body is its weights and two moments, in memory gradients too, and all of it though the policy trains
+    adapters."""
+    lives, whole = all_lives(module, callbacks), -(-shape.parameters // shape.trained)
+    in_memory, on_disk = (max(life.copies + n * whole * life.bodies for life in lives) for n in (4, 3))
+    return in_memory, on_disk
 
 
 def watching(callbacks: Iterable[Any], parameters: int) -> int:
@@ -70,7 +73,7 @@ def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: 
         strategy="fsdp2" if sharded else "ddp" if isinstance(trainer.strategy, DDPStrategy) else "single",
         world_size=trainer.world_size,
         precision=str(trainer.precision),
-        copies=copies(module, trainer.callbacks)[0],  # type: ignore[attr-defined]
+        copies=copies(module, trainer.callbacks, shape)[0],  # type: ignore[attr-defined]
         checkpointing=module.gradient_checkpointing,
         max_tokens=module.batching.max_tokens_per_microbatch,
         watching=watching(trainer.callbacks, own),  # type: ignore[attr-defined]

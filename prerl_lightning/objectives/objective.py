@@ -244,10 +244,11 @@ class BaseObjective(L.LightningModule):
     # ------------------------------------------------------------------ beside weights and optimizer
 
     @property
-    def copies(self) -> tuple[int, int]:
-        """Of the weights, that this life keeps beside the policy and its optimizer: in memory, and in a checkpoint."""
-        kept = int(self.loss.kl_coefficient > 0)
-        return kept, kept
+    def copies(self) -> int:
+        """Of the trained weights, that this life keeps beside the policy, in memory and in a checkpoint."""
+        return int(self.loss.kl_coefficient > 0)
+
+    bodies = 0  # models of the policy's size, trained whole with Adam, beside the policy
 
     def life_state(self, sharded: bool = False) -> dict[str, Any]:
         """For a checkpoint, its reference ``sharded`` as the policy is, or whole. Collective where a life keeps one."""

@@ -84,10 +84,8 @@ class PPO(PolicyModule):
     # ------------------------------------------------------------------ beside weights and optimizer
 
     @property
-    def copies(self) -> tuple[int, int]:
-        in_memory, on_disk = super().copies
-        own = self.value_body == "own"  # weights and two moments, in memory gradients too
-        return in_memory + 4 * own, on_disk + 3 * own
+    def bodies(self) -> int:  # type: ignore[override]
+        return int(self.value_body == "own")
 
     def life_state(self, sharded: bool = False) -> dict[str, Any]:
         return super().life_state(sharded) | {

@@ -226,7 +226,7 @@ def _changes(setup: Setup, prompts: int) -> Iterator[tuple[str, Callable[[Setup]
     while not on_cpu and prompts % (ranks := 2 * ranks) == 0:
         words = f"trainer.devices: {ranks}, under fsdp2"
         yield words, lambda s, ranks=ranks: replace(s, strategy="fsdp2", world_size=ranks)  # type: ignore[misc]
-    of_values = setup.copies // 4 * 4  # `PPO.copies`
+    of_values = setup.copies // 4 * 4  # `objectives.memory.copies`
     if of_values:
         yield "value_body: policy in all lives", lambda s: replace(s, copies=s.copies - of_values)
     yield "kl_coefficient: 0 in all lives", lambda s: replace(s, copies=s.copies // 4 * 4)
