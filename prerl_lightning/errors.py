@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -52,9 +53,19 @@ def check_bounds(
 
 def nearest(word: str, names: Iterable[str]) -> str:
     """`` Did you mean NAME?`` where one of the names is near, else nothing: for the end of a sentence."""
-    folded, word = {name.lower(): name for name in names}, word.lower()
-    found = get_close_matches(word, folded, n=1) or [name for name in folded if word and name.startswith(word)]
+    folded, word = {name.lower(): name for name in names if name != word}, word.lower()
+    found = get_close_matches(word, folded) or [name for name in folded if word and name.startswith(word)]
+    found.sort(key=lambda name: sorted(name) != sorted(word))  # letters that have changed places first
     return f" Did you mean {folded[found[0]]}?" if found else ""
+
+
+def near_folder(path: str | Path) -> str:
+    """`nearest` among what lies beside a folder that is not there."""
+    above = Path(path).parent
+    beside = [p for p in above.iterdir() if p.is_dir()] if above.is_dir() else []
+    name = Path(path).name
+    ends = [p.name for p in beside if p.name.endswith(f"-{name}")]  # of runs/rloo runs/objectives-rloo
+    return f" Did you mean {above / ends[0]}?" if ends else nearest(str(path), [str(above / p.name) for p in beside])
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -19,6 +19,21 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
+# what TRL and verl call it, and we otherwise; docs/coming-from/ has all
+OURS_OF = {
+    **dict.fromkeys(("num_generations", "rollout_n"), "data.sampling.group_size"),
+    **dict.fromkeys(("max_completion_length", "max_response_length"), "data.sampling.max_new_tokens"),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "train_batch_size"), "data.prompts_per_step (prompts, not responses)"
+    ),
+    "kl_loss_coef": "model.init_args.kl_coefficient",
+    **dict.fromkeys(("num_iterations", "ppo_epochs"), "model.init_args.epochs"),
+    "max_prompt_length": "data.max_prompt_tokens",
+    "learning_rate": "model.init_args.lr",
+    "reward_funcs": "data.reward",
+    "model_name_or_path": "model.init_args.model",
+    "output_dir": "trainer.default_root_dir",
+}
 # of jsonargparse's messages: what stands around the reason
 _AROUND = re.compile(r"$|Does not validate|Subtypes:|Errors:|Expected a path but|Given value")
 
@@ -137,7 +152,8 @@ def _said(key: str, owner: str, reason: str, reasons: list[str], given: str, des
     ):
         name = next(filter(None, found.groups()))
         if owner:
-            return f"{key}.init_args.{name}: {_name(owner)} has no such argument.{nearest(name, _arguments(owner))}"
+            mend = _here(name) or nearest(name, _arguments(owner))
+            return f"{key}.init_args.{name}: {_name(owner)} has no such argument.{mend}"
         if not name.startswith("-") and found[2]:
             return f"{name}: an argument without a key. Write --KEY VALUE, or --KEY=VALUE."
         name = name.lstrip("-").partition("=")[0]
@@ -171,8 +187,16 @@ def _arguments(path: str) -> list[str]:
     return [name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters]
 
 
+def _here(name: str) -> str:
+    """The end of a sentence, where a key is TRL's or verl's."""
+    found = OURS_OF.get(name.rpartition(".")[2])
+    return f" Here that is {found}." if found else ""
+
+
 def _near_key(key: str, dests: list[str]) -> str:
     """By the first part of a dotted key that is none of those at its place."""
+    if here := _here(key):
+        return here
     parts = key.split(".")
     for i, part in enumerate(parts):
         beside = {d.split(".")[i] for d in dests if d.split(".")[:i] == parts[:i] and d.count(".") >= i}

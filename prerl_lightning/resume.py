@@ -209,7 +209,10 @@ def newest(folder: Path) -> Path:
 
     lasts = by_age("last.ckpt") or by_age("last.ckpt.old")
     if not lasts:
-        raise InputError(f"--ckpt_path: there is no last.ckpt below {folder}. Leave it out to start anew.")
+        raise InputError(
+            f"--ckpt_path: there is no last.ckpt below {folder}: no run there has come to a checkpoint; one is "
+            "written every checkpoint.every_n_train_steps (20). Leave it out to start anew."
+        )
     files: dict[int, Path] = {}  # of several names of one, the first
     for path in [lasts[0], *by_age("*.ckpt")]:
         files.setdefault(path.stat().st_ino, path)

@@ -39,7 +39,9 @@ def described(value: Any) -> Any:
     if isinstance(value, partial):
         return {"class_path": path_of(value.func), "init_args": described(value.keywords)}
     if isinstance(value, Optimizer):
-        known = {name: held for name, held in value.defaults.items() if name != "lr" and held is not None}
+        # what it keeps as `defaults` may be more than what it takes: AdamW is an Adam
+        takes = inspect.signature(type(value)).parameters
+        known = {k: held for k, held in value.defaults.items() if k in takes and k != "lr" and held is not None}
         return {"class_path": path_of(type(value)), "init_args": described(known)}
     if hasattr(value, "__qualname__"):
         return path_of(value)

@@ -70,7 +70,7 @@ class Signals:
         elif again and number == signal.SIGINT:
             self._end(number, "stopped at once; what was done since the last checkpoint is lost.")
         elif not again:
-            _say(f"{name}: the run ends behind the present step, with a checkpoint. Ctrl-C ends it at once.")
+            _say(f"{name}: the run ends behind the present step, with a checkpoint. A second Ctrl-C ends it at once.")
 
     def _end(self, number: int, why: str) -> None:
         for act in self.at_once:

@@ -15,6 +15,7 @@ from transformers.utils import logging as its
 import prerl_lightning as prerl
 from prerl_lightning import api
 from prerl_lightning.errors import InputError
+from prerl_lightning.evaluation.command import evaluate
 from prerl_lightning.policy.model import ASSETS, load_model
 from prerl_lightning.settings import described
 
@@ -59,6 +60,7 @@ def fitted(tmp_path_factory, quietly):
             seed=5,
         )
         assert data.engine._llm is data.engine.weights_dtype is None  # freed, as if it had never been started
+        assert described(data) == described(small())  # as it was: another seed's run may have it
         assert len(checks) == 1
     return folder, run
 
@@ -93,6 +95,18 @@ def test_what_it_gives_back(fitted, monkeypatch):
     assert prerl.load_run("runs/mine/version_0").accuracies == run.accuracies
     with pytest.raises(InputError, match="no metrics"):
         prerl.load_run("runs")
+
+
+def test_what_the_last_lines_say_to_type_works(fitted, monkeypatch, capsys):
+    """Of a run from Python, with its config.yaml; and the same from Python."""
+    folder, run = fitted
+    monkeypatch.chdir(folder)
+    evaluate(["--config", str(run.folder / "config.yaml"), "--model", str(run.model), "--k", "2"])
+    assert "Samples and summary.json are in evaluations/mine-version_0" in capsys.readouterr().out
+    found = prerl.evaluate(run.model, k=2, datamodule=small(seed=5), folder="again")
+    assert found["val"] == json.loads(Path("evaluations/mine-version_0/summary.json").read_text())["val"]
+    with pytest.raises(InputError, match=r"evaluations/mine: no such folder\. Did you mean evaluations/mine-version_0"):
+        prerl.compare("evaluations/mine", "again")
 
 
 def test_a_resume_is_compared(fitted, monkeypatch):

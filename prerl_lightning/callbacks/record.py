@@ -61,7 +61,7 @@ class RunRecord(L.Callback):
             "strategy": type(trainer.strategy).__name__,
             "precision": trainer.precision,
             "max_steps": trainer.max_steps,
-            "seed": pl_module.data.seed,
+            "seed": pl_module.data.run_seed,
             "warnings": [],
             "thoughts": watching[0].families if watching else {},
             "machine": machine(),

@@ -140,7 +140,12 @@ class RolloutDataModule(Sets, L.LightningDataModule):
             module.plan_memory(self.engine, strategy.root_device, max(longest))
         module.configure_model()  # Lightning would do so when the engine has started, and damaged weights show here
         place = Place(strategy.global_rank, self.trainer.world_size, strategy.local_rank, strategy.root_device)
-        self.engine.start(model_path(module.model_name), self.seed or 0, place)
+        self.engine.start(model_path(module.model_name), self.run_seed, place)
+
+    @property
+    def run_seed(self) -> int:
+        """``seed``, or the run's: the same data may serve runs of several."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
     def teardown(self, stage: str) -> None:
         for pool in set(self._pools.values()):
@@ -171,8 +176,6 @@ class RolloutDataModule(Sets, L.LightningDataModule):
             self._pools[key] = shared or RewardPool(reward, self.verification)
 
     def _load(self, module: Any, trainer: L.Trainer) -> None:
-        if self.seed is None:
-            self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         # trainer.world_size is not known yet where ranks are to be launched
         world_size = trainer.num_devices * trainer.num_nodes
         if self.prompts_per_step % world_size:
@@ -218,7 +221,7 @@ class RolloutDataModule(Sets, L.LightningDataModule):
                 place = place if settings_of(problems).max_new_tokens is None else f"{label(key)}.init_args"
                 raise InputError(
                     f"{place}.max_new_tokens: {new} leaves no room for a prompt in the engine's max_model_len of "
-                    f"{max_model_len}."
+                    f"{max_model_len}. Write less, or a larger data.engine.init_args.max_model_len if the model has it."
                 )
             if self.max_prompt_tokens is not None:
                 longest = min(longest, self.max_prompt_tokens)
@@ -231,7 +234,7 @@ class RolloutDataModule(Sets, L.LightningDataModule):
         return made
 
     def train_dataloader(self) -> PromptLoader:
-        return self._loader("train", self.prompts_per_step, self.seed)
+        return self._loader("train", self.prompts_per_step, self.run_seed)
 
     def val_dataloader(self) -> PromptLoader | list[PromptLoader]:
         loaders = [self._loader(key, self.val_batch, None) for key in self.held_out]
@@ -301,7 +304,7 @@ class RolloutDataModule(Sets, L.LightningDataModule):
             """Of one set, in an order of the step's own, so that nothing has to be remembered; none that the step has
             seen."""
             prompts, source = self._prompts[key], key.partition("/")[2]
-            for i in shuffled(prompts, mixed_seed(self.seed, "refill", key, step) >> 24, 0).tolist():
+            for i in shuffled(prompts, mixed_seed(self.run_seed, "refill", key, step) >> 24, 0).tolist():
                 prompt = replace(prompts[i], source=source)
                 if (source, prompt.row) not in used:
                     used.add((source, prompt.row))
@@ -326,9 +329,9 @@ class RolloutDataModule(Sets, L.LightningDataModule):
     def evaluate(self, prompts: Sequence[Prompt], key: str = "val") -> tuple[list[Group], list[Group]]:
         """k samples of each prompt of a held-out set, and its greedy response where it has one (`samples_of`)."""
         way = Way(self.sampling_of(key), self._pools[key], self.tokenizer)
-        return sample_for_evaluation(self.engine, way, prompts, *self.samples_of(key), self.seed)
+        return sample_for_evaluation(self.engine, way, prompts, *self.samples_of(key), self.run_seed)
 
     def _seeds(self, n_prompts: int, step: int, *turn: int) -> list[int]:
         """By position in the global batch: one rank or several draw the same responses."""
         first = (self.trainer.global_rank if self.trainer else 0) * n_prompts
-        return [mixed_seed(self.seed, "train", step, first + i, *turn) for i in range(n_prompts)]
+        return [mixed_seed(self.run_seed, "train", step, first + i, *turn) for i in range(n_prompts)]

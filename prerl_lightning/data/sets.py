@@ -4,12 +4,13 @@ Keys: ``train``, or ``train/NAME`` of a mixture; ``val``, and ``val/NAME`` of ``
 """
 
 from collections.abc import Mapping
+from inspect import signature
 
 from prerl_lightning.data.mixture import Mixture, settings_of
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.data.prompts import PromptFormat
 from prerl_lightning.errors import InputError, is_name
-from prerl_lightning.rewards.score import Reward
+from prerl_lightning.rewards.score import Reward, name_of
 from prerl_lightning.rollout.engine import HeldOutSampling, Sampling
 
 
@@ -114,6 +115,20 @@ def label(key: str) -> str:
     return f"data.val_more.{key.removeprefix('val/')}" if key.startswith("val/") else key
 
 
+def _check_call(reward: Reward) -> None:
+    try:
+        takes = signature(reward)
+    except ValueError:  # of builtins it is not known
+        return
+    try:
+        takes.bind("", "", "", {})
+    except TypeError as error:
+        raise InputError(
+            f"data.reward: {name_of(reward)}{takes}: {error}. A reward is called with the prompt, the response, the "
+            "ground truth and a dictionary of the rest: def reward(prompt, response, ground_truth, extra)."
+        ) from None
+
+
 def first_reward(key: str, *candidates: Reward | None) -> Reward:
     """The first that is there. Raises InputError where none is."""
     for reward in candidates:
@@ -122,6 +137,7 @@ def first_reward(key: str, *candidates: Reward | None) -> Reward:
                 f"data.reward: {reward!r} is no function. Give the function itself; YAML alone takes its import path."
             )
         if reward is not None:
+            _check_call(reward)
             return reward
     raise InputError(
         f"data.reward: missing, and {key} has no verifier of its own. Give one by import path, e.g. "

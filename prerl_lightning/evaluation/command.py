@@ -100,7 +100,7 @@ def evaluate_arguments() -> ArgumentParser:
         help="share the problems between N GPUs, or N processes on a CPU, an engine each: the same samples, sooner; "
         "default: 1, or the ranks that torchrun or srun have started",
     )
-    parser.add_argument("--out", help="folder; default: evaluations/MODEL")
+    parser.add_argument("--out", help="folder; default: evaluations/MODEL, of a run's model evaluations/NAME-VERSION")
     return parser
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, near_folder
 
 if TYPE_CHECKING:
     from prerl_lightning.rollout.sampler import Group
@@ -67,7 +67,7 @@ def common_sets(a: str | Path, b: str | Path) -> list[str]:
     """
     for folder in (a, b):
         if not Path(folder).is_dir():
-            raise InputError(f"prerl compare: {folder}: no such folder.")
+            raise InputError(f"prerl compare: {folder}: no such folder.{near_folder(folder)}")
     names = sorted({p.name for p in Path(a).glob("*.jsonl")} & {p.name for p in Path(b).glob("*.jsonl")})
     if not names:
         raise InputError(f"prerl compare: {a} and {b} have no set in common.")
@@ -95,9 +95,9 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Record], int]:
     try:
         first, *records = map(json.loads, lines)
         return first["settings"], records, sum(map(len, lines))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError):
         raise InputError(
-            f"{path} is no result of prerl evaluate ({error!r}). A run is evaluated first: prerl evaluate --config "
+            f"{path} is no result of prerl evaluate. A run is evaluated first: prerl evaluate --config "
             "RUN/config.yaml --model RUN/model --out FOLDER"
         ) from None
 

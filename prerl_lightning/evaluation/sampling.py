@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -33,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(
-    model: str,
+    model: str | Path,
     data: str | Sequence[str] | Mapping[str, ProblemSet] | None = None,
     k: int = 8,
     folder: str | Path | None = None,
@@ -57,7 +56,8 @@ def evaluate(
         data: names of `data.named.SETS` (NAME, or NAME=FILE), or problem sets by name; None: the held-out sets of
             ``datamodule``.
         k: samples a problem.
-        folder: where results go, or are gone on with; None: evaluations/MODEL.
+        folder: where results go, or are gone on with; None: evaluations/MODEL, of a run's model
+            evaluations/NAME-VERSION.
         greedy: one greedy response a problem more.
         checkpoint: a training checkpoint whose weights are taken instead of those in ``model``.
         endpoint: URL of a server that speaks OpenAI's API, asked instead of loading the model.
@@ -73,6 +73,7 @@ def evaluate(
     Raises:
         InputError: with the mend, before the engine starts wherever it can be known then.
     """
+    model = str(model)
     if k < 1:
         raise InputError(f"--k: {k} is below 1.")
     if endpoint and checkpoint:
@@ -93,7 +94,7 @@ def evaluate(
     engine: Engine = datamodule.engine
     if engine.weights_dtype is not None and not endpoint:
         raise InputError("evaluate: the data module's engine has been started, with weights of its own: give another.")
-    seed = datamodule.seed if datamodule.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+    seed = datamodule.run_seed
     last = datamodule.train.reward
     rewards = {
         key: reward if reward is not None else datamodule.reward_of(key, problems, general, last)
@@ -171,5 +172,8 @@ def _of_first(mine: list[Any]) -> Any:
 
 
 def default_folder(model: str, checkpoint: str | Path | None = None) -> Path:
-    name = model.rstrip("/").rpartition("/")[2] or "model"
+    path = Path(model)
+    name = path.name or "model"
+    if name == "model" and path.is_dir():  # a run's
+        name = "-".join(path.resolve().parent.parts[-2:]).replace("/", "") or name
     return Path("evaluations") / (name if checkpoint is None else f"{name}-{Path(checkpoint).stem}")

@@ -48,7 +48,7 @@ def check(module: "PolicyModule") -> None:
     prompts = data.some_prompts(PROMPTS)
     n_tokens = min(TOKENS, *(s.max_new_tokens for s in data.training_samplings))
     sampling = replace(data.sampling, group_size=1, top_p=1.0, top_k=0, max_new_tokens=n_tokens)
-    seeds = [mixed_seed(data.seed, "check", module.trainer.global_rank, i) for i in range(len(prompts))]
+    seeds = [mixed_seed(data.run_seed, "check", module.trainer.global_rank, i) for i in range(len(prompts))]
     groups: list[list[Response]] = []
     failure = None
     try:

@@ -78,7 +78,10 @@ def _load(loader: Any, model: str, **options: Any) -> Any:
         if Path(path).is_dir():
             mend = "The folder is damaged or not whole; fetch or export it again."
         elif constants.is_offline_mode():
-            mend = "The hub cannot be reached, and it was not fetched before: give a folder that holds the model."
+            raise InputError(
+                f"model: {model!r} is no folder here, and the hub, from which it was not fetched before, cannot be "
+                "reached. Give a folder that holds the model."
+            ) from error
         else:
             mend = (
                 "Give a Hugging Face model folder, a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct, or 'embedded'."

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, near_folder
 from prerl_lightning.report.files import FILES
 
 
@@ -94,7 +94,7 @@ def _folder(item: str) -> Path:
     if path.is_file():
         raise InputError(f"{item} is a file. Give the run's folder: {path.parent}")
     if not path.is_dir():
-        raise InputError(f"{item}: no such folder. A run's folder is e.g. runs/dsrl/version_0.")
+        raise InputError(f"{item}: no such folder.{near_folder(item)} A run's folder is e.g. runs/dsrl/version_0.")
     return path
 
 

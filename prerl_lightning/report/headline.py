@@ -9,6 +9,7 @@ from prerl_lightning.report.compare import Group, Sooner
 from prerl_lightning.report.html import NONE, named, table, tag
 from prerl_lightning.report.runs import Run, chain
 
+FEW = 5  # pairs that all agree by chance once in 16 times
 FALLS = 3  # settings whose fall the head tells of
 QUIET, LOUD = 3, 6  # so many runs are listed without being unfolded: all well, or not
 
@@ -61,7 +62,7 @@ def _beside(base: Group, name: str, found: Sequence[Sooner]) -> str:
     """Steps of the baseline over the setting's, at each share."""
     group, ratios, pairs = tag("b", escape(name)), ", ".join(map(words.sooner, found)), len(found[0].seeds)
     if pairs:
-        little = ", which tells little" if pairs == 1 else ""
+        little = ", which tells little" if pairs < FEW else ""
         return f"{group} is {words.order(found)}: {ratios}, over {words.some(pairs, 'pair')} of seeds{little}"
     return f"{group} has no seed in common with {tag('b', escape(base.name))} and is called neither sooner nor later"
 
