@@ -20,7 +20,19 @@ html_show_sphinx = html_show_copyright = False
 html_copy_source = False
 html_static_path, html_css_files = ["_static"], ["wide.css"]
 KINDS = (
-    *("objectives", "terms", "axes", "adapters", "keys", "values", "problems", "engines", "rewards", "callbacks"),
+    *(
+        "objectives",
+        "terms",
+        "axes",
+        "bases",
+        "adapters",
+        "keys",
+        "values",
+        "problems",
+        "engines",
+        "rewards",
+        "callbacks",
+    ),
     *("strategies", "trainer", "metrics"),
 )
 FLAGS = "<!-- Lightning's flags -->"

@@ -78,6 +78,7 @@ TITLES = {
     "problems": ("Problem sets", "data.train: {{class_path: {}, init_args: {{...}}}}"),
     "terms": ("Terms", "model: {{class_path: Objective, init_args: {{terms: [{{space: ..., ...}}]}}}}"),
     "axes": ("Choices along the axes", "{{class_path: {}, init_args: {{...}}}}, or its name alone"),
+    "bases": ("To derive from, for an axis of your own", "its import path"),
     "adapters": ("Adapters", "model.init_args.lora: {{...}}"),
     "engines": ("Engines", "data.engine: {{class_path: {}, init_args: {{...}}}}"),
     "rewards": ("Rewards", "data.reward: {}"),
@@ -93,6 +94,14 @@ AXES = {
     "token_weights": ("BySign", "Confidence"),
     "coefficients": ("Linear", "Cosine", "Exponential"),
     "entropy": ("TargetEntropy",),
+}
+BASES = {
+    "advantages": ("Advantage",),
+    "surrogates": ("Surrogate", "Tokens"),
+    "losses": ("TokenLosses",),
+    "aggregations": ("Aggregation",),
+    "token_weights": ("Weight",),
+    "coefficients": ("Coefficient",),
 }
 
 
@@ -118,6 +127,7 @@ def topics() -> Mapping[str, Mapping[str, str]]:
         },
         "terms": {"Term": f"{OBJECTIVES}.term.Term"},
         "axes": {name: f"{OBJECTIVES}.{axis}.{name}" for axis, names in AXES.items() for name in names},
+        "bases": {name: f"{OBJECTIVES}.{module}.{name}" for module, names in BASES.items() for name in names},
         "adapters": {"Lora": f"{OURS}.policy.lora.Lora"},
         "engines": {"VLLMEngine": f"{OURS}.rollout.vllm_engine.VLLMEngine"},
         "rewards": {name: f"{REWARDS}.{name}" for name in rewards}

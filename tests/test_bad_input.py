@@ -223,7 +223,10 @@ CASES = [
     ("--data.sampling.stop_token_ids=[-1]", "data.sampling.stop_token_ids: -1 is no token"),
     ("--data.verification.workers=-1", "data.verification.workers: -1"),
     ("--data.verification.timeout=0", "data.verification.timeout: 0"),
-    ("--data.reward=textwrap.dedent", r"data\.reward: .* A reward is called with the prompt, the response, the ground truth"),
+    (
+        "--data.reward=textwrap.dedent",
+        r"data\.reward: .* A reward is called with the prompt, the response, the ground truth",
+    ),
     ("--data.num_generations=4", "data.num_generations: there is no such key. Here that is data.sampling.group_size."),
     ("--model.init_args.learning_rate=1", ".* has no such argument. Here that is model.init_args.lr."),
     ("--model=GPRO", r"model: GPRO is not what can be imported here.* Did you mean GRPO\?"),

@@ -20,9 +20,10 @@ EPSILON = 1e-6  # beside a std
 
 
 class Advantage(ABC):
-    """(N,) rewards, (N,) ``group_ids`` -> (N,) float64 advantages, of the rollout of all ranks.
+    """``__call__(rewards, group_ids)``: (N,) rewards, (N,) int -> (N,) float64 advantages, of the rollout of all ranks.
 
-    Responses with the same group id answer the same prompt, in any order.
+    Responses with the same group id answer the same prompt, in any order. What looks at more than that has
+    ``of_rollout(rewards, rollout)`` too. ``of_groups = False`` where a prompt's responses are not compared.
     """
 
     of_groups: ClassVar[bool] = True  # compares the responses of a prompt: a group of one has nothing to learn from

@@ -17,6 +17,9 @@ AggregationName = Literal["token-mean", "seq-mean-token-mean"]
 
 
 class Aggregation(ABC):
+    """``weights(lengths)``: of each token of responses with (N,) lengths, (N,) float64; ``denominator(lengths)``: what
+    their sum is divided by, of the (M,) lengths of the contributing responses of a minibatch."""
+
     @abstractmethod
     def weights(self, lengths: Tensor) -> Tensor:
         """(N,) float64: of each token of responses with (N,) ``lengths``, before division by the denominator."""

@@ -11,6 +11,8 @@ from prerl_lightning.errors import check_bounds
 
 
 class Coefficient(ABC):
+    """``__call__(step)``: a number, at an optimizer step of the life, from 0."""
+
     @abstractmethod
     def __call__(self, step: int) -> float: ...
 

@@ -16,7 +16,14 @@ KLEstimator = Literal["k1", "k2", "k3"]
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """loss (T,); clipped and dual_clipped (T,) bool; approx_kl (T,) = old - new, no gradient."""
+    """What a `Surrogate` gives, of each of T tokens.
+
+    Args:
+        loss: (T,), with gradient.
+        clipped: (T,) bool.
+        dual_clipped: (T,) bool.
+        approx_kl: (T,) old less new log-prob, without gradient.
+    """
 
     loss: Tensor
     clipped: Tensor

@@ -56,7 +56,7 @@ def by_sign(advantages: Tensor, positive: float, negative: float) -> Tensor:
 
 
 class Surrogate(ABC):
-    """`Tokens` -> `TokenLosses`."""
+    """``__call__(tokens)``: `Tokens` -> `TokenLosses`, which ``tokens.losses(loss)`` makes of (T,) losses."""
 
     @abstractmethod
     def __call__(self, tokens: Tokens) -> TokenLosses: ...

@@ -15,7 +15,7 @@ from prerl_lightning.objectives.surrogates import Tokens, by_sign
 
 
 class Weight(ABC):
-    """`Tokens` -> (T,) factors, without gradient."""
+    """``__call__(tokens)``: `Tokens` -> (T,) factors, without gradient."""
 
     @abstractmethod
     def __call__(self, tokens: Tokens) -> Tensor: ...

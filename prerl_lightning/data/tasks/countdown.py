@@ -59,7 +59,7 @@ def statement(numbers: Sequence[int], target: int) -> str:
 
 
 class CountdownProblems(DrawnProblems):
-    """Problems such as ``3,5,7>26?``."""
+    """Problems such as ``3,5,7>26?``: a prompt is that and a line's end, as the embedded model knows it."""
 
     @property
     def reward(self) -> Reward:
