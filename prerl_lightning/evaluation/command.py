@@ -143,7 +143,7 @@ def compare(args: Sequence[str]) -> "dict[str, Comparison]":
                 f"[{d['low']:+.3f}, {d['high']:+.3f}]  p = {d['p']:.3f}  {shows}"
             )
     print(
-        "p: two-sided, by flipping signs. What a set shows: a difference that has p < 0.05 in four of five comparisons.",
+        "p: two-sided, by flipping signs. What a set shows: a difference with p < 0.05 in four of five comparisons.",
         "Where p and the interval part, believe the interval: it reckons with what few problems do not show.",
         sep="\n",
     )
