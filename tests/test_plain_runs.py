@@ -375,7 +375,11 @@ def _never(prompt, response, ground_truth, extra):
     return 0.0
 
 
-@pytest.mark.parametrize(("reward", "mean"), [(_boxed, 1), (_hashes, 1), (_never, 0)])
+def _broken(prompt, response, ground_truth, extra):
+    return extra["difficulty"]
+
+
+@pytest.mark.parametrize(("reward", "mean"), [(_boxed, 1), (_hashes, 1), (_never, 0), (_broken, None)])
 def test_the_first_prompt_and_the_verifier_s_word_on_the_truths_come_before_the_engine(
     folder, tmp_path, caplog, reward, mean
 ):
@@ -398,7 +402,13 @@ def test_the_first_prompt_and_the_verifier_s_word_on_the_truths_come_before_the_
         engine=Late(),
         prompts_per_step=P,
     )
-    quiet_trainer(max_steps=1, default_root_dir=tmp_path).fit(GRPO(model=folder), datamodule=data)
+    trainer = quiet_trainer(max_steps=1, default_root_dir=tmp_path)
+    if mean is None:
+        with pytest.raises(InputError, match=r"data\.train: the reward fails on each of 30 truths .*'20': KeyError"):
+            trainer.fit(GRPO(model=folder), datamodule=data)
+        assert not seen
+        return
+    trainer.fit(GRPO(model=folder), datamodule=data)
     said = seen[0]
     assert "data.train: 30 problems. What the model sees of the first: '<bos>10+10=?'. Its truth: '20'." in said
     assert f"of 30 truths likewise: {mean} on average" in said

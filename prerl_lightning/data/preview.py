@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prerl_lightning.data.problems import ProblemSet
+from prerl_lightning.errors import InputError
 from prerl_lightning.rewards.pool import RewardPool, Verdict
 from prerl_lightning.rewards.score import sees_tokens
 from prerl_lightning.rollout.engine import Sampling
@@ -37,7 +38,7 @@ def check_truths(
     key: str, problems: ProblemSet, prompts: Sequence[Prompt], pool: RewardPool, sampling: Sampling
 ) -> float | None:
     """The mean reward of a sample of the set's own truths, each in the best of the set's forms of a response; None
-    where it has none. Warns below 0.9."""
+    where it has none. Warns below 0.9; raises InputError where the reward fails on each of them."""
     number = min(TRIED, len(prompts))
     some = [prompts[i * len(prompts) // number] for i in range(number)]
     forms = [problems.forms(prompt.ground_truth) for prompt in some]
@@ -50,8 +51,10 @@ def check_truths(
     ]
     waiting = [pool.submit(items) for items in tries]
     best: list[tuple[Verdict, str]] = []
+    broken = True
     for futures, them in zip(waiting, forms, strict=True):
         verdicts = [future.result() for future in futures]
+        broken = broken and all(verdict.failure == "error" for verdict in verdicts)
         best.append(max(zip(verdicts, them, strict=True), key=lambda pair: pair[0].score))
     mean = sum(verdict.score for verdict, _ in best) / number
     log.info(
@@ -61,10 +64,16 @@ def check_truths(
     if mean < EXPECTED:
         i = min(range(number), key=lambda i: best[i][0].score)
         verdict = best[i][0]
+        if broken:
+            raise InputError(
+                f"{key}: the reward fails on each of {number} truths of the set. The first, row {some[0].row}, truth "
+                f"{some[0].ground_truth[:200]!r}: {best[0][0].message}. What it can make nothing of is worth 0."
+            )
         why = f" ({verdict.failure}: {verdict.message})" if verdict.failure else ""
         log.warning(
             "%s: the set's own truths earn %.3g on average, by themselves and in a box: wrong columns, or a verifier "
-            "of another kind of answer? The worst: row %d, truth %r, reward %g%s.",
+            "of another kind of answer? (If a truth is no answer, this says nothing.) The worst: row %d, truth %r, "
+            "reward %g%s.",
             *(key, mean, some[i].row, some[i].ground_truth[:200], verdict.score, why),
         )
     return mean
