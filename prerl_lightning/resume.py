@@ -277,8 +277,8 @@ def compare(path: str, present: Mapping[str, Any], allow_changes: bool, weights_
                     *bound,
                     *also,
                     "--ckpt_path: resume with the configuration it was made with (config.yaml beside its checkpoints' "
-                    "folder), or write --allow_changes true (in Python allow_changes=True) to go on from its weights and "
-                    "optimizer with this one.",
+                    "folder), or write --allow_changes true (in Python allow_changes=True) to go on from its weights "
+                    "and optimizer with this one.",
                 ]
             )
         )
