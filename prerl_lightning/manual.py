@@ -64,6 +64,7 @@ VALUES = {
         "None",
         "False: a checkpoint may run the code that is in it; for files of your own alone.",
     ),
+    "name": ("str", "None", "of the run: runs/NAME/version_N; default: that of the configuration file."),
     "allow_changes": (
         "bool",
         "False",

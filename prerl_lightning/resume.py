@@ -44,7 +44,7 @@ FREE = (
 )
 BOUND = ("seed_everything", "model", "data", "lives", "trainer.limit_train_batches", "trainer.overfit_batches")
 RESUMED_FROM = "PRERL_RESUMED_FROM"
-UNLISTED = ("ckpt_path", "allow_changes", "weights_only")
+UNLISTED = ("ckpt_path", "allow_changes", "weights_only", "name")
 
 
 class KeepConfig(SaveConfigCallback):

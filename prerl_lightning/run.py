@@ -23,7 +23,7 @@ from prerl_lightning.callbacks.reincarnation import PolicyReincarnation
 from prerl_lightning.callbacks.watcher import callbacks_of
 from prerl_lightning.compat import accept_lit_logger, observe_ranks, share_version, whole_numbers_first
 from prerl_lightning.data.module import RolloutDataModule
-from prerl_lightning.errors import InputError, said_by_us
+from prerl_lightning.errors import InputError, is_name, said_by_us
 from prerl_lightning.objectives import PolicyModule
 from prerl_lightning.objectives.checks import check_trainer
 from prerl_lightning.objectives.trainer_arguments import LOGGERS
@@ -86,6 +86,12 @@ class PrerlCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
+            "--name",
+            type=str | None,
+            default=None,
+            help="of the run: runs/NAME/version_N; default: that of the configuration file",
+        )
+        parser.add_argument(
             "--allow_changes",
             type=bool,
             default=False,
@@ -117,6 +123,10 @@ class PrerlCLI(LightningCLI):
         self.allow_changes, subconfig["allow_changes"] = subconfig["allow_changes"], False
         # likewise; Lightning's own default lets checkpoints from the net run code
         self.weights_only, subconfig["weights_only"] = subconfig["weights_only"] is not False, None
+        if (name := subconfig["name"]) is not None:
+            if not is_name(name):
+                raise InputError(f"name: {name!r} is no folder's: letters, digits, dots and dashes alone.")
+            self.name = name
         if key := next(hidden_keys(subconfig), None):
             raise InputError(
                 f"{key}: its value, a secret, was left out of this file when it was written. Give it again, or better "

@@ -212,6 +212,10 @@ def test_loggers_without_a_name_have_the_run_s(parse, tmp_path, monkeypatch):
     for overlay in ("tensorboard", "wandb"):
         loggers = parse(*base, CONFIGS / "logger" / f"{overlay}.yaml").trainer.logger
         assert [logger.init_args.name for logger in loggers] == ["dsrl", "dsrl"]
+    loggers = parse(*base, CONFIGS / "logger" / "tensorboard.yaml", "--name=mine").trainer.logger
+    assert [logger.init_args.name for logger in loggers] == ["mine", "mine"]
+    with pytest.raises(InputError, match=r"name: 'a/b' is no folder's"):
+        parse(*base, CONFIGS / "grpo.yaml", "--name=a/b")
     own = tmp_path / "own.yaml"
     lit = "{class_path: lightning.pytorch.loggers.LitLogger, init_args: {save_logs: SAVE}}"
     own.write_text(f"trainer: {{logger: [MLFlowLogger, {lit.replace('SAVE', 'false')}]}}")
