@@ -146,13 +146,21 @@ def in_words(v: Verdict) -> str:
     n = sum(one.effect is not None for one in v.seeds)
     of = f"{n} seed{'s' if n != 1 else ''}, {f'{v.problems} problems' if v.problems else 'over seeds alone'}"
     goal = f" to {figure(v.target)}" if v.target is not None and "share" in claim.measure.options else ""
-    names = claim.arm if claim.against is None else f"{claim.arm} against {claim.against}"
+    names = _with_mean(claim.arm, [one.arm for one in v.seeds])
+    if claim.against is not None:
+        names += f" against {_with_mean(claim.against, [one.against for one in v.seeds])}"
     never = [f"{count} of {name}" for count, name in zip(v.censored, (claim.arm, claim.against), strict=True) if count]
     return (
         f"{claim.measure}{goal}, {names}: {kind}{figure(v.effect)}{between} at {100 * v.level:.4g} % ({of}); "
         f"expected {'above' if claim.more else 'below'} {figure(claim.margin)}"
         + (f"; {' and '.join(never)} never reach it" if never else "")
     )
+
+
+def _with_mean(arm: str, values: list[float | None]) -> str:
+    """Over the seeds that have a value."""
+    known = [value for value in values if value is not None]
+    return f"{arm} ({figure(mean(known))})" if known else arm
 
 
 def _list(plan: Plan, record: Record) -> None:
