@@ -40,6 +40,8 @@ class Hold(L.Callback):
             save(state, file)
             file.truncate(file.tell() // 2)
             self._here("writing", trainer)
+            file.seek(0)  # who is still alive writes the rest
+            save(state, file)
 
         if trainer.is_global_zero:
             torch.save = half

@@ -1,7 +1,7 @@
 """``make soak``: 50 kills over one process, ddp and fsdp2, each run compared with one left alone; and 2,000 steps in
 which memory, descriptors, threads and the time of a step stay flat. Some hours; figures into benchmarks/results/.
 
-    python tests/faults/soak.py kills --kills 50 --seed 0
+    python tests/faults/soak.py kills --kills 50 --seed 0      # --only fsdp2: that third
     python tests/faults/soak.py steps --steps 2000
 """
 
@@ -38,12 +38,14 @@ def drawn(chance: random.Random, strategy: str, before: int) -> Fault:
     return Fault(place if place == "start-up" else f"{place} {step}", (number,), to, delay)
 
 
-def kills(number: int, seed: int) -> dict:
-    chance = random.Random(seed)
-    found = {}
+def kills(number: int, seed: int, only: str | None) -> dict:
+    found = _results().get("kills", {})
     with tempfile.TemporaryDirectory() as folder:
         for strategy, share in (("", number - 2 * (number // 3)), ("ddp", number // 3), ("fsdp2", number // 3)):
             name = strategy or "one process"
+            if only not in (None, name):
+                continue
+            chance = random.Random(f"{seed} {name}")
             alone = Run(Path(folder) / name / "alone", strategy)
             alone.whole()
             told, made, runs = [], 0, 0
@@ -66,6 +68,7 @@ def kills(number: int, seed: int) -> dict:
                 print(name, f"run {runs}: {d} of {n} differ", flush=True)
             found[name] = {"kills": made, "runs": runs, "differ": differ, "compared": compared}
             found[name] |= {"left_running": left, "faults": told}
+            _write("kills", found)
     return found
 
 
@@ -83,6 +86,14 @@ def steps(number: int) -> dict:
     found = {key: [max(look[key] for look in q if key in look) for q in quarters] for key in seen[len(seen) // 2]}
     n = len(took) // 4
     return {"steps": number, **found, "seconds": [statistics.median(took[i * n : (i + 1) * n]) for i in range(4)]}
+
+
+def _results() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+
+
+def _write(part: str, found: dict) -> None:
+    RESULTS.write_text(json.dumps({**_results(), part: found, "machine": machine()}, indent=1) + "\n")
 
 
 def _looks(pid: int) -> dict:
@@ -110,10 +121,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--only", choices=["one process", "ddp", "fsdp2"])
     given = parser.parse_args()
-    found = kills(given.kills, given.seed) if given.part == "kills" else steps(given.steps)
-    before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    RESULTS.write_text(json.dumps({**before, given.part: found, "machine": machine()}, indent=1) + "\n")
+    found = kills(given.kills, given.seed, given.only) if given.part == "kills" else steps(given.steps)
+    _write(given.part, found)
     print(json.dumps({k: v if k != "faults" else ... for k, v in found.items()}, indent=1, default=str))
 
 
