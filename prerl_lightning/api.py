@@ -278,7 +278,9 @@ def fit(
     configured = SimpleNamespace(**(defaults | made))
     check_trainer(configured, trains=True)
     if configured.precision is None:
-        made["precision"] = default_precision(configured.accelerator, objective._model)
+        made["precision"] = default_precision(
+            configured.accelerator, objective._model, getattr(data.engine, "options", {}).get("dtype")
+        )
     L.seed_everything(seed, workers=True, verbose=False)
     observe_ranks(watchdog.observe)
     shown = {k: v for k, v in made.items() if k not in ("logger", "callbacks", "default_root_dir")}

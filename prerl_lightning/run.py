@@ -151,7 +151,8 @@ class PrerlCLI(LightningCLI):
         check_trainer(trainer, trains=self.subcommand == "fit")
         if trainer.precision is None:
             model = getattr(self._get(self.config, "model"), "init_args", {}).get("model")
-            trainer.precision = default_precision(trainer.accelerator, model)
+            engine = getattr(self._get(self.config, "data").engine, "init_args", {})
+            trainer.precision = default_precision(trainer.accelerator, model, engine.get("dtype"))
 
     def instantiate_classes(self) -> None:
         try:

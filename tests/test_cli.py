@@ -146,11 +146,15 @@ def test_the_readme_shows_the_dsrl_config_as_it_is():
         (512, False, "cpu", "32-true"),
     ],
 )
-def test_bf16_is_the_default_where_it_is_faster(parse, monkeypatch, hidden, amx, accelerator, expected):
+def test_bf16_is_the_default_where_it_is_faster_and_the_engine_s(
+    parse, monkeypatch, hidden, amx, accelerator, expected
+):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": amx})
     monkeypatch.setattr("prerl_lightning.training.load_config", lambda model: SimpleNamespace(hidden_size=hidden))
     args = ("fit", "--config", CONFIGS / "dsrl.yaml", f"--trainer.accelerator={accelerator}")
+    assert parse(*args).trainer.precision == "32-true"
+    args += ("--data.engine.init_args.dtype=bfloat16",)
     assert parse(*args).trainer.precision == expected
     assert parse(*args, "--trainer.precision=32-true").trainer.precision == "32-true"
 

@@ -35,6 +35,21 @@ def mismatch_bound(module: "PolicyModule") -> float:
     return BOUND_FP32 if exact else BOUND_16_BITS
 
 
+def rounding(module: "PolicyModule") -> str:
+    """Why their log-probs part by more with every update, though both have it; empty: they do not. An update of 1e-5 is
+    below what 16 bits resolve in most weights: SmolLM2-135M's, after 7 steps, differed by 0.3 to 0.6 nats a token."""
+    dtype = module.data.engine.weights_dtype
+    by_engine, by_trainer = dtype != torch.float32, not str(module.trainer.precision).startswith("32")
+    if dtype is None or by_engine == by_trainer:
+        return ""
+    who, other = ("engine", "trainer") if by_engine else ("trainer", "engine")
+    return (
+        f"The {who} rounds the weights to 16 bits and the {other} does not, which keeps most of an update from it: the "
+        "samples are of another policy. Take trainer.precision: bf16-mixed with data.engine.init_args.dtype: bfloat16, "
+        "or 32-true with float32."
+    )
+
+
 # within Lightning's validations there may be inference mode, in which FSDP2's first forward would spoil all later ones
 @torch.inference_mode(False)
 @torch.no_grad()
@@ -45,6 +60,9 @@ def check(module: "PolicyModule") -> None:
         InputError: they differ by more than the bound; on all ranks.
     """
     data, strategy = module.data, module.trainer.strategy
+    if (parted := rounding(module)) and not module.host.warned_of_mismatch:
+        module.host.warned_of_mismatch = True
+        log.warning(parted)
     prompts = data.some_prompts(PROMPTS)
     n_tokens = min(TOKENS, *(s.max_new_tokens for s in data.training_samplings))
     sampling = replace(data.sampling, group_size=1, top_p=1.0, top_k=0, max_new_tokens=n_tokens)
