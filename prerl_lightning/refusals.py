@@ -170,6 +170,8 @@ def _said(key: str, owner: str, reason: str, reasons: list[str], given: str, des
         why = "" if "import path string" in reason else f": {reason}"
         path = owner or given
         return f"{key}: {path} is not what can be imported here{why}.{_near_name(path)}"
+    if found := re.match(r"Not a valid subclass of (\w+)", reason):
+        return f"{key}: {given or owner or 'it'} is no {found[1]}. Give one by its class_path, or leave it out."
     expected = [found[1] for r in reasons if (found := re.match(r"Expected an? (?:<class ')?([\w.]+)", r))]
     if reason.startswith("Expected a"):
         words = dict.fromkeys(TYPES.get(name, name) for name in expected if name != "NoneType")

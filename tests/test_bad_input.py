@@ -368,7 +368,7 @@ CASES = [
     ("--trainer.profiler=foo", "trainer.profiler: foo: "),
     ("--trainer.barebones=true", "trainer"),
     ("--trainer.logger=FooLogger", "trainer.logger: FooLogger"),
-    ("{trainer: {plugins: [foo]}}", r"trainer\.plugins"),
+    ("{trainer: {plugins: [foo]}}", r"trainer\.plugins: .* is no Precision\. Give one by its class_path"),
     (
         json.dumps({"trainer": {"callbacks": [{"class_path": EARLY, "init_args": {"monitor": "val/foo"}}]}}),
         "EarlyStopping.monitor: this run has no metric val/foo",
