@@ -26,7 +26,7 @@ demo: setup ## train a tiny model on this machine (CONFIG=another file)
 test: setup ## the tests
 	$(call in_venv,pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS))
 
-soak: setup ## hours: 50 kills, and 2,000 steps without a leak; figures into benchmarks/results/soak.json
+soak: setup ## half an hour: 50 kills, and 2,000 steps without a leak; figures into benchmarks/results/soak.json
 	$(call in_venv,python tests/faults/soak.py kills)
 	$(call in_venv,python tests/faults/soak.py steps)
 

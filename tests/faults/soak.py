@@ -1,5 +1,5 @@
 """``make soak``: 50 kills over one process, ddp and fsdp2, each run compared with one left alone; and 2,000 steps in
-which memory, descriptors, threads and the time of a step stay flat. Some hours; figures into benchmarks/results/.
+which memory, descriptors, threads and the time of a step stay flat. Half an hour; figures into benchmarks/results/.
 
     python tests/faults/soak.py kills --kills 50 --seed 0      # --only fsdp2: that third
     python tests/faults/soak.py steps --steps 2000
