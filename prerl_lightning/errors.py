@@ -53,7 +53,7 @@ def check_bounds(
 
 def nearest(word: str, names: Iterable[str]) -> str:
     """`` Did you mean NAME?`` where one of the names is near, else nothing: for the end of a sentence."""
-    folded, word = {name.lower(): name for name in names if name != word}, word.lower()
+    folded, word = {name.lower(): name for name in names}, word.lower()
     found = get_close_matches(word, folded) or [name for name in folded if word and name.startswith(word)]
     found.sort(key=lambda name: sorted(name) != sorted(word))  # letters that have changed places first
     return f" Did you mean {folded[found[0]]}?" if found else ""

@@ -152,7 +152,7 @@ def _said(key: str, owner: str, reason: str, reasons: list[str], given: str, des
     ):
         name = next(filter(None, found.groups()))
         if owner:
-            mend = _here(name) or nearest(name, _arguments(owner))
+            mend = _here(name) or nearest(name, [other for other in _arguments(owner) if other != name])
             return f"{key}.init_args.{name}: {_name(owner)} has no such argument.{mend}"
         if not name.startswith("-") and found[2]:
             return f"{name}: an argument without a key. Write --KEY VALUE, or --KEY=VALUE."

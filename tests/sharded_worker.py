@@ -136,6 +136,7 @@ def check_folder(folder: str, out: Path, rank: int) -> None:
     for _ in range(2):  # the second in the place of the first
         checkpoints.save_folder(checkpoint, path)
     assert os.listdir(path.parent) == [path.name]
+    dist.barrier()  # else the other rank may have begun the next one
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, -1))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
