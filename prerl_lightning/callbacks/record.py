@@ -131,9 +131,10 @@ def machine() -> dict[str, Any]:
             line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         cpu = models[0] if models else ""
+    able = torch.cpu.get_capabilities()
     return {
         "cpu": cpu or platform.processor() or platform.machine(),
-        "instructions": [name for name in INSTRUCTIONS if torch.cpu.get_capabilities().get(name)],
+        "instructions": [name for name in INSTRUCTIONS if able.get(name)],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -333,5 +333,5 @@ class RolloutDataModule(Sets, L.LightningDataModule):
 
     def _seeds(self, n_prompts: int, step: int, *turn: int) -> list[int]:
         """By position in the global batch: one rank or several draw the same responses."""
-        first = (self.trainer.global_rank if self.trainer else 0) * n_prompts
-        return [mixed_seed(self.run_seed, "train", step, first + i, *turn) for i in range(n_prompts)]
+        seed, first = self.run_seed, (self.trainer.global_rank if self.trainer else 0) * n_prompts
+        return [mixed_seed(seed, "train", step, first + i, *turn) for i in range(n_prompts)]
