@@ -7,6 +7,7 @@
 ``--help`` and ``--version`` are answered before anything heavy is imported.
 """
 
+import faulthandler
 import os
 import sys
 from argparse import ArgumentError
@@ -111,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     if args[0] in (*FITS, "evaluate"):
         signals.owns_process = True
         signals.listen()
+        if not faulthandler.is_enabled():  # a crash in a library's native code says where in Python it was
+            faulthandler.enable(sys.__stderr__ or 2)
     patience = 5.0  # seconds for the other ranks to end by themselves
     try:
         _command(args, debug)

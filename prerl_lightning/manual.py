@@ -227,6 +227,8 @@ def _about(topic: str) -> Iterator[str]:
         return (line for where, argument in matches for line in ("", f"{where}:", *_argument(argument, "  ")))
     if "." in topic and read(topic) is not None:
         return _entry(entry(topic), topic, "objectives" if _is_objective(topic) else "")
+    if matches := list(_arguments_given(topic)):
+        return (line for where, argument in matches for line in ("", f"{where}:", *_argument(argument, "  ")))
     names = [*(_last(name, "/") for name in shipped.names()), *(name for of in _commands() for name in of)]
     near = nearest(topic, [*names, *options(), *KEYS, *VALUES, "metrics", *_classes()])  # GRPO rather than grpo.yaml
     if "." in topic:
@@ -430,11 +432,23 @@ def _bases() -> set[str]:
 def _arguments_named(name: str) -> Iterator[tuple[str, Argument]]:
     """Every topic's argument of this name; ``data.sampling.top_p`` has one place."""
     owner, _, last = name.rpartition(".")
+    return ((where, argument) for where, argument in _arguments(owner) if argument.name == last)
+
+
+def _arguments_given(value: str) -> Iterator[tuple[str, Argument]]:
+    """Every argument that is said to take this value: ``embedded``, ``k3``, ``last``."""
+    said = (f"``{value}``", f"'{value}'")
+    at_the_top = ((TITLES["values"][0], Argument(name, *of, "")) for name, of in VALUES.items())
+    return ((where, a) for where, a in (*_arguments(), *at_the_top) if any(v in f"{a.type} {a.text}" for v in said))
+
+
+def _arguments(owner: str = "") -> Iterator[tuple[str, Argument]]:
+    """Every topic's, or that of one, each once."""
     seen = set()
     for of_kind in topics().values():
         for topic, path in of_kind.items():
             for argument in entry(path).arguments if owner in ("", topic) else ():
                 where = "all objectives" if argument.owner in _bases() else topic
-                if argument.name == last and (where, last) not in seen:
-                    seen.add((where, last))
+                if (where, argument.name) not in seen:
+                    seen.add((where, argument.name))
                     yield where, argument

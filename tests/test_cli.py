@@ -1,6 +1,7 @@
 """The command line: every shipped YAML parses, wrong input is named, and nothing heavy stands before --help."""
 
 import os
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -282,6 +283,14 @@ def test_a_reward_is_found_in_the_current_folder(tmp_path):
         command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert "reward: my_rewards.f" in found.stdout, found.stderr
+
+
+def test_a_crash_in_native_code_says_where_in_python_it_was(tmp_path):
+    (tmp_path / "mine.py").write_text("import os\nos.abort()\n")
+    found = prerl("fit", "--config", CONFIGS / "dsrl.yaml", "--data.reward=mine.f", cwd=tmp_path)
+    assert found.returncode == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in found.stderr
+    assert f'File "{tmp_path}/mine.py", line 2 in <module>' in found.stderr
 
 
 def test_lines_are_logged_once_however_often_main_is_called(refused):

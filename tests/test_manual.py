@@ -117,6 +117,9 @@ def test_help_in_words(capsys):
         ("nsr-prerl", "NSRPreRL model: {class_path: NSRPreRL, init_args: {...}}"),
         ("Verification", "data.verification data.verification: {...} How rewards are computed."),
         ("fit", "usage: prerl fit [--config FILE ...]"),
+        ("embedded", "all objectives: model str | None"),  # a value: of what
+        ("k3", "all objectives: kl_estimator"),
+        ("last", "Single values: ckpt_path"),
     ],
 )
 def test_a_topic_by_the_name_that_the_field_has(topic, said, capsys):

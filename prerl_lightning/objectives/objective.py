@@ -38,8 +38,9 @@ class BaseObjective(L.LightningModule):
     """A base of `PolicyModule`, which adds what Lightning calls; a subclass of that says its `terms`.
 
     Args:
-        model: Hugging Face folder or hub id, or ``embedded`` for the tiny model of the package. The successor in a
-            PolicyReincarnation leaves it out: it takes over the policy.
+        model: Hugging Face folder or hub id, or a tiny model of the package: ``embedded`` (0.9 M parameters, countdown
+            puzzles) or ``embedded-sums``. The successor in a PolicyReincarnation leaves it out: it takes over the
+            policy.
         lora: train low-rank adapters alone, e.g. ``{rank: 16}``, over the model as it is; None: all its weights. A
             successor leaves it out, too.
         prefix: the token that log p(y) starts from, by its id or its text; default: the tokenizer's BOS, else the first
