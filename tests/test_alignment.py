@@ -1,5 +1,6 @@
 """Gradient alignment against a plain double backward through Hugging Face's forward; sketches against the whole."""
 
+import gc
 import itertools
 import math
 from dataclasses import replace
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from prerl_lightning.callbacks.alignment import chosen
 from prerl_lightning.callbacks.weights import weight_sketch
-from prerl_lightning.metrics.alignment import GROUPS, GradientComparison, dot, layer_groups
+from prerl_lightning.metrics.alignment import GROUPS, GradientComparison, comparison_bytes, dot, layer_groups
 from prerl_lightning.metrics.sketch import SIZE, Sketch, usable_size
 from prerl_lightning.objectives.advantages import group_advantages
 from prerl_lightning.policy.model import Policy
@@ -109,6 +110,25 @@ def test_parts_equal_a_plain_double_backward(model_folder, make_rollout, sketch)
                 assert parts[name].products.inner_product == pytest.approx(float(product), abs=bound * float(norms))
                 seen.add(name)
     assert len(seen) >= 6
+
+
+@pytest.mark.parametrize("bins", [0, 3])
+def test_so_many_gradients_are_held_at_a_time(model_folder, make_rollout, monkeypatch, bins):
+    """As memory is reckoned with, those of responses and stretches gone by not among them."""
+    policy, rollout, most = Policy.from_pretrained(model_folder("llama-untied")), make_rollout(), 0
+    shape, take = policy.model.lm_head.weight.shape, GradientComparison._gradient
+
+    def counting(*args):
+        nonlocal most
+        found = take(*args)
+        held = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.shape == shape]
+        most = max(most, len({x.data_ptr() for x in held}) / 2)  # the embedding has the same
+        return found
+
+    monkeypatch.setattr(GradientComparison, "_gradient", counting)
+    numbers = rollout.lengths.argsort()[-3:].tolist()
+    GradientComparison(policy).responses(rollout, numbers, dict.fromkeys(numbers, 1.0), PREFIX, bins=bins)
+    assert most == comparison_bytes(1, 0, bins) / 4
 
 
 def test_a_part_without_a_gradient_is_left_out(model_folder, make_rollout):

@@ -175,31 +175,42 @@ class GradientComparison:
             prefix_id: the token in front of y in log p(y).
             bins: also of so many stretches of each response, and of its tokens by probability; 0: not.
         """
-        found: list[ResponseAlignment] = []
         sums: tuple[Gradient, Gradient] = ({}, {})
-        for number in numbers:
-            ids = rollout.sequences[number]
-            prompt = rollout.contexts[int(rollout.group_ids[number])]
-            pair = partial(self.pair, prompt, prefix_id, ids, rollout.temperature)
-            parts: tuple[dict[str, Part], dict[str, Part]] = ({}, {})
-            whole: GradientPair | None = None
-            for name, tokens in positions(len(ids), max(1, bins)).items():
-                if tokens.any():
-                    stretch = pair(tokens)
-                    parts[0][name] = Part(int(tokens.sum()), self.products(stretch))
-                    whole = whole.extended(stretch) if whole else stretch
-            assert whole is not None
-            if bins:
-                for name, tokens in probabilities(whole.log_probs).items():
-                    if tokens.any():
-                        parts[1][name] = Part(int(tokens.sum()), self.products(pair(tokens)))
-            of_whole = self.products(whole) if bins else parts[0].pop("1_of_1").products
-            log_prob, marginal = float(whole.log_probs.sum()), float(whole.marginal_log_probs.sum())
-            able = [{k: p for k, p in some.items() if math.isfinite(p.products.cosine)} for some in parts]
-            found.append(ResponseAlignment(number, of_whole, log_prob, marginal, *able))
-            for total, gradient in zip(sums, (whole.a, whole.b), strict=True):
-                _add(total, gradient, weights[number])
+        found = [self._response(rollout, number, prefix_id, bins, sums, weights[number]) for number in numbers]
         return found, Products(*self._sums(*sums))
+
+    def _response(
+        self,
+        rollout: Rollout,
+        number: int,
+        prefix_id: int,
+        bins: int,
+        sums: tuple[Gradient, Gradient],
+        weight: float,
+    ) -> ResponseAlignment:
+        """Its gradients are added to ``sums``, and gone when the next one's are made."""
+        ids = rollout.sequences[number]
+        prompt = rollout.contexts[int(rollout.group_ids[number])]
+        pair = partial(self.pair, prompt, prefix_id, ids, rollout.temperature)
+        parts: tuple[dict[str, Part], dict[str, Part]] = ({}, {})
+        whole: GradientPair | None = None
+        for name, tokens in positions(len(ids), max(1, bins)).items():
+            if tokens.any():
+                stretch = pair(tokens)
+                parts[0][name] = Part(int(tokens.sum()), self.products(stretch))
+                whole = whole.extended(stretch) if whole else stretch
+                del stretch
+        assert whole is not None
+        if bins:
+            for name, tokens in probabilities(whole.log_probs).items():
+                if tokens.any():
+                    parts[1][name] = Part(int(tokens.sum()), self.products(pair(tokens)))
+        of_whole = self.products(whole) if bins else parts[0].pop("1_of_1").products
+        for total, gradient in zip(sums, (whole.a, whole.b), strict=True):
+            _add(total, gradient, weight)
+        log_prob, marginal = float(whole.log_probs.sum()), float(whole.marginal_log_probs.sum())
+        able = [{k: p for k, p in some.items() if math.isfinite(p.products.cosine)} for some in parts]
+        return ResponseAlignment(number, of_whole, log_prob, marginal, *able)
 
     def pair(
         self,
