@@ -151,8 +151,9 @@ class Memory:
             "rollout": steady | awake,
             "training": steady | {"gradients": held.gradients} | pack | asleep,
             "comparing": steady | {"gathered": held.gathered, "comparison": self.budget.watching} | asleep,
-            # rank 0 alone; on GPUs it lies in the host's memory
-            "checkpoint": steady | asleep | {"checkpoint": 12 * s.shape.trained},
+            # rank 0 alone; on GPUs it lies in the host's memory. Gradients are freed by then, but lie between what is
+            # kept, and glibc does not give such memory back (benchmarks/sharded_memory.py)
+            "checkpoint": steady | asleep | {"gradients": held.gradients, "checkpoint": 12 * s.shape.trained},
         }
         if not self.budget.watching:
             del found["comparing"]
