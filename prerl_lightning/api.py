@@ -26,9 +26,11 @@ from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, nearest
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.objectives.checks import check_trainer
+from prerl_lightning.report import words
 from prerl_lightning.report.page import report as report_command
 from prerl_lightning.report.reading import read_run
 from prerl_lightning.report.runs import Run as Record
+from prerl_lightning.report.runs import chain
 from prerl_lightning.secrets import hide
 from prerl_lightning.settings import described
 from prerl_lightning.signals import Interrupted, signals
@@ -55,7 +57,7 @@ Life = PolicyReincarnation
 # ---------------------------------------------------------------------- what a run left
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A run's folder: what it left, whether it is over or not.
 
@@ -64,6 +66,10 @@ class Run:
     """
 
     record: Record
+
+    def __repr__(self) -> str:
+        held_out = "" if self.accuracy is None else f", held out {str(self.record.accuracy)[4:]} {self.accuracy:.3f}"
+        return f"<{self.folder}: {self.status}, {words.steps(self.record.steps)} of {chain(self.record)}{held_out}>"
 
     @property
     def folder(self) -> Path:
@@ -147,7 +153,7 @@ class Plot:
                 "data": {"values": points},
                 "mark": {"type": "line", "point": len(points) < 40 * len(self.curves)},
                 "encoding": {
-                    "x": {"field": "step", "type": "quantitative"},
+                    "x": {"field": "step", "type": "quantitative", "axis": {"tickMinStep": 1}},
                     "y": {"field": "value", "type": "quantitative", "title": None},
                     "color": {"field": "curve", "type": "nominal", "title": None},
                 },

@@ -237,6 +237,8 @@ def pack_bytes(
     # the fewer tokens, the larger a part of the head is in a block: at the first of these sizes the largest
     sizes = {min(tokens, max(1, block_elements(on_cpu) // min(block_rows(1, on_cpu), shape.vocab))), tokens}
     most = max(n * kept + max(n * passing, head_bytes(shape, n, on_cpu)) for n in sizes)
+    if not (sharded or shape.adapters):  # at the end, of the embedding: as large as that, whatever the tokens
+        most = max(most, 4 * shape.vocab * shape.hidden)
     return most + (0 if sharded else weight_copy_bytes(shape, precision, checkpointing))
 
 

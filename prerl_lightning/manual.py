@@ -392,7 +392,8 @@ def usage(found: Entry, name: str, kind: str) -> str:
             else (f"data.reward: {found.path}")
         )
     of_a_callback = kind == "callbacks" and "." in name
-    return TITLES["keys" if of_a_callback else kind][1].format(name)
+    in_python = f", in Python {_last(found.path)}(...)" if kind == "keys" and found.path != TRAINER else ""
+    return TITLES["keys" if of_a_callback else kind][1].format(name) + in_python
 
 
 def _blocks(text: str) -> list[str]:

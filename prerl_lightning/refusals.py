@@ -203,8 +203,16 @@ def _near_key(key: str, dests: list[str]) -> str:
     for i, part in enumerate(parts):
         beside = {d.split(".")[i] for d in dests if d.split(".")[:i] == parts[:i] and d.count(".") >= i}
         if part not in beside:
-            return nearest(".".join(parts[: i + 1]), [".".join([*parts[:i], name]) for name in beside])
+            near = nearest(".".join(parts[: i + 1]), [".".join([*parts[:i], name]) for name in beside])
+            return near or (_elsewhere(key, dests) if len(parts) == 1 else "")
     return ""
+
+
+def _elsewhere(name: str, dests: Iterable[str]) -> str:
+    """The end of a sentence, where it is the last part of a key."""
+    if any(argument.name == name for argument in manual.entry(manual.POLICY_MODULE).arguments):
+        return f" Did you mean model.init_args.{name}?"
+    return next((f" Did you mean {d}?" for d in dests if d.endswith(f".{name}")), "")
 
 
 def _near_name(path: str) -> str:

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ FREE = (
     *(f"model.init_args.{name}" for name in ("max_tokens_per_microbatch", "micro_batch_size", "packing")),
     *(f"model.init_args.{name}" for name in ("share_prompts", "chunked_head", "gradient_checkpointing")),
     *(f"model.init_args.{name}" for name in ("mismatch_samples", "mismatch_bound", "entropy", "peak_flops")),
-    *("model.init_args.attn_implementation", "model.init_args.name"),
+    *("model.init_args.attn_implementation", "model.init_args.name", "model.init_args.optimizer.init_args.lr"),
     *(f"data.engine.init_args.{name}" for name in ("kv_cache_mib", "gpu_memory_utilization", "max_num_seqs")),
     *(f"data.engine.init_args.{name}" for name in ("enforce_eager", "sleep_between_rollouts")),
     *("data.val", "data.val_samples", "data.val_greedy", "data.val_reward", "data.val_batch", "data.verification"),
@@ -52,7 +53,7 @@ class KeepConfig(SaveConfigCallback):
     passwords (secrets.py)."""
 
     def __init__(self, parser: Any, config: Any, **options: Any) -> None:
-        super().__init__(parser, hide(config), **options)
+        super().__init__(parser, _written(config), **options)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["configuration"] = plain(self.parser, self.config)
@@ -60,7 +61,26 @@ class KeepConfig(SaveConfigCallback):
 
 def plain(parser: Any, config: Any) -> dict[str, Any]:
     """As config.yaml has it."""
-    return hide(yaml.safe_load(parser.dump(config, skip_none=False)))
+    return _written(yaml.safe_load(parser.dump(config, skip_none=False)))
+
+
+def _written(config: Any) -> Any:
+    """A configuration as it may be kept: without secrets, and without the learning rates that optimizers have by
+    default, which a reader would take for the objective's ``lr``."""
+
+    def look(value: Any) -> None:
+        held = vars(value) if isinstance(value, Namespace) else value
+        if isinstance(held, dict):
+            optimizer = held.get("optimizer")
+            if isinstance(optimizer, (dict, Namespace)) and "init_args" in optimizer:
+                optimizer["init_args"].pop("lr", None)  # type: ignore[index]
+            held = list(held.values())
+        for inner in held if isinstance(held, list) else ():
+            look(inner)
+
+    found = hide(config)
+    look(found)
+    return found
 
 
 def runs_of(trainer: L.Trainer) -> Path:
@@ -210,8 +230,8 @@ def newest(folder: Path) -> Path:
     lasts = by_age("last.ckpt") or by_age("last.ckpt.old")
     if not lasts:
         raise InputError(
-            f"--ckpt_path: there is no last.ckpt below {folder}: no run there has come to a checkpoint; one is "
-            "written every checkpoint.every_n_train_steps (20). Leave it out to start anew."
+            f"--ckpt_path: there is no last.ckpt below {folder}: no run there has come to its first checkpoint "
+            "(checkpoint.every_n_train_steps: 20 unless given). Leave --ckpt_path out to start anew."
         )
     files: dict[int, Path] = {}  # of several names of one, the first
     for path in [lasts[0], *by_age("*.ckpt")]:

@@ -118,6 +118,12 @@ CASES = [
     ("--trainer.max_step=5", r"trainer\.max_step: there is no such key\. Did you mean trainer\.max_steps\?"),
     ("--data.sampling.groupsize=4", r"data\.sampling\.groupsize: .* Did you mean data\.sampling\.group_size\?"),
     ("--data.prompts_per_stp=4", r"data\.prompts_per_stp: .* Did you mean data\.prompts_per_step\?"),
+    ("--lr=1e-4", r"lr: there is no such key\. Did you mean model\.init_args\.lr\?"),
+    ("--max_steps=5", r"max_steps: there is no such key\. Did you mean trainer\.max_steps\?"),
+    (
+        "{model: {init_args: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.5}}}}}",
+        r"GRPO\.optimizer: its lr, 0\.5, would not be used: the learning rate is model\.init_args\.lr, 0\.001\.",
+    ),
     ("--model.init_args.learning_rate=1", r"model\.init_args\.learning_rate: GRPO has no such argument"),
     ("--model.init_args.lr_shedule=linear", r"model\.init_args\.lr_shedule: GRPO .* Did you mean lr_schedule\?"),
     (
@@ -407,7 +413,10 @@ CASES = [
     ),
     # --- checkpoints
     ("--ckpt_path=nope.ckpt", "--ckpt_path: there is no nope.ckpt"),
-    ("--ckpt_path=last", r"--ckpt_path: there is no last\.ckpt below .* every checkpoint\.every_n_train_steps \(20\)"),
+    (
+        "--ckpt_path=last",
+        r"--ckpt_path: there is no last\.ckpt below .* \(checkpoint\.every_n_train_steps: 20 unless given\)",
+    ),
     ("--ckpt_path=best", "--ckpt_path: there is no last.ckpt below"),
     ("--ckpt_path=file", "--ckpt_path: file is cut off, or no checkpoint"),
     # --- the other commands

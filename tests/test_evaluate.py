@@ -252,4 +252,5 @@ def test_compare(tmp_path, capsys):
     assert found["smallest"] == pytest.approx(deviation * (1.96 + 0.84), rel=0.2)
     output = capsys.readouterr().out
     assert "avg@4      0.150 -> 0.300  +0.150" in output
+    assert "  p < 0.001  " in output
     assert f"shows {found['smallest']:.3f} and more" in output

@@ -313,3 +313,9 @@ def test_what_a_library_logs_of_a_damaged_file_is_said_once(tmp_path):
     finally:
         log.removeHandler(watch)
     assert not said
+
+
+def test_a_csv_of_another_separator(tmp_path):
+    text("prompt;answer\n1+1;2\n", tmp_path / "rows.csv")
+    with pytest.raises(InputError, match=r"rows\.csv: its only column is 'prompt;answer'\. .* a comma here, not ';'"):
+        Files(str(tmp_path / "rows.csv")).load()

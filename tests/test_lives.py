@@ -259,7 +259,7 @@ def test_wrong_successors_are_refused(runs, model_folder):
     from lives_worker import fit
 
     def sgd(parameters):
-        return torch.optim.SGD(parameters, lr=1.0)
+        return torch.optim.SGD(parameters)
 
     folder = model_folder("llama-tied")
     with pytest.raises(InputError, match="at least 1"):

@@ -115,7 +115,10 @@ def test_help_in_words(capsys):
         ("study/switch", "study/switch prerl study configs/study/switch.yaml"),
         ("grpo", "GRPO model: {class_path: GRPO, init_args: {...}}"),
         ("nsr-prerl", "NSRPreRL model: {class_path: NSRPreRL, init_args: {...}}"),
-        ("Verification", "data.verification data.verification: {...} How rewards are computed."),
+        (
+            "Verification",
+            "data.verification data.verification: {...}, in Python Verification(...) How rewards are computed.",
+        ),
         ("fit", "usage: prerl fit [--config FILE ...]"),
         ("embedded", "all objectives: model str | None"),  # a value: of what
         ("k3", "all objectives: kl_estimator"),

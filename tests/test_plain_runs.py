@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lightning as L
@@ -414,3 +415,9 @@ def test_the_first_prompt_and_the_verifier_s_word_on_the_truths_come_before_the_
     assert f"of 30 truths likewise: {mean} on average" in said
     assert ("the set's own truths earn 0 on average" in said) == (mean == 0)
     assert said.count("What the model sees") == caplog.text.count("What the model sees") == 1
+    if mean == 0:
+        assert "If a truth is no answer here, write data.verification.try_truths: false." in said
+        caplog.clear()
+        data.verification = replace(data.verification, try_truths=False)
+        quiet_trainer(max_steps=1, default_root_dir=tmp_path).fit(GRPO(model=folder), datamodule=data)
+        assert "truths" not in caplog.text

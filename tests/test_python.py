@@ -80,6 +80,8 @@ def test_what_it_gives_back(fitted, monkeypatch):
     monkeypatch.chdir(folder)
     assert list(run.accuracies) == [0, 2, 3]
     assert run.accuracy == run.accuracies[3]
+    held_out = f"held out avg@8 {run.accuracy:.3f}"
+    assert repr(run) == f"<runs/mine/version_0: finished, 3 steps of NSR-PreRL \u2192 GRPO, {held_out}>"
     assert run.status == "finished"
     assert list(run.metrics.index) == [0, 1, 2, 3]
     assert run.metrics["reward/mean"].notna().sum() == 3

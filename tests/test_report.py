@@ -305,7 +305,7 @@ def test_one_lucky_seed_against_three_is_compared_with_its_own_seed(tmp_path):
     assert [s.order for s in compare.sooner(*groups)] == [-1, -1, -1]
     said = headlined(groups)
     assert "To 50, 80 and 95 % of grpo's gain in held-out accuracy (0.223 to 0.630) psr is later: 0.63" in said
-    assert said.endswith("over 1 pair of seeds, which tells little.")
+    assert said.endswith("over 1 pair of seeds, which tells little. It ends 0.03 below grpo.")
     assert not re.search(r"1\.[0-9]+\u00d7", said)
 
 
@@ -333,10 +333,7 @@ def test_steps_to_accuracy_by_hand(tmp_path):
 
 def test_sooner_at_some_shares_is_called_so_at_those(tmp_path):
     groups = settings(tmp_path, grpo={3: GRPO}, dsrl={3: {0: 0.2, 10: 0.45, 20: 0.5, 30: 0.55}})
-    assert (
-        "dsrl is sooner at 50 %, later at 80 and 95 %: 1.25\u00d7, 0.92\u00d7, \u2013 (never in 1 of 1)"
-        in headlined(groups)
-    )
+    assert "dsrl is sooner at 50 %, later at 80 and 95 %: 1.25\u00d7, 0.92\u00d7, never" in headlined(groups)
 
 
 def test_without_a_common_seed_nothing_is_called_sooner(tmp_path):

@@ -348,7 +348,9 @@ def test_what_changes_no_step_is_free_and_the_rest_may_be_allowed(whole, here, c
     assert "data.sampling.group_size: 3 in the checkpoint, 4 now" in caplog.text
     run = Path("runs/small/version_1")
     assert column(run, "rollout/responses") == {3: 16}
-    assert "allow_changes: false" in (run / "config.yaml").read_text()  # it is not for the next resume too
+    kept = (run / "config.yaml").read_text()
+    assert "allow_changes: false" in kept  # it is not for the next resume too
+    assert kept.count(" lr: ") == 2  # the optimizer's own, which is not used, is left out
 
 
 def test_a_time_limit_is_one_of_this_process(here, caplog):

@@ -57,7 +57,7 @@ def start(folder):
 
 
 def sgd(parameters):
-    return SGD(parameters, lr=1.0)
+    return SGD(parameters)
 
 
 def plain_update(folder, rollout, objective, lr, minibatches, epochs, clip, gradient_clip):

@@ -84,7 +84,8 @@ def closing(run: Run, folder: Path, best: RunCheckpoint | None) -> Lines:
         best: keeps it.
     """
     seconds = max(run.seconds.values(), default=0.0)
-    yield run.status()[0], f"{words.steps(run.steps)} of {chain(run)} in {words.duration(seconds)}"
+    before = ", with those that it was resumed behind" if run.info.get("resumed_from") else ""
+    yield run.status()[0], f"{words.steps(run.steps)} of {chain(run)} in {words.duration(seconds)}{before}"
     for label, text in words.moved(run):
         yield label, text + (noise(run) if label == "held out" else "")
     if shares := stages(run, seconds):
@@ -101,7 +102,12 @@ def closing(run: Run, folder: Path, best: RunCheckpoint | None) -> Lines:
         config = folder / "config.yaml"
         own = config.is_file() and run.accuracy is not None  # problems held out, whatever they are
         of = f"--config {config} --model {model}" if own else f"--model {model} --data SET"
-        yield "", f"prerl evaluate {of} --k 8"
+        if own and "__main__." in config.read_text(
+            encoding="utf-8"
+        ):  # of a script or cell, which no command can import
+            yield "", f'prerl.evaluate("{model}", k=8, datamodule=...)'
+        else:
+            yield "", f"prerl evaluate {of} --k 8"
         yield "", f"vllm serve {model}"
 
 

@@ -132,7 +132,7 @@ class RolloutDataModule(Sets, L.LightningDataModule):
         self._checked = ()
         if not self._pools:
             self._start_pools()
-        if strategy.global_rank == 0:
+        if strategy.global_rank == 0 and self.verification.try_truths:
             for key, problems in self.sets.items():
                 check_truths(label(key), problems, self._prompts[key], self._pools[key], self.sampling_of(key))
         if stage == "fit":

@@ -72,8 +72,8 @@ def check_truths(
         why = f" ({verdict.failure}: {verdict.message})" if verdict.failure else ""
         log.warning(
             "%s: the set's own truths earn %.3g on average, by themselves and in a box: wrong columns, or a verifier "
-            "of another kind of answer? (If a truth is no answer, this says nothing.) The worst: row %d, truth %r, "
-            "reward %g%s.",
+            "of another kind of answer? The worst: row %d, truth %r, reward %g%s. If a truth is no answer here, write "
+            "data.verification.try_truths: false.",
             *(key, mean, some[i].row, some[i].ground_truth[:200], verdict.score, why),
         )
     return mean

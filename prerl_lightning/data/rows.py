@@ -235,9 +235,16 @@ def _csv(path: Path, buffer: Buffer) -> Rows:
     separator = "\t" if ".tsv" in path.suffixes else ","
     try:
         text = str(buffer[:], "utf-8-sig")
-        return Listed(list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)))
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        names = reader.fieldnames or ()
+        rows = list(reader)
     except (ValueError, csv.Error) as error:
         raise InputError(f"{path}: the CSV file cannot be read ({error}).") from None
+    if len(names) == 1 and (other := re.search(r"[;\t|]", names[0])):
+        raise InputError(
+            f"{path}: its only column is {names[0]!r}. A CSV's separator is a comma here, not {other[0]!r}."
+        )
+    return Listed(rows)
 
 
 def _parquet(paths: Sequence[Path]) -> Rows:

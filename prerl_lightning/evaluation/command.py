@@ -138,9 +138,10 @@ def compare(args: Sequence[str]) -> "dict[str, Comparison]":
         for name, d in one.measures.items():
             small = d["smallest"]
             shows = f"shows {small:.3f} and more" if math.isfinite(small) else "too few problems to show any difference"
+            p = f"p = {d['p']:.3f}" if d["p"] >= 0.001 else "p < 0.001"
             print(
                 f"  {name:10} {d['a']:.3f} -> {d['b']:.3f}  {d['difference']:+.3f} "
-                f"[{d['low']:+.3f}, {d['high']:+.3f}]  p = {d['p']:.3f}  {shows}"
+                f"[{d['low']:+.3f}, {d['high']:+.3f}]  {p}  {shows}"
             )
     print(
         "p: two-sided, by flipping signs. What a set shows: a difference with p < 0.05 in four of five comparisons.",

@@ -1,6 +1,7 @@
 """What of a run can be refused before its data are read and its engine is started."""
 
 from collections.abc import Sequence
+from inspect import signature
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -249,8 +250,15 @@ def _check_lora(host: "PolicyModule", switches: Sequence[Any], precision: str) -
 
 
 def _optimizer(module: "PolicyModule") -> type:
-    """Its class. Raises InputError where it does not take its arguments."""
+    """Its class. Raises InputError where it does not take its arguments, or has a learning rate of its own."""
     try:
-        return type(module.optimization.optimizer([torch.nn.Parameter(torch.zeros(1))]))
+        made = module.optimization.optimizer([torch.nn.Parameter(torch.zeros(1))])
     except Exception as error:
         raise InputError(f"{type(module).__name__}.optimizer: {in_one_line(error)}") from error
+    lr, default = made.defaults.get("lr"), signature(type(made)).parameters.get("lr")
+    if lr != module.optimization.lr and (default is None or lr != default.default):
+        raise InputError(
+            f"{type(module).__name__}.optimizer: its lr, {lr}, would not be used: the learning rate is model.init_args."
+            f"lr, {module.optimization.lr}. Give it there."
+        )
+    return type(made)

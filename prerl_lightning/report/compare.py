@@ -214,6 +214,13 @@ def sooner(base: Group, other: Group) -> list[Sooner]:
     return [Sooner(share, g, seeds, tuple(_pair(*both, g) for both in sides)) for share, g in goals if g is not None]
 
 
+def last_differences(base: Group, other: Group) -> list[float]:
+    """Of the last held-out accuracies, ``other``'s less the baseline's, of each seed that both have."""
+    mine, theirs = _by_seed(other), _by_seed(base)
+    ends = [[of[seed].curve for of in (mine, theirs)] for seed in sorted(mine.keys() & theirs.keys())]
+    return [a[max(a)] - b[max(b)] for a, b in ends if a and b]
+
+
 def _by_seed(group: Group) -> dict[int, Group]:
     """The evaluated runs of each seed; those without one are left out."""
     found: dict[int, list[Run]] = {}

@@ -33,7 +33,8 @@ def lead(groups: Sequence[Group], base: Group) -> str:
     if known:
         gain = f"{words.figure(base.curve[min(base.curve)])} to {words.figure(max(base.curve.values()))}"
         goal = f"{words.shares(compare.SHARES)} of {tag('b', escape(base.name))}'s gain in held-out accuracy ({gain})"
-        came = "; ".join(_beside(base, *one) for one in known.items()) if len(known) < 3 else _soonest(known)
+        few = [_beside(base, *one) + _at_end(base, groups, one[0]) for one in known.items()] if len(known) < 3 else []
+        came = "; ".join(few) or _soonest(known)
         said.append(f"To {goal} {came}.")
     if len(known) > 2:
         said.append(f"Baseline: {escape(base.name)}, {compare.why_baseline(groups, base)}.")
@@ -65,6 +66,16 @@ def _beside(base: Group, name: str, found: Sequence[Sooner]) -> str:
         little = ", which tells little" if pairs < FEW else ""
         return f"{group} is {words.order(found)}: {ratios}, over {words.some(pairs, 'pair')} of seeds{little}"
     return f"{group} has no seed in common with {tag('b', escape(base.name))} and is called neither sooner nor later"
+
+
+def _at_end(base: Group, groups: Sequence[Group], name: str) -> str:
+    """How its last accuracy is to the baseline's."""
+    found = compare.last_differences(base, next(group for group in groups if group.name == name))
+    if not found:
+        return ""
+    mean = math.fsum(found) / len(found)
+    around = f" ({min(found):+.2f} to {max(found):+.2f})" if len(found) > 1 else ""
+    return f". It ends {abs(mean):.2f} {'above' if mean > 0 else 'below'} {tag('b', escape(base.name))}{around}"
 
 
 def _soonest(known: Mapping[str, Sequence[Sooner]]) -> str:

@@ -71,13 +71,15 @@ def some(number: int, of: str) -> str:
 
 
 def sooner(found: Sooner) -> str:
-    """0.77\u00d7 (0.73 to 0.80; never in 1 of 3)"""
+    """0.77× (0.73 to 0.80; never in 1 of 3); never"""
     ratios, said = found.ratios, []
     if len(ratios) > 1:
         said.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
     for who, steps in (("", [p.group for p in found.pairs]), ("baseline ", [p.baseline for p in found.pairs])):
         if None in steps:
             said.append(f"{who}never in {steps.count(None)} of {len(steps)}")
+    if all(pair.group is None for pair in found.pairs):
+        return "never" + (f" ({said[1]})" if len(said) > 1 else "")
     return times(found.mean) + (f" ({'; '.join(said)})" if said else "")
 
 

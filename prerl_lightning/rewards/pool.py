@@ -81,6 +81,8 @@ class Verification:
         memory_mib: address space of a worker.
         max_failed: the run stops if a larger share of a batch's answers ended in a timeout or an error.
         batch: answers that a reward which takes many gets at a time: whole groups, until there are so many.
+        try_truths: look at the start at what the sets' own truths earn. False where a truth is no answer, such as a
+            number to reach.
     """
 
     workers: int = 2
@@ -88,6 +90,7 @@ class Verification:
     memory_mib: int = 2048
     max_failed: float = 0.1
     batch: int = 64
+    try_truths: bool = True
 
     def __post_init__(self) -> None:
         least = {"workers": 0, "memory_mib": 256, "max_failed": 0, "batch": 1}
