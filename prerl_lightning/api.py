@@ -184,7 +184,8 @@ def trainer_defaults(**given: Any) -> dict[str, Any]:
     known = inspect.signature(L.Trainer.__init__).parameters
     for key in given:
         if key not in known:
-            raise InputError(f"{key}: Lightning's Trainer has no such argument.{nearest(key, known)}")
+            mend = refusals.here(key) or nearest(key, known)
+            raise InputError(f"{key}: Lightning's Trainer has no such argument.{mend}")
     logger = given.get("logger")
     made = TRAINER_DEFAULTS | given
     if logger is None or logger is True:

@@ -26,7 +26,16 @@ OURS_OF = {
     **dict.fromkeys(
         ("per_device_train_batch_size", "train_batch_size"), "data.prompts_per_step (prompts, not responses)"
     ),
-    "kl_loss_coef": "model.init_args.kl_coefficient",
+    **dict.fromkeys(("beta", "kl_loss_coef"), "model.init_args.kl_coefficient"),
+    **dict.fromkeys(("epsilon", "cliprange", "clip_ratio_low"), "model.init_args.clip_low and clip_high"),
+    **dict.fromkeys(("epsilon_high", "clip_ratio_high"), "model.init_args.clip_high"),
+    **dict.fromkeys(("max_grad_norm", "grad_clip"), "model.init_args.gradient_clip"),
+    "lr_scheduler_type": "model.init_args.lr_schedule",
+    "peft_config": "model.init_args.lora",
+    "vllm_gpu_memory_utilization": "data.engine.init_args.gpu_memory_utilization",
+    **dict.fromkeys(("eval_steps", "test_freq"), "trainer.val_check_interval"),
+    **dict.fromkeys(("save_steps", "save_freq"), "checkpoint.every_n_train_steps"),
+    "total_training_steps": "trainer.max_steps",
     **dict.fromkeys(("num_iterations", "ppo_epochs"), "model.init_args.epochs"),
     "max_prompt_length": "data.max_prompt_tokens",
     "learning_rate": "model.init_args.lr",
@@ -34,6 +43,7 @@ OURS_OF = {
     "model_name_or_path": "model.init_args.model",
     "output_dir": "trainer.default_root_dir",
 }
+VERL = ("actor_rollout_ref", "algorithm", "critic", "custom_reward_function", "reward_model")  # the tops of its tree
 # of jsonargparse's messages: what stands around the reason
 _AROUND = re.compile(r"$|Does not validate|Subtypes:|Errors:|Expected a path but|Given value")
 
@@ -80,7 +90,7 @@ def _is_key(key: str, known: set[str]) -> bool:
 # ---------------------------------------------------------------------- configuration files
 
 
-class _Once(yaml.SafeLoader):
+class Once(yaml.SafeLoader):
     """Refuses a key that is there twice, of which YAML takes the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -103,7 +113,7 @@ def check_file(file: str) -> None:
         what = "is a folder" if path.is_dir() else f"no such file (looked for from {Path.cwd()})"
         raise InputError(f"--config: {file}: {what}. Give a YAML file.{shipped.hint(file)}")
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), _Once)
+        found = yaml.load(path.read_text(encoding="utf-8"), Once)
     except InputError as error:
         raise InputError(f"--config: {file}, {error}") from None
     except UnicodeDecodeError:
@@ -152,7 +162,7 @@ def _said(key: str, owner: str, reason: str, reasons: list[str], given: str, des
     ):
         name = next(filter(None, found.groups()))
         if owner:
-            mend = _here(name) or nearest(name, [other for other in _arguments(owner) if other != name])
+            mend = here(name) or nearest(name, [other for other in _arguments(owner) if other != name])
             return f"{key}.init_args.{name}: {_name(owner)} has no such argument.{mend}"
         if not name.startswith("-") and found[2]:
             return f"{name}: an argument without a key. Write --KEY VALUE, or --KEY=VALUE."
@@ -189,16 +199,17 @@ def _arguments(path: str) -> list[str]:
     return [name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters]
 
 
-def _here(name: str) -> str:
+def here(name: str) -> str:
     """The end of a sentence, where a key is TRL's or verl's."""
-    found = OURS_OF.get(name.rpartition(".")[2])
-    return f" Here that is {found}." if found else ""
+    if found := OURS_OF.get(name.rpartition(".")[2]):
+        return f" Here that is {found}."
+    return " That is verl's: docs/coming-from/verl.md has ours." if name.partition(".")[0] in VERL else ""
 
 
 def _near_key(key: str, dests: list[str]) -> str:
     """By the first part of a dotted key that is none of those at its place."""
-    if here := _here(key):
-        return here
+    if ours := here(key):
+        return ours
     parts = key.split(".")
     for i, part in enumerate(parts):
         beside = {d.split(".")[i] for d in dests if d.split(".")[:i] == parts[:i] and d.count(".") >= i}

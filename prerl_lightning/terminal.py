@@ -75,6 +75,7 @@ def quiet() -> None:
         os.environ.setdefault(key, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="IProgress not found")  # a notebook without ipywidgets
     # `prerl evaluate` makes fit's arguments of its own
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     # advice about checkpoints before the optimizer step (ours are after it), and about log calls that are right as

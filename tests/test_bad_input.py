@@ -118,6 +118,8 @@ CASES = [
     ("--trainer.max_step=5", r"trainer\.max_step: there is no such key\. Did you mean trainer\.max_steps\?"),
     ("--data.sampling.groupsize=4", r"data\.sampling\.groupsize: .* Did you mean data\.sampling\.group_size\?"),
     ("--data.prompts_per_stp=4", r"data\.prompts_per_stp: .* Did you mean data\.prompts_per_step\?"),
+    ("--model.init_args.beta=0.1", r".* has no such argument\. Here that is model\.init_args\.kl_coefficient\."),
+    ("--actor_rollout_ref.actor.optim.lr=1", r".* no such key\. That is verl's: docs/coming-from/verl\.md has ours\."),
     ("--lr=1e-4", r"lr: there is no such key\. Did you mean model\.init_args\.lr\?"),
     ("--max_steps=5", r"max_steps: there is no such key\. Did you mean trainer\.max_steps\?"),
     (

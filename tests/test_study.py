@@ -97,6 +97,12 @@ def test_wrong_files_are_refused_by_their_key(studied, changes, words):
         studied(**changes)
 
 
+def test_a_key_that_is_there_twice(tmp_path):
+    (tmp_path / "mine.yaml").write_text("arms: {}\nseeds: [0]\nseeds: [1]\n")
+    with pytest.raises(InputError, match=r"mine\.yaml, line 3: the key seeds is there twice, before in line 2"):
+        read_study(tmp_path / "mine.yaml")
+
+
 def test_runs_of_a_study_in_the_background_hear_sigint():
     """A shell without job control starts what has a & behind it with SIGINT ignored, and so what that starts."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

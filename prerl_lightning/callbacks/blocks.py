@@ -57,7 +57,8 @@ def opening(trainer: L.Trainer, host: PolicyModule, folder: Path | None) -> Line
     yield "model", f"{host.model_name}, {words.count(size)} parameters{adapted}, {trainer.precision}, on {where}"
     begin = ["by" if host.endings.get(life, "") is None else "from" for life in range(len(host.lives))]
     lives = [f"{objective(n)}{f' {begin[i]} step {first}' if first else ''}" for i, (n, first) in enumerate(host.lives)]
-    steps = words.steps(trainer.max_steps) if trainer.max_steps > 0 else "no last step"
+    epochs = words.some(trainer.max_epochs or 0, "epoch") if (trainer.max_epochs or 0) > 0 else "no last step"
+    steps = words.steps(trainer.max_steps) if trainer.max_steps > 0 else epochs
     resumed = f", resumed behind step {trainer.global_step}" if trainer.global_step else ""
     yield "objective", f"{', '.join(lives)}; {steps}{resumed}"
     groups = f"{data.prompts_per_step} prompts x {data.sampling.group_size} responses a step"

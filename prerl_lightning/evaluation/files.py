@@ -37,7 +37,9 @@ class ResultFile:
         if path.is_file() and path.stat().st_size:
             found, there, whole = _read(path)
             changed = [k for k in settings if found.get(k) != settings[k]]
-            differing = [f"{k}: {found.get(k)} there, {settings[k]} here" for k in changed]
+            differing = [
+                "other prompts" if k == "prompts" else f"{k}: {found.get(k)} there, {settings[k]} here" for k in changed
+            ]
             if differing:
                 raise InputError(
                     f"{path} is of an evaluation with other settings ({'; '.join(differing)[:600]}). Give another "

@@ -183,8 +183,8 @@ class RewardPool:
                     future.cancel()
                 left = f"; {len(items) - n} more were not waited for" if n < len(items) else ""
                 raise InputError(
-                    f"data.reward: {len(failed)} of {len(items)} answers could not be verified{left}, which is more "
-                    f"than data.verification.max_failed ({self.options.max_failed:.0%}). The first: {failed[0]}"
+                    f"data.reward: {len(failed)} of {len(items)} answers could not be verified, more than "
+                    f"data.verification.max_failed ({self.options.max_failed:.0%}){left}. The first: {failed[0]}"
                 )
         return [future.result() for future in futures]
 

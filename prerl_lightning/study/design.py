@@ -13,6 +13,7 @@ import yaml  # type: ignore[import-untyped]
 
 from prerl_lightning import shipped
 from prerl_lightning.errors import InputError
+from prerl_lightning.refusals import Once
 from prerl_lightning.report.files import is_number
 
 Settings = Mapping[str, Any]  # dotted keys of `prerl fit` to values
@@ -309,8 +310,10 @@ def _brief(value: Any) -> str:
 
 def _yaml(path: Path, place: str) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Once)
     except FileNotFoundError:
         raise InputError(f"{place}: there is no file {path}.") from None
+    except InputError as error:
+        raise InputError(f"{place}: {path}, {error}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{place}: {path} cannot be read: {error}") from None
