@@ -236,6 +236,11 @@ def test_partial_rewards_are_pointed_at(tmp_path):
     assert (found["avg@4"], found["pass@4"], found["partial"]) == (0.25, 0.5, 0.25)
 
 
+def test_comparing_needs_no_more_than_torch():
+    code = "import sys, prerl_lightning.evaluation.comparison\nprint({'transformers', 'torchmetrics'} & {*sys.modules})"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
 def test_compare(tmp_path, capsys):
     write(tmp_path / "a", [[1, 0, 0, 0]] * 60 + [[0, 0, 0, 0]] * 40)
     write(tmp_path / "b", [[1, 1, 0, 0]] * 60 + [[0, 0, 0, 0]] * 40)

@@ -6,14 +6,8 @@ import pytest
 import torch
 from forked import context
 
-from prerl_lightning.metrics.evaluation import (
-    EvaluationMetric,
-    answer_number,
-    bootstrap,
-    majority,
-    pass_at_k,
-    per_problem,
-)
+from prerl_lightning.metrics.evaluation import answer_number, bootstrap, majority, pass_at_k, per_problem
+from prerl_lightning.metrics.held_out import EvaluationMetric
 from prerl_lightning.rewards.pool import Verdict
 from prerl_lightning.rollout.sampler import Group
 from prerl_lightning.types import Prompt, Response

@@ -63,7 +63,7 @@ else:
     raise AssertionError("this group was to have no CPU backend")
 
 from prerl_lightning import ranks
-from prerl_lightning.metrics.evaluation import EvaluationMetric
+from prerl_lightning.metrics.held_out import EvaluationMetric
 from prerl_lightning.metrics.sums import Sums
 from prerl_lightning.metrics.thoughts import ThoughtCounts
 from test_evaluation import groups

@@ -1,4 +1,4 @@
-from .evaluation import EvaluationMetric as EvaluationMetric
+from .held_out import EvaluationMetric as EvaluationMetric
 from .intervals import difference as difference
 from .intervals import interval as interval
 from .rollout import rollout_statistics as rollout_statistics

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from prerl_lightning.metrics.evaluation import EvaluationMetric
+from prerl_lightning.metrics.held_out import EvaluationMetric
 from prerl_lightning.rollout.sampler import Group
 
 
