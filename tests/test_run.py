@@ -11,6 +11,10 @@ import pytest
 import torch
 from commands import finish, start
 from forked import prerl
+from report_runs import write_run
+
+from prerl_lightning.callbacks.blocks import closing
+from prerl_lightning.report.reading import read_run
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -35,6 +39,17 @@ def whole(tmp_path_factory):
     """One uninterrupted run of 6 steps, 3 in each life."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, finish(start(folder, "fit", *SMALL, "--trainer.max_steps=6"))
+
+
+def test_the_last_lines_of_a_run_whose_reward_no_command_can_import(tmp_path):
+    folder = write_run(tmp_path / "runs" / "mine" / "version_0", steps=10)
+    (folder / "model").mkdir()
+    assert f"prerl evaluate --config {folder}/config.yaml" in str([*closing(read_run(folder), folder, None)])
+    with (folder / "config.yaml").open("a") as config:
+        config.write("\n# reward: __main__.hits\n")
+    said = str([*closing(read_run(folder), folder, None)])
+    assert f'prerl.evaluate("{folder}/model", k=8, datamodule=...)' in said
+    assert "prerl evaluate" not in said
 
 
 def test_what_a_run_shows_and_leaves(whole):

@@ -103,12 +103,9 @@ def closing(run: Run, folder: Path, best: RunCheckpoint | None) -> Lines:
         config = folder / "config.yaml"
         own = config.is_file() and run.accuracy is not None  # problems held out, whatever they are
         of = f"--config {config} --model {model}" if own else f"--model {model} --data SET"
-        if own and "__main__." in config.read_text(
-            encoding="utf-8"
-        ):  # of a script or cell, which no command can import
-            yield "", f'prerl.evaluate("{model}", k=8, datamodule=...)'
-        else:
-            yield "", f"prerl evaluate {of} --k 8"
+        # what is in a script or cell no command can import
+        in_python = own and "__main__." in config.read_text(encoding="utf-8")
+        yield "", f'prerl.evaluate("{model}", k=8, datamodule=...)' if in_python else f"prerl evaluate {of} --k 8"
         yield "", f"vllm serve {model}"
 
 
