@@ -150,7 +150,8 @@ def of_parser(message: str, dests: Iterable[str]) -> InputError:
             line = line[found.end() :]
         if not _AROUND.match(line):
             reasons.append(line)
-    reason = reasons[0] if reasons else message
+    # of a list of loggers the first one says that it is no single logger
+    reason = next((r for r in reasons if r.startswith("Option '")), reasons[0] if reasons else message)
     given = re.search(r"(?:Given value|Got value|import path string): (.+)$", message, re.M)
     said = _said(".init_args.".join(keys), owner, reason, reasons, given[1] if given else "", [*dests])
     return InputError(said.replace("terms.init_args.", "terms."))  # a Term stands there without a class_path

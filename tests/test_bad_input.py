@@ -362,6 +362,10 @@ CASES = [
         "trainer.precision: 32-true: ValueError: Received both",
     ),
     ("--trainer.callbacks=LearningRateMonitor", "trainer.callbacks: LearningRateMonitor: optim/lr is in each row"),
+    (
+        "{trainer: {logger: [{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dirr: x}}]}}",
+        r"trainer\.logger\.init_args\.save_dirr: CSVLogger has no such argument\. Did you mean save_dir\?",
+    ),
     ("--trainer.logger=CometLogger", "trainer.logger: CometLogger needs the package comet_ml: pip install comet-ml"),
     ("--trainer.logger=MLFlowLogger", "trainer.logger: MLFlowLogger needs the package mlflow: pip install mlflow"),
     (
