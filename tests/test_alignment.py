@@ -118,13 +118,17 @@ def test_so_many_gradients_are_held_at_a_time(model_folder, make_rollout, monkey
     policy, rollout, most = Policy.from_pretrained(model_folder("llama-untied")), make_rollout(), 0
     shape, take = policy.model.lm_head.weight.shape, GradientComparison._gradient
 
+    def held():
+        return {x.data_ptr() for x in gc.get_objects() if type(x) is torch.Tensor and x.shape == shape}
+
     def counting(*args):
         nonlocal most
         found = take(*args)
-        held = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.shape == shape]
-        most = max(most, len({x.data_ptr() for x in held}) / 2)  # the embedding has the same
+        most = max(most, len(held() - before) / 2)  # the embedding has the same
         return found
 
+    gc.collect()
+    before = held()  # other tests'
     monkeypatch.setattr(GradientComparison, "_gradient", counting)
     numbers = rollout.lengths.argsort()[-3:].tolist()
     GradientComparison(policy).responses(rollout, numbers, dict.fromkeys(numbers, 1.0), PREFIX, bins=bins)
