@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 import prerl_lightning.strategies  # noqa: F401  (registers fsdp2)
 from prerl_lightning import refusals, resume
@@ -21,7 +21,7 @@ from prerl_lightning.callbacks.monitors import check_monitors
 from prerl_lightning.callbacks.reincarnation import PolicyReincarnation
 from prerl_lightning.callbacks.saving import RunCheckpoint
 from prerl_lightning.callbacks.watcher import callbacks_of, run_folder
-from prerl_lightning.compat import observe_ranks, share_version
+from prerl_lightning.compat import is_trial, observe_ranks, share_version
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, nearest
 from prerl_lightning.objectives.base import PolicyModule
@@ -217,7 +217,7 @@ class _KeepSettings(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = run_folder(trainer)
-        if trainer.is_global_zero and folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.is_global_zero and folder is not None and not is_trial(trainer):
             folder.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(self.configuration, sort_keys=False, allow_unicode=True)
             (folder / "config.yaml").write_text(text, encoding="utf-8")

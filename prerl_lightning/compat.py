@@ -18,6 +18,22 @@ from lightning.pytorch.utilities.model_registry import _determine_model_name, _i
 
 from prerl_lightning.errors import InputError
 
+# what Lightning's connectors set on a Trainer, of which its class says nothing
+
+
+def all_callbacks(trainer: L.Trainer) -> list[Any]:
+    return cast(Any, trainer).callbacks
+
+
+def is_trial(trainer: L.Trainer) -> bool:
+    """fast_dev_run: so many steps, with limits of its own, and no file."""
+    return bool(cast(Any, trainer).fast_dev_run)
+
+
+def logs_every(trainer: L.Trainer) -> int:
+    """Steps."""
+    return cast(Any, trainer).log_every_n_steps
+
 
 def validate_now(trainer: L.Trainer) -> None:
     """Run the whole validation loop inside `fit`, before or after its steps, and log it at the present one.

@@ -224,11 +224,11 @@ def _about(topic: str) -> Iterator[str]:
     if files := [name for name in shipped.names() if _folded(topic) in (_folded(name), _folded(_last(name, "/")))]:
         return (line for name in files for line in _configuration(name))
     if matches := list(_arguments_named(topic)):
-        return (line for where, argument in matches for line in ("", f"{where}:", *_argument(argument, "  ")))
+        return _in_places(matches)
     if "." in topic and read(topic) is not None:
         return _entry(entry(topic), topic, "objectives" if _is_objective(topic) else "")
     if matches := list(_arguments_given(topic)):
-        return (line for where, argument in matches for line in ("", f"{where}:", *_argument(argument, "  ")))
+        return _in_places(matches)
     names = [*(_last(name, "/") for name in shipped.names()), *(name for of in _commands() for name in of)]
     near = nearest(topic, [*names, *options(), *KEYS, *VALUES, "metrics", *_classes()])  # GRPO rather than grpo.yaml
     if "." in topic:
@@ -278,6 +278,11 @@ def _entry(found: Entry, name: str, kind: str) -> Iterator[str]:
     if below:
         yield ""
         yield from _wrapped(f"See also: prerl help {', '.join(below)}.", "")
+
+
+def _in_places(found: Sequence[tuple[str, Argument]]) -> Iterator[str]:
+    for where, argument in found:
+        yield from ("", f"{where}:", *_argument(argument, "  "))
 
 
 def _argument(argument: Argument, indent: str) -> Iterator[str]:

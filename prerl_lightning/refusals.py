@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from prerl_lightning import manual, rewards, shipped
 from prerl_lightning.errors import InputError, in_one_line, nearest

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml  # type: ignore[import-untyped]
+import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
 from prerl_lightning import checkpoints

@@ -11,6 +11,7 @@ import torch
 
 from prerl_lightning.callbacks.saving import RunCheckpoint
 from prerl_lightning.callbacks.watcher import callbacks_of, run_folder
+from prerl_lightning.compat import is_trial
 from prerl_lightning.data.mixture import settings_of
 from prerl_lightning.metrics.intervals import difference
 from prerl_lightning.objectives.base import PolicyModule
@@ -39,7 +40,7 @@ class Blocks(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         folder = run_folder(trainer)  # collective
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.is_global_zero and not is_trial(trainer):
             self.folder = folder
             log.info("\n%s\n", block(opening(trainer, pl_module, folder)))
 
@@ -57,10 +58,10 @@ def opening(trainer: L.Trainer, host: PolicyModule, folder: Path | None) -> Line
     yield "model", f"{host.model_name}, {words.count(size)} parameters{adapted}, {trainer.precision}, on {where}"
     begin = ["by" if host.endings.get(life, "") is None else "from" for life in range(len(host.lives))]
     lives = [f"{objective(n)}{f' {begin[i]} step {first}' if first else ''}" for i, (n, first) in enumerate(host.lives)]
-    epochs = words.some(trainer.max_epochs or 0, "epoch") if (trainer.max_epochs or 0) > 0 else "no last step"
-    steps = words.steps(trainer.max_steps) if trainer.max_steps > 0 else epochs
+    steps, epochs = trainer.max_steps, trainer.max_epochs or 0
+    end = words.steps(steps) if steps > 0 else words.some(epochs, "epoch") if epochs > 0 else "no last step"
     resumed = f", resumed behind step {trainer.global_step}" if trainer.global_step else ""
-    yield "objective", f"{', '.join(lives)}; {steps}{resumed}"
+    yield "objective", f"{', '.join(lives)}; {end}{resumed}"
     groups = f"{data.prompts_per_step} prompts x {data.sampling.group_size} responses a step"
     sets = ", ".join(type(settings_of(problems).problems).__name__ for problems in data.training_sets.values())
     yield "training", f"{sets}, {data.size_of('train'):,} problems; {groups}"
@@ -100,11 +101,9 @@ def closing(run: Run, folder: Path, best: RunCheckpoint | None) -> Lines:
         yield "model", str(model)
     yield "next", f"prerl report {folder} -o report.html"
     if model.is_dir():
-        config = folder / "config.yaml"
-        own = config.is_file() and run.accuracy is not None  # problems held out, whatever they are
-        of = f"--config {config} --model {model}" if own else f"--model {model} --data SET"
-        # what is in a script or cell no command can import
-        in_python = own and "__main__." in config.read_text(encoding="utf-8")
+        own = bool(run.config_text) and run.accuracy is not None  # problems held out, whatever they are
+        of = f"--config {folder / 'config.yaml'} --model {model}" if own else f"--model {model} --data SET"
+        in_python = own and "__main__." in run.config_text  # of a script or cell, which no command can import
         yield "", f'prerl.evaluate("{model}", k=8, datamodule=...)' if in_python else f"prerl evaluate {of} --k 8"
         yield "", f"vllm serve {model}"
 

@@ -13,6 +13,7 @@ from prerl_lightning.callbacks.reincarnation import PolicyReincarnation
 from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.callbacks.watcher import callbacks_of
 from prerl_lightning.callbacks.weights import WeightChange
+from prerl_lightning.compat import all_callbacks
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, nearest
 from prerl_lightning.metrics import glossary
@@ -83,7 +84,7 @@ def check_monitors(trainer: L.Trainer, modules: Collection[Any], data: RolloutDa
     Raises:
         InputError: a callback monitors what this run will not have, or a life is to end by it.
     """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = all_callbacks(trainer)
     packages = {type(x).__module__.partition(".")[0] for x in (*modules, *callbacks)}
     rewards = data.rewards()
     sums = [rewards[key] for key in data.training_sets if isinstance(rewards[key], WeightedSum)]

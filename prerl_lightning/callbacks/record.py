@@ -16,6 +16,7 @@ import torch
 from prerl_lightning.callbacks.health import RunHealth
 from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.callbacks.watcher import callbacks_of, run_folder
+from prerl_lightning.compat import is_trial
 from prerl_lightning.errors import InputError, RunError
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.report import process
@@ -39,7 +40,7 @@ class RunRecord(L.Callback):
     # earlier, under fsdp2, the path of the checkpoint to resume from is not known
     def on_train_start(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
         folder = run_folder(trainer)
-        if not trainer.is_global_zero or folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or folder is None or is_trial(trainer):
             return
         self.path = folder / "run.json"
         watching = callbacks_of(trainer, Thoughts)

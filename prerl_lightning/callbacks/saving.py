@@ -23,7 +23,7 @@ from prerl_lightning.budget import GIB, ModelShape, checkpoint_bytes
 from prerl_lightning.callbacks.monitors import check_monitor
 from prerl_lightning.callbacks.requeue import requeue
 from prerl_lightning.checkpoints import NotWritten, WholeFileIO
-from prerl_lightning.compat import requeue_signal, validation_follows
+from prerl_lightning.compat import all_callbacks, is_trial, requeue_signal, validation_follows
 from prerl_lightning.errors import InputError, RunError, check_bounds
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.objectives.memory import copies
@@ -126,7 +126,7 @@ class RunCheckpoint(ModelCheckpoint):
                 "checkpoint.sharded: folders of shards are written under --trainer.strategy fsdp2, to a file system. "
                 "Leave it out, or take both."
             )
-        if "://" in folder or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if "://" in folder or is_trial(trainer):
             return
         there = checkpoints.existing(Path(folder))
         try:
@@ -140,7 +140,7 @@ class RunCheckpoint(ModelCheckpoint):
             shape = ModelShape.of_config(config, pl_module.lora)
         except ValueError:  # no language model, which its loading says better
             return
-        beside = copies(pl_module, trainer.callbacks, shape)[1]  # type: ignore[attr-defined]
+        beside = copies(pl_module, all_callbacks(trainer), shape)[1]
         needed = 2 * checkpoint_bytes(shape, beside, self.save_weights_only)
         free = shutil.disk_usage(there).free
         if free < needed:
@@ -238,7 +238,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _is_news(self, trainer: L.Trainer) -> bool:
         """No checkpoint has the present weights."""
         written = (0, self._last_global_step_saved, self._resumed_at)
-        return trainer.global_step not in written and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        return trainer.global_step not in written and not is_trial(trainer)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         watchdog.mark("checkpoint", trainer.global_step)
@@ -349,7 +349,7 @@ class ExportModel(L.Callback):
 
     def check_run(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:
         """Raises InputError where the model could not be pushed."""
-        if self.push_to_hub is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.push_to_hub is not None and trainer.is_global_zero and not is_trial(trainer):
             hub.make_repository(self.push_to_hub, "export.push_to_hub")
 
     def on_exception(self, trainer: L.Trainer, pl_module: PolicyModule, exception: BaseException) -> None:  # type: ignore[override]
@@ -357,7 +357,7 @@ class ExportModel(L.Callback):
             self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:  # type: ignore[override]
-        if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self.enabled or is_trial(trainer):
             return
         if not pl_module.live_policy.is_finite():
             log.warning("The trained model is not exported: its weights are not finite.")

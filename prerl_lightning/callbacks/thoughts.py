@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prerl_lightning import ranks
 from prerl_lightning.callbacks.watcher import Watcher
+from prerl_lightning.compat import logs_every
 from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.seal import SealLabels
 from prerl_lightning.metrics.thoughts import ThoughtCounts, ThoughtFinder, load_families, ratio_interval
@@ -63,7 +64,7 @@ class Thoughts(Watcher):
 
     def watch(self, trainer: L.Trainer, module: PolicyModule) -> dict[str, float]:
         rollout = module.rollout
-        if not self.enabled or rollout is None or not module.due(trainer.log_every_n_steps):  # type: ignore[attr-defined]
+        if not self.enabled or rollout is None or not module.due(logs_every(trainer)):
             return {}
         self.training.update(self._counts(rollout.texts), rollout.lengths, rollout.rewards)
         return self._found(self.training, "thoughts/", untrained=rollout.policy_version == 0)

@@ -1,14 +1,19 @@
-"""Base of the callbacks that look at a run and change nothing about it."""
+"""Base of the callbacks that look at a run and change nothing about it.
+
+Lightning's hooks are typed for any LightningModule; those of our callbacks are only ever given a `PolicyModule`, and say
+so: that is each ``type: ignore[override]`` in this room.
+"""
 
 import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from prerl_lightning.compat import all_callbacks
 from prerl_lightning.objectives.base import PolicyModule
 
 Kind = TypeVar("Kind", bound=L.Callback)
@@ -33,7 +38,7 @@ class Watcher(L.Callback):
 
 
 def callbacks_of(trainer: L.Trainer, kind: type[Kind]) -> list[Kind]:
-    return [c for c in cast(Any, trainer).callbacks if isinstance(c, kind)]
+    return [c for c in all_callbacks(trainer) if isinstance(c, kind)]
 
 
 def run_folder(trainer: L.Trainer) -> Path | None:

@@ -12,7 +12,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 PLACES = {"{k}": r"\d+", "{family}": r"(?:seal/)?[^/]+", "{part}": r"[^/]+"}
 

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from torch import Tensor
 from torchmetrics import Metric
 

@@ -20,6 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from prerl_lightning.compat import logs_every
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.metrics.utilisation import peak_flops, rates
 from prerl_lightning.objectives import agreement, checks, lives, memory
@@ -142,7 +143,7 @@ class PolicyModule(BaseObjective, RunState):
         for key, value in metrics.items():
             self.log(key, float(value), batch_size=1, logger=False)
         lives.observe(self.host, metrics)  # of each step, and first: the last one of a life is due
-        if self.host.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
+        if self.host.due(logs_every(self.trainer)):
             self.host.row.values |= metrics
         self.validations.after_step(self.trainer)
         return None

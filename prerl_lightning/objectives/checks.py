@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from prerl_lightning.compat import all_callbacks, is_trial
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, check_bounds, in_one_line, nearest
 from prerl_lightning.objectives import lives
@@ -119,10 +120,10 @@ def check_precision(precision: str) -> None:
 def check_run(host: "PolicyModule", data: RolloutDataModule, trainer: L.Trainer) -> None:
     """Learn the run's lives from the Trainer's callbacks, and raise InputError for what no life could learn under."""
     check_precision(str(trainer.precision))
-    if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which sets limits of its own
+    if not is_trial(trainer):  # which sets limits of its own
         _check_refused(trainer)
-    check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
-    switches = lives.reincarnations(trainer.callbacks)  # type: ignore[attr-defined]
+    check_callbacks(all_callbacks(trainer))
+    switches = lives.reincarnations(all_callbacks(trainer))
     steps = [c.at_step for c in switches]
     if len(set(steps)) < len(steps):
         raise InputError(
@@ -162,9 +163,9 @@ def check_run(host: "PolicyModule", data: RolloutDataModule, trainer: L.Trainer)
                 f"{type(module).__name__}.minibatches: {minibatches} are more than data.prompts_per_step "
                 f"({data.prompts_per_step}), by which a rollout is split: some would be empty. Write fewer minibatches."
             )
-    if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which has a max_steps of its own
+    if not is_trial(trainer):  # which has a max_steps of its own
         lives.check_steps(host, trainer.max_steps)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in all_callbacks(trainer):
         if (check := getattr(callback, "check_run", None)) is not None:
             check(trainer, host)
 

@@ -11,6 +11,7 @@ from torch.distributed import ReduceOp
 
 from prerl_lightning import ranks
 from prerl_lightning.budget import GIB, ModelShape, PackChoice, rank_budget
+from prerl_lightning.compat import all_callbacks
 from prerl_lightning.objectives.lives import all_lives
 from prerl_lightning.policy.model import load_config
 from prerl_lightning.rollout.engine import Engine
@@ -57,7 +58,7 @@ def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: 
     if device.type != "cuda":
         return None
     trainer = module.trainer
-    shape = shape_of(module, trainer.callbacks)  # type: ignore[attr-defined]
+    shape = shape_of(module, all_callbacks(trainer))
     engine.sleep()  # one that an earlier fit of this process has started
     free, total = torch.cuda.mem_get_info(device)
     free = int(ranks.all_reduce(torch.tensor(free), ReduceOp.MIN))
@@ -73,10 +74,10 @@ def plan(module: "PolicyModule", engine: Engine, device: torch.device, longest: 
         strategy="fsdp2" if sharded else "ddp" if isinstance(trainer.strategy, DDPStrategy) else "single",
         world_size=trainer.world_size,
         precision=str(trainer.precision),
-        copies=copies(module, trainer.callbacks, shape)[0],  # type: ignore[attr-defined]
+        copies=copies(module, all_callbacks(trainer), shape)[0],
         checkpointing=module.gradient_checkpointing,
         max_tokens=module.batching.max_tokens_per_microbatch,
-        watching=watching(trainer.callbacks, own),  # type: ignore[attr-defined]
+        watching=watching(all_callbacks(trainer), own),
     )
     log.info(
         "GPU memory, of %.1f GiB free: %.1f in a rollout, %.1f in a training step with packs of %d tokens%s.",

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from prerl_lightning.report import words
 from prerl_lightning.report.files import inside

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from prerl_lightning.secrets import hide_in_command, hide_in_text
 

@@ -33,8 +33,9 @@ def lead(groups: Sequence[Group], base: Group) -> str:
     if known:
         gain = f"{words.figure(base.curve[min(base.curve)])} to {words.figure(max(base.curve.values()))}"
         goal = f"{words.shares(compare.SHARES)} of {tag('b', escape(base.name))}'s gain in held-out accuracy ({gain})"
-        few = [_beside(base, *one) + _at_end(base, groups, one[0]) for one in known.items()] if len(known) < 3 else []
-        came = "; ".join(few) or _soonest(known)
+        few = [group for group in groups if group.name in known]
+        each = (_beside(base, group.name, known[group.name]) + _at_end(base, group) for group in few)
+        came = "; ".join(each) if len(known) < 3 else _soonest(known)
         said.append(f"To {goal} {came}.")
     if len(known) > 2:
         said.append(f"Baseline: {escape(base.name)}, {compare.why_baseline(groups, base)}.")
@@ -68,9 +69,9 @@ def _beside(base: Group, name: str, found: Sequence[Sooner]) -> str:
     return f"{group} has no seed in common with {tag('b', escape(base.name))} and is called neither sooner nor later"
 
 
-def _at_end(base: Group, groups: Sequence[Group], name: str) -> str:
+def _at_end(base: Group, group: Group) -> str:
     """How its last accuracy is to the baseline's."""
-    found = compare.last_differences(base, next(group for group in groups if group.name == name))
+    found = compare.last_differences(base, group)
     if not found:
         return ""
     mean = math.fsum(found) / len(found)

@@ -72,15 +72,18 @@ def some(number: int, of: str) -> str:
 
 def sooner(found: Sooner) -> str:
     """0.77× (0.73 to 0.80; never in 1 of 3); never"""
-    ratios, said = found.ratios, []
-    if len(ratios) > 1:
-        said.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
-    for who, steps in (("", [p.group for p in found.pairs]), ("baseline ", [p.baseline for p in found.pairs])):
-        if None in steps:
-            said.append(f"{who}never in {steps.count(None)} of {len(steps)}")
-    if all(pair.group is None for pair in found.pairs):
-        return "never" + (f" ({said[1]})" if len(said) > 1 else "")
-    return times(found.mean) + (f" ({'; '.join(said)})" if said else "")
+
+    def missed(who: str, steps: Sequence[float | None]) -> list[str]:
+        return [f"{who}never in {n} of {len(steps)}"] if (n := steps.count(None)) else []
+
+    ratios, mine = found.ratios, [pair.group for pair in found.pairs]
+    baseline = missed("baseline ", [pair.baseline for pair in found.pairs])
+    if mine.count(None) == len(mine):
+        head, said = "never", baseline
+    else:
+        around = [f"{min(ratios):.2f} to {max(ratios):.2f}"] if len(ratios) > 1 else []
+        head, said = times(found.mean), [*around, *missed("", mine), *baseline]
+    return head + (f" ({'; '.join(said)})" if said else "")
 
 
 def order(found: Sequence[Sooner]) -> str:

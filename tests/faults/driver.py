@@ -133,11 +133,13 @@ class Run:
             time.sleep(fault.delay)
             for i, number in enumerate(fault.signals):
                 time.sleep(0.3 if i else 0.0)
-                while not self._targets(fault.to, process) and process.poll() is None:
+                late = False
+                while not (pids := self._targets(fault.to, process)) and process.poll() is None:
                     time.sleep(0.1)  # for a rank that is yet to be started
-                    if self._targets(fault.to, process):
-                        time.sleep(fault.delay)  # one that does not run a line of ours yet is killed by any signal
-                pids = self._targets(fault.to, process)
+                    late = True
+                if pids and late:
+                    time.sleep(fault.delay)  # one that does not run a line of ours yet is killed by any signal
+                    pids = self._targets(fault.to, process)
                 for pid in pids:
                     try:
                         os.kill(pid, number)
