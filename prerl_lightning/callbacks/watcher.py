@@ -1,7 +1,7 @@
 """Base of the callbacks that look at a run and change nothing about it.
 
-Lightning's hooks are typed for any LightningModule; those of our callbacks are only ever given a `PolicyModule`, and say
-so: that is each ``type: ignore[override]`` in this room.
+Lightning's hooks are typed for any LightningModule; those of our callbacks are only ever given a `PolicyModule`, and
+say so: that is each ``type: ignore[override]`` in this room.
 """
 
 import json
