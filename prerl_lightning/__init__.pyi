@@ -13,6 +13,8 @@ from .callbacks.saving import RunCheckpoint as RunCheckpoint
 from .callbacks.thoughts import Thoughts as Thoughts
 from .callbacks.watcher import Watcher as Watcher
 from .callbacks.weights import WeightChange as WeightChange
+from .data.mixture import Mixture as Mixture
+from .data.mixture import Source as Source
 from .data.module import RolloutDataModule as RolloutDataModule
 from .data.named import NamedProblems as NamedProblems
 from .data.problems import ProblemSet as ProblemSet

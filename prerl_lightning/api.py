@@ -17,6 +17,7 @@ import yaml
 
 import prerl_lightning.strategies  # noqa: F401  (registers fsdp2)
 from prerl_lightning import refusals, resume
+from prerl_lightning.arguments import check_call, check_kind, check_kinds
 from prerl_lightning.callbacks.monitors import check_monitors
 from prerl_lightning.callbacks.reincarnation import PolicyReincarnation
 from prerl_lightning.callbacks.saving import RunCheckpoint
@@ -187,6 +188,8 @@ def trainer_defaults(**given: Any) -> dict[str, Any]:
             mend = refusals.here(key) or nearest(key, known)
             raise InputError(f"{key}: Lightning's Trainer has no such argument.{mend}")
     logger = given.get("logger")
+    for key in {"logger", "callbacks"} & given.keys():
+        check_kind(given[key], inspect.signature(L.Trainer.__init__).parameters[key].annotation, f"trainer.{key}")
     made = TRAINER_DEFAULTS | given
     if logger is None or logger is True:
         made["logger"] = run_logger(given.get("default_root_dir"), name)
@@ -263,14 +266,15 @@ def fit(
         InputError: something of it cannot be; said before the engine starts.
         KeyboardInterrupt: Ctrl-C, behind the step that it came in, with a checkpoint.
     """
+    check_call(fit, locals())
     lives = sorted(lives, key=lambda life: life.at_step)
     own = list(callbacks)
+    for part in (objective, *lives, *own):
+        check_kinds(part, type(part).__name__)
+    check_kinds(data, "data")
     chain = [objective, *(life.successor for life in lives)]
     name = name or "-".join(getattr(o, "title", type(o).__name__) for o in chain).replace(" ", "-")
     made = trainer_defaults(name=name, max_steps=max_steps, **trainer)
-    for what, given, kind in (("objective", objective, PolicyModule), ("data", data, RolloutDataModule)):
-        if not isinstance(given, kind):
-            raise InputError(f"fit: {what} is a {type(given).__name__}, not a {kind.__name__}.")
     if made["logger"] is False:
         raise InputError("fit: a run without a logger leaves no folder to give back. Leave logger=False out.")
     if trainer.get("fast_dev_run"):

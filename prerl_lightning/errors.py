@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,9 +45,8 @@ def check_bounds(
             value = getattr(options, name)
             # written so that nan, of which no comparison is true, is refused
             low, high = (-math.inf, bound) if words == "of at most" else (bound, math.inf)
-            fine = value is None or (
-                low <= value <= high and abs(value) < math.inf and (words, value) != ("above", low)
-            )
+            number, above_it = isinstance(value, Real), (words, value) != ("above", low)
+            fine = value is None or (number and low <= value <= high and abs(value) < math.inf and above_it)
             if not fine:
                 raise InputError(f"{key}.{name}: {value} must be a finite number {words} {bound:g}.")
 

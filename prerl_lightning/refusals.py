@@ -177,6 +177,14 @@ def _said(key: str, owner: str, reason: str, reasons: list[str], given: str, des
     if found := re.match(r"Expected a typing\.Literal\[(.+)\]", reason):
         names = [name.strip().strip("'") for name in found[1].split(",")]
         return f"{key}: {given} must be one of {', '.join(names)}.{nearest(given, names)}"
+    file = re.match(r"Invalid content in sub-config file (.+?): |Config file loop detected: (.+?) ->", reason)
+    value = (
+        next(filter(None, file.groups())) if file else given or owner or reason.rpartition("import path format: ")[2]
+    )
+    if key.startswith(("data.train", "data.val")) and (mend := _set_of(value)):
+        return f"{key}: {value}: a set of problems is a class. {mend}"
+    if "codec can't decode" in reason:
+        return f"{key}: it names a file that is no configuration, not even text. {_set_of('FILE.gz')}"
     if re.search(r"import path|No module named|has no attribute|import object|Import path", reason):
         why = "" if "import path string" in reason else f": {reason}"
         path = owner or given
@@ -188,6 +196,20 @@ def _said(key: str, owner: str, reason: str, reasons: list[str], given: str, des
         words = dict.fromkeys(TYPES.get(name, name) for name in expected if name != "NoneType")
         return f"{key}: {given} must be {' or '.join(words)}."
     return f"{key}: {reason[:300]}" if key else reason[:300]
+
+
+def _set_of(value: str) -> str:
+    """The mend, where a file, or the name of a set or of one on the hub, stands where a class belongs; else nothing."""
+    from prerl_lightning.data.named import SETS
+    from prerl_lightning.data.rows import COMPRESSED, KINDS
+
+    if value in SETS:
+        return f"Write {{class_path: NamedProblems, init_args: {{name: {value}}}}}."
+    if Path(value).suffix in (*KINDS, *COMPRESSED) or (value and Path(value).is_dir()):
+        return f"Write {{class_path: Files, init_args: {{path: {value}}}}}."
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+        return f"Write {{class_path: HubDataset, init_args: {{name: {value}}}}}."
+    return ""
 
 
 def _name(path: str) -> str:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import zeros
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from prerl_lightning.arguments import given
 from prerl_lightning.data.prompts import PromptFormat
 from prerl_lightning.objectives.entropy import TargetEntropy
 from prerl_lightning.objectives.term import Term
@@ -25,8 +26,7 @@ PLAIN = (PromptFormat, Verification, Sampling, HeldOutSampling, Term, TargetEntr
 def described(value: Any) -> Any:
     """Text, numbers, lists and dictionaries; an object by ``class_path`` and ``init_args``, a function by its path.
 
-    Of an object those arguments are known that it keeps under their names, which is the convention here and in
-    scikit-learn; of others a resume cannot tell whether they have changed.
+    Of an object the arguments of `given` are known; of others a resume cannot tell whether they have changed.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -54,27 +54,7 @@ def path_of(value: Any) -> str:
 
 
 def _arguments(value: Any) -> Iterator[tuple[str, Any]]:
-    own = vars(value) if hasattr(value, "__dict__") else {}
-    groups = [vars(held) for held in own.values() if is_dataclass(held)]  # an objective's
-    options = own.get("options")  # an engine's
-    places = [own, {name.removeprefix("_"): held for name, held in own.items()}, *groups, options or {}]
-    for name in _names(type(value)):
-        for held in (place[name] for place in places if name in place):
-            # it is made of parameters, and says more than the name of what makes it
-            yield name, held([Parameter(zeros(1))]) if name == "optimizer" and callable(held) else held
-            break
-
-
-def _names(kind: type) -> list[str]:
-    """Of the arguments of its constructor, with those that it hands on."""
-    names: dict[str, None] = {}
-    for base in kind.__mro__:
-        init = base.__dict__.get("__init__")
-        if init is None or base is object:
-            continue
-        parameters = list(inspect.signature(init).parameters.values())[1:]
-        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        names |= dict.fromkeys(named)
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return list(names)
+    for argument in given(value):
+        # an optimizer is made of parameters, and says more than the name of what makes it
+        made = argument.name == "optimizer" and callable(argument.value)
+        yield argument.name, argument.value([Parameter(zeros(1))]) if made else argument.value

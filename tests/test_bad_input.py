@@ -159,6 +159,18 @@ CASES = [
     ("--thoughts.rule=x", "thoughts.rule: x must be one of phrases, seal"),
     ("--health.stop_on=[colour]", "health.stop_on: colour must be one of"),
     ("--seed_everything=abc", "seed_everything: abc must be true or false or a whole number"),
+    ("--data.train=bad.jsonl", r"data\.train: bad\.jsonl: a set of problems is a class\. Write {class_path: Files, "),
+    ("--data.val=gsm8k", r"data\.val: gsm8k: a set .* Write {class_path: NamedProblems, init_args: {name: gsm8k}}\."),
+    ("{data: {train: openai/gsm8k}}", r"data\.train: openai/gsm8k: .* {class_path: HubDataset, init_args: {name: open"),
+    (
+        "--data.train=data/*.csv",
+        r"data\.train: data/\*\.csv: .* {class_path: Files, init_args: {path: data/\*\.csv}}\.",
+    ),
+    (
+        "--data.train=bad.parquet",
+        r"data\.train: bad\.parquet: a set of problems is a class\. Write {class_path: Files, ",
+    ),
+    ("--data.train=binary.yaml", r"data\.train: it names a file that is no configuration, not even text\. Write"),
     ("--data.train.init_args.split=dev", "data.train.init_args.split: dev must be one of"),
     # --- configuration files
     ("--config empty.yaml", "--config: empty.yaml: it is empty"),

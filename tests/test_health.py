@@ -232,6 +232,15 @@ def test_a_reward_that_says_nothing_is_said_once(tmp_path, caplog, value, words)
     assert all(torch.equal(a, b) for a, b in zip(model.policy.parameters(), untouched.policy.parameters(), strict=True))
 
 
+def test_held_out_responses_that_are_all_wrong_are_said_before_the_first_rollout(tmp_path, caplog):
+    val = ArithmeticProblems("held_out", 4)
+    trainer = fit(tmp_path, GRPO(model="embedded-sums"), RunHealth(), reward=always(0.0), steps=1, val=val)
+    (said,) = [w for w in warnings(caplog) if w.startswith("Step 0: ")]
+    cut = float(trainer.callback_metrics["val/truncated"])
+    assert said.startswith(f"Step 0: no held-out response is right (avg@2 is 0; {cut:.0%} cut off at their longest).")
+    assert said in record(tmp_path)["warnings"]
+
+
 def test_a_run_with_mixed_groups_is_left_alone(tmp_path, caplog):
     caplog.set_level(logging.INFO, "prerl_lightning")
     trainer = fit(tmp_path, GRPO(model="embedded-sums"), RunHealth(no_signal=1), StepLines())

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
+import torch
 from commands import environment_kept
 from transformers.utils import logging as its
 
 import prerl_lightning as prerl
 from prerl_lightning import api
+from prerl_lightning.arguments import check_kinds
 from prerl_lightning.errors import InputError
 from prerl_lightning.evaluation.command import evaluate
 from prerl_lightning.policy.model import ASSETS, load_model
@@ -149,11 +152,8 @@ def test_a_trainer_of_ones_own(fitted, monkeypatch, capsys):
     ("call", "pattern"),
     [
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), max_stepz=3), "Trainer has no such argument"),
-        (lambda: prerl.fit(small(), small(), max_steps=3), "fit: objective is a RolloutDataModule"),
-        (lambda: prerl.fit(prerl.GRPO(model="embedded"), [], max_steps=3), "fit: data is a list"),
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), max_steps=3, precision="16-mixed"), "precision"),
         (lambda: prerl.fit(prerl.GRPO(), small(), max_steps=3), "model.init_args.model: missing"),
-        (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(reward="f"), max_steps=3), "'f' is no function"),
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), max_steps=3, logger=False), "leaves no folder"),
         (lambda: prerl.fit(prerl.GRPO(model="embedded"), small(), fast_dev_run=True), r"fit --trainer\.fast_dev_run"),
         (lambda: prerl.fit(prerl.GRPO(model="without_weights"), small(), max_steps=3), "without_weights"),
@@ -170,6 +170,108 @@ def test_what_cannot_be_is_refused(call, pattern, tmp_path, monkeypatch, quietly
     with pytest.raises(InputError, match=pattern):
         call()
     assert not list(tmp_path.rglob("version_*"))
+
+
+def embedded(**given):
+    return prerl.GRPO(**({"model": "embedded"} | given))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: prerl.fit(small(), small()), "fit.objective: it is a RolloutDataModule; it must be PolicyModule."),
+        (
+            lambda: prerl.fit(prerl.GRPO, small()),
+            "fit.objective: it is the class GRPO, not one that is made, GRPO(...);",
+        ),
+        (lambda: prerl.fit(embedded(), []), "fit.data: [] is a list; it must be RolloutDataModule."),
+        (
+            lambda: prerl.fit(embedded(), small(), max_steps="5"),
+            "fit.max_steps: '5' is a str; it must be a whole number.",
+        ),
+        (
+            lambda: prerl.fit(embedded(), small(), [(1, prerl.GRPO())]),
+            "fit.lives[0]: (1, GRPO()) is a tuple; it must be",
+        ),
+        (
+            lambda: prerl.fit(embedded(), small(), prerl.Life(1, prerl.GRPO())),
+            "fit.lives: it is a PolicyReincarnation;",
+        ),
+        (
+            lambda: prerl.fit(embedded(), small(), [prerl.Life(1, prerl.GRPO)]),
+            "PolicyReincarnation.successor: it is the class",
+        ),
+        (
+            lambda: prerl.fit(embedded(), small(), callbacks=prerl.Thoughts()),
+            "fit.callbacks: it is a Thoughts; it must be a",
+        ),
+        (
+            lambda: prerl.fit(embedded(), small(), logger="wandb"),
+            "trainer.logger: 'wandb' is a str; it must be Logger or",
+        ),
+        (lambda: embedded(lr="3e-4"), "GRPO.lr: 3e-4 must be a finite number of at least 0."),
+        (
+            lambda: prerl.fit(embedded(lr_schedule="lineal"), small()),
+            "GRPO.lr_schedule: 'lineal' is a str; it must be one of constant, linear, cosine. Did you mean linear?",
+        ),
+        (
+            lambda: prerl.fit(embedded(), small(), [prerl.Life(1, prerl.GRPO(aggregation="sum"))]),
+            "PolicyReincarnation.successor.aggregation: 'sum' is a str; it must be one of token-mean,",
+        ),
+        (
+            lambda: prerl.fit(embedded(lora={"rank": 2}), small()),
+            "GRPO.lora: {'rank': 2} is a dict; it must be Lora or None.",
+        ),
+        (
+            lambda: prerl.fit(embedded(model=torch.nn.Linear(1, 1)), small()),
+            "GRPO.model: it is a Linear; it must be text or None.",
+        ),
+        (
+            lambda: prerl.fit(embedded(), small(sampling=prerl.Sampling(4.0))),
+            "data.sampling.group_size: 4.0 is a float; it must be a whole number.",
+        ),
+        (
+            lambda: prerl.fit(embedded(), small(engine="vllm")),
+            "data.engine: 'vllm' is a str; it must be Engine or None.",
+        ),
+        (lambda: prerl.fit(embedded(), small(reward="f")), "data.reward: 'f' is a str; it must be a function or None."),
+        (
+            lambda: prerl.fit(embedded(), small(train="rows.jsonl")),
+            "data.train: 'rows.jsonl' is a str; it must be ProblemSet. Files(path) reads a file,",
+        ),
+        (
+            lambda: prerl.fit(embedded(), small(train=prerl.Mixture({"a": "gsm8k"}))),
+            "data.train.sets: {'a': 'gsm8k'} is a dict; it must be a dict of ProblemSet by text.",
+        ),
+        (lambda: prerl.evaluate("embedded", "gsm8k", k="8"), "evaluate.k: '8' is a str; it must be a whole number."),
+        (
+            lambda: prerl.evaluate("embedded", small().val),
+            "evaluate.data: it is a CountdownProblems; it must be text or",
+        ),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_by_name(call, said, tmp_path, monkeypatch, quietly):
+    """As YAML's is by its parser."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prerl.VLLMEngine, "start", lambda *args: pytest.fail("the engine was started"))
+    with pytest.raises(InputError) as error:
+        call()
+    assert str(error.value).startswith(said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_would_do_passes(tmp_path):
+    """A path for text, numpy's numbers, what a class of one's own asks for, or what it leaves out."""
+
+    class Own(prerl.GRPO):
+        def __init__(self, scale: str = None, **options):  # noqa: RUF013  (as users write)
+            super().__init__(**options)
+            self.scale = scale
+
+    data = small(prompts_per_step=np.int64(4), train=prerl.Files(tmp_path / "rows.jsonl"))
+    check_kinds(data, "data")
+    for own in (Own(model=tmp_path, lr=np.float32(0.1)), Own(scale=3, optimizer=torch.optim.SGD, lr=1)):
+        check_kinds(own, "Own")
 
 
 def test_loading_shows_no_bar(capsys):

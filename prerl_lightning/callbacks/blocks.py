@@ -87,7 +87,8 @@ def closing(run: Run, folder: Path, best: RunCheckpoint | None) -> Lines:
     """
     seconds = max(run.seconds.values(), default=0.0)
     before = ", with those that it was resumed behind" if run.info.get("resumed_from") else ""
-    yield run.status()[0], f"{words.steps(run.steps)} of {chain(run)} in {words.duration(seconds)}{before}"
+    took = f"{words.duration(seconds)}, the start apart{before}"
+    yield run.status()[0], f"{words.steps(run.steps)} of {chain(run)} in {took}"
     for label, text in words.moved(run):
         yield label, text + (noise(run) if label == "held out" else "")
     if shares := stages(run, seconds):

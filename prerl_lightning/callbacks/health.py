@@ -69,6 +69,7 @@ class RunHealth(L.Callback):
     run.json, which `prerl report` and `prerl watch` read:
 
     - ``no_signal``: no group's rewards differed in so many rollouts in a row, so that nothing contributed;
+    - at the start: no held-out response is right;
     - ``accuracy``: held-out avg@k is below this share of what it was at the start of the run;
     - ``entropy``, ``length``: likewise of the rollout's estimated entropy and its response length.
 
@@ -166,7 +167,22 @@ class RunHealth(L.Callback):
         metrics = trainer.callback_metrics
         key = accuracy_key(metrics)
         if trainer.state.fn == "fit" and not trainer.sanity_checking and key:
+            if trainer.global_step == 0 and not metrics[key]:
+                self._nothing_right(trainer, key)
             self._compare(trainer, pl_module, "accuracy", f"held-out {key.removeprefix('val/')}", metrics[key])
+
+    def _nothing_right(self, trainer: L.Trainer, key: str) -> None:
+        """A hard task, or prompts or a reward that do not fit the model: said ahead of the first rollout."""
+        metrics = trainer.callback_metrics
+        shown = [f"{float(metrics['val/truncated']):.0%} cut off at their longest"]
+        if "val/no_answer" in metrics:
+            shown.append(f"no answer read in {float(metrics['val/no_answer']):.0%}")
+        message = (
+            f"Step 0: no held-out response is right ({key.removeprefix('val/')} is 0; {', '.join(shown)}). If the "
+            "model can do some of these problems, the prompts are not of the form that it knows (data.format, a line's "
+            "end), or data.reward does not know a right answer: samples.jsonl has what it wrote."
+        )
+        self._say(trainer, "nothing_right", message)
 
     def _compare(self, trainer: L.Trainer, module: PolicyModule, cause: Cause, name: str, value: Any) -> None:
         """With the first value of the run."""

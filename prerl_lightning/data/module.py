@@ -10,6 +10,7 @@ import lightning as L
 import torch
 
 from prerl_lightning import ranks
+from prerl_lightning.arguments import check_kinds
 from prerl_lightning.data.loader import PromptLoader, shuffled
 from prerl_lightning.data.mixture import MixedPrompts, Mixture, settings_of
 from prerl_lightning.data.preview import check_truths, show_first
@@ -110,6 +111,7 @@ class RolloutDataModule(Sets, L.LightningDataModule):
         Raises:
             InputError: with the key and the mend.
         """
+        check_kinds(self, "data")
         if stage == "fit":
             module.check_run(self, trainer)
         elif self.val is None:

@@ -23,7 +23,7 @@ from prerl_lightning.data.readers import (
     text_of,
     truth_of,
 )
-from prerl_lightning.data.rows import Rows, open_files, open_hub
+from prerl_lightning.data.rows import Rows, as_text, open_files, open_hub
 from prerl_lightning.errors import InputError, nearest
 from prerl_lightning.rewards.boxed import boxed_reward
 from prerl_lightning.rewards.choice import choice_reward
@@ -143,6 +143,7 @@ class NamedProblems(RowProblems):
         fold: bool = True,
         max_unusable: float = 0.5,
     ) -> None:
+        path = None if path is None else as_text(path)
         source = name if path is None else path if isinstance(path, str) else ", ".join(path)
         super().__init__(source, limit, fold, max_unusable)
         if name not in SETS:

@@ -14,6 +14,8 @@ class ProblemSet(ABC):
     it raises ``ValueError`` or ``FileNotFoundError`` with the path, the row or column, and the mend.
     """
 
+    given_as = "Files(path) reads a file, to which rows are written first; NamedProblems(name) is a set that is known."
+
     @property
     def reward(self) -> Reward | None:
         """The verifier that belongs to this set, where it has one: what ``data.reward`` falls back to."""

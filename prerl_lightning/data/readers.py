@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from prerl_lightning.data.problems import ProblemSet
-from prerl_lightning.data.rows import Listed, Rows, open_files, open_hub
+from prerl_lightning.data.rows import Listed, Rows, as_text, open_files, open_hub
 from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.rewards.boxed import last_boxed
 from prerl_lightning.types import Problem
@@ -191,9 +191,9 @@ class Files(Columns):
         fold: bool = True,
         max_unusable: float = 0.5,
     ) -> None:
-        source = path if isinstance(path, str) else ", ".join(path)
+        self.path, self.split = as_text(path), split
+        source = self.path if isinstance(self.path, str) else ", ".join(self.path)
         super().__init__(source, prompt, answer, answer_in, limit=limit, fold=fold, max_unusable=max_unusable)
-        self.path, self.split = path, split
 
     def open(self) -> Rows:
         return open_files(self.path, self.split)

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import mmap
+import os
 import re
 import sys
 from abc import abstractmethod
@@ -26,6 +27,7 @@ import numpy as np
 from prerl_lightning import hub
 from prerl_lightning.errors import InputError, in_one_line
 
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Buffer = bytes | mmap.mmap
 
 KINDS = {
@@ -143,6 +145,10 @@ class Joined(Rows):
 
 
 # ---------------------------------------------------------------------- files
+
+
+def as_text(paths: Paths) -> str | list[str]:
+    return os.fspath(paths) if isinstance(paths, str | os.PathLike) else [os.fspath(path) for path in paths]
 
 
 def open_files(paths: str | Sequence[str], split: str | None = None) -> Rows:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prerl_lightning import ranks
+from prerl_lightning.arguments import check_call, check_kinds
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.data.named import named_sets
 from prerl_lightning.data.problems import ProblemSet
@@ -73,6 +74,7 @@ def evaluate(
     Raises:
         InputError: with the mend, before the engine starts wherever it can be known then.
     """
+    check_call(evaluate, locals())
     model = str(model)
     if k < 1:
         raise InputError(f"--k: {k} is below 1.")
@@ -91,6 +93,7 @@ def evaluate(
         sets, general = datamodule.held_out, datamodule.val_reward
         if not sets:
             raise InputError("prerl evaluate: the configuration has no data.val; name sets with --data.")
+    check_kinds(datamodule, "data")
     engine: Engine = datamodule.engine
     if engine.weights_dtype is not None and not endpoint:
         raise InputError("evaluate: the data module's engine has been started, with weights of its own: give another.")

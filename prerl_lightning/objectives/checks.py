@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from prerl_lightning.arguments import check_kinds
 from prerl_lightning.compat import all_callbacks, is_trial
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, check_bounds, in_one_line, nearest
@@ -123,6 +124,8 @@ def check_run(host: "PolicyModule", data: RolloutDataModule, trainer: L.Trainer)
     if not is_trial(trainer):  # which sets limits of its own
         _check_refused(trainer)
     check_callbacks(all_callbacks(trainer))
+    for part in (host, *all_callbacks(trainer)):
+        check_kinds(part, type(part).__name__)
     switches = lives.reincarnations(all_callbacks(trainer))
     steps = [c.at_step for c in switches]
     if len(set(steps)) < len(steps):

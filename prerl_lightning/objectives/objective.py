@@ -3,6 +3,7 @@
 An objective is a list of `Term`s (objectives/term.py): which log-prob, which advantage, which responses contribute ...
 """
 
+import os
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
@@ -138,7 +139,8 @@ class BaseObjective(L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self._model, self.prefix = model, given_prefix(prefix)
+        self._model = str(model) if isinstance(model, os.PathLike) else model
+        self.prefix = given_prefix(prefix)
         self.chunked_head, self.gradient_checkpointing = chunked_head, gradient_checkpointing
         self.attn_implementation, self.lora = attn_implementation, lora
         self.optimization = OptimizerSettings(
