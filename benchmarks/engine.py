@@ -13,9 +13,8 @@ import statistics
 import time
 from pathlib import Path
 
+import torch
 from machine import describe
-
-RESULTS = Path(__file__).parent / "results" / "engine.json"
 
 
 def main() -> None:
@@ -23,15 +22,18 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine.json")
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from prerl_lightning.policy.model import Policy, load_tokenizer
     from prerl_lightning.rollout.engine import Place, Sampling
     from prerl_lightning.rollout.vllm_engine import VLLMEngine
 
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     policy, tokenizer = Policy.from_pretrained(args.model), load_tokenizer(args.model)
-    engine = VLLMEngine(dtype="bfloat16", max_model_len=256, kv_cache_mib=512)
-    engine.start(args.model, 0, Place())
+    engine = VLLMEngine(dtype="bfloat16", max_model_len=256, kv_cache_mib=512, sleep_between_rollouts=False)
+    engine.start(args.model, 0, Place(device=device))
+    policy.to(device)
     from vllm import SamplingParams, TokensPrompt
 
     questions = [[{"role": "user", "content": f"Tell a long story about the number {i}."}] for i in range(16)]
@@ -41,7 +43,7 @@ def main() -> None:
     figures: dict[str, list[float]] = {"ours": [], "bare": [], "update_seconds": [], "rollout_seconds": []}
     for repeat in range(args.repeats + 1):
         start = time.perf_counter()
-        engine.update_weights(policy.named_weights(), repeat)
+        engine.update_weights(policy.named_weights(engine.weights_dtype), repeat)
         updated = time.perf_counter()
         groups = engine.generate(prompts, sampling, [1000 * repeat + 10 * i for i in range(16)])
         end = time.perf_counter()
@@ -57,8 +59,7 @@ def main() -> None:
     result = {k: round(statistics.median(v), 3) for k, v in figures.items()}
     result["ratio"] = round(statistics.median(a / b for a, b in zip(figures["ours"], figures["bare"], strict=True)), 3)
     print(result)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**result, "model": Path(args.model).name, "machine": describe()}, indent=1) + "\n")
+    args.out.write_text(json.dumps({**result, "model": Path(args.model).name, "machine": describe()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ part doctor doctor
 part embedded fit embedded dsrl
 if [ -d models/smollm2-135m ]; then
   part smollm2 fit smollm2 smollm2_add --data.engine.init_args.kv_cache_mib null
-  part engine python benchmarks/engine.py models/smollm2-135m
+  part engine python benchmarks/engine.py models/smollm2-135m --out "$out/engine.json"
 fi
 part train_step python benchmarks/train_step.py --shape qwen3-0.6b --out "$out/train_step.json"
 part train_step_not_shared python benchmarks/train_step.py --shape qwen3-0.6b --no_share --out "$out/train_step.json"

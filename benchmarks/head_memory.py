@@ -24,6 +24,7 @@ def run(variant: str, tokens: int, bf16: bool, untied: bool) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    from prerl_lightning.policy import probe
     from prerl_lightning.policy.model import Policy
     from prerl_lightning.policy.packing import Family, micro_batches
 
@@ -33,7 +34,7 @@ def run(variant: str, tokens: int, bf16: bool, untied: bool) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     policy = Policy(Qwen3ForCausalLM(config), chunked_head=variant == "chunked head")
-    policy._prepare_packing()
+    probe.prepare(policy)
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
     ids = tuple(torch.randint(config.vocab_size, (512,)).tolist())

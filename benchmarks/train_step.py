@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from prerl_lightning.metrics.utilisation import peak_flops
 from prerl_lightning.objectives import GRPO
+from prerl_lightning.policy import probe
 from prerl_lightning.policy.model import Policy
 from prerl_lightning.types import Prompt, Response, Rollout
 
@@ -45,7 +46,7 @@ def policy_of(shape: str, checkpointing: bool, device: torch.device) -> Policy:
     )
     torch.backends.cuda.enable_cudnn_sdp(False)  # as Policy.from_pretrained does
     policy = Policy(AutoModelForCausalLM.from_config(config))
-    policy._prepare_packing()
+    probe.prepare(policy)
     policy.checkpoint_activations(checkpointing)
     return policy.to(device)
 

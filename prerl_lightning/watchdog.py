@@ -151,11 +151,15 @@ class Watchdog:
             still = min((now - moved[i][1] for i in rows), default=0.0)
             if still < self.warn_after or not self.warn_after:
                 warned = False
-            elif not warned:
+                continue
+            # a slow disk shows no moves, and is no reason to end a run
+            saving = all(PHASES[row.phase] == "checkpoint" and now - row.seen < STALE for row in rows.values())
+            end_after = 0.0 if saving else self.end_after
+            if not warned:
                 warned = True
-                end = f" The run ends in {self.end_after:.0f} s (watchdog.end_after)." if self.end_after else ""
+                end = f" The run ends in {end_after:.0f} s (watchdog.end_after)." if end_after else ""
                 log.warning("%s%s", self._still(rows, now, still), end)
-            elif self.end_after and still > self.warn_after + self.end_after:
+            elif end_after and still > self.warn_after + end_after:
                 self._end(self._still(rows, now, still))
 
     def _still(self, rows: dict[int, Row], now: float, seconds: float) -> str:

@@ -1,6 +1,7 @@
 """What a GPU run does differently, as far as a CPU shows it: devices, collectives, the engine's arguments, shapes."""
 
 import ast
+import json
 import os
 from contextlib import contextmanager
 from functools import wraps
@@ -28,7 +29,7 @@ from prerl_lightning.policy.attention import Segment, VarlenPlan, plan_attention
 from prerl_lightning.policy.model import Policy, load_config, model_path
 from prerl_lightning.policy.packing import families, micro_batches
 from prerl_lightning.rollout.engine import Place, Sampling
-from prerl_lightning.rollout.host import ranks_in_environment
+from prerl_lightning.rollout.host import ranks_in_environment, state_kept
 from prerl_lightning.rollout.vllm_engine import VLLMEngine
 from prerl_lightning.strategies import FSDP2Strategy
 from prerl_lightning.types import Sequences
@@ -156,7 +157,7 @@ class Recorder:
     def sleep(self, level):
         self.calls.append(("sleep", level))
 
-    def wake_up(self, tags):
+    def wake_up(self, tags=("weights", "kv_cache")):
         self.calls.append(("wake", *tags))
 
     def reset_prefix_cache(self):
@@ -184,6 +185,25 @@ def on_gpu(monkeypatch):
     return start
 
 
+def test_autocast_of_the_training_step_ends_where_the_engine_begins():
+    """On a GPU an engine in fp32 would compute in bf16: its linear layers are torch's."""
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cuda", dtype=torch.bfloat16):
+        with state_kept():
+            assert not torch.is_autocast_enabled("cpu")
+            assert not torch.is_autocast_enabled("cuda")
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_an_engine_that_sleeps_is_woken_before_it_ends(on_gpu):
+    """vLLM's allocator unmaps what sleeps a second time else, and gives the next engine of the process no memory."""
+    engine = on_gpu(Place(device=torch.device("cuda", 0)), max_model_len=40)
+    ended = SimpleNamespace(shutdown=lambda: llm.calls.append(("shutdown",)))
+    (llm := engine._llm).llm_engine.engine_core = ended
+    engine.sleep()
+    engine.stop()
+    assert llm.calls == [("sleep", 2), ("wake", "weights", "kv_cache"), ("shutdown",)]
+
+
 def test_a_gpu_engine_gets_vllm_s_own_defaults(on_gpu, caplog):
     with caplog.at_level("INFO"):
         engine = on_gpu(Place(device=torch.device("cuda", 0)), max_model_len=40)
@@ -195,8 +215,17 @@ def test_a_gpu_engine_gets_vllm_s_own_defaults(on_gpu, caplog):
     assert options["gpu_memory_utilization"] == 0.5
     assert options["enforce_eager"] is False
     assert options["enable_sleep_mode"] is True
-    assert "room for 1600 tokens: 40.0 sequences of the greatest length" in caplog.text
-    assert caplog.records[-1].levelname == "WARNING"  # of 1024
+    with caplog.at_level("INFO"):
+        engine._say_room(600)
+    assert "room for 1600 tokens: 40.0 sequences of the greatest length, 40. It would decode 600 at" in caplog.text
+    assert caplog.records[-1].levelname == "WARNING"
+
+
+def test_room_is_measured_by_the_responses_that_are_wanted(on_gpu, caplog):
+    with caplog.at_level("INFO"):
+        on_gpu(Place(device=torch.device("cuda", 0)), max_model_len=40)._say_room(128)  # and not by vLLM's 1,024
+    assert caplog.records[-1].getMessage().endswith("40.0 sequences of the greatest length, 40.")
+    assert caplog.records[-1].levelname == "INFO"
 
 
 def test_the_order_of_sleep_update_and_wake(on_gpu, model_folder):
@@ -419,6 +448,28 @@ def test_a_mask_never_comes_with_fewer_heads_of_keys(model_folder, make_rollout,
     assert (True, False) in seen
     assert (False, True) in seen
     assert (True, True) not in seen
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "masked", "takes"),
+    [
+        ("cuda", torch.bfloat16, False, True),
+        ("cuda", torch.float32, False, False),
+        ("cuda", torch.bfloat16, True, False),
+        ("cpu", torch.float32, False, True),
+    ],
+)
+def test_which_fused_kernels_take_fewer_heads_of_keys(device, dtype, masked, takes):
+    """In fp32 torch would choose its math kernel on a GPU, which keeps (S, H, width, width)."""
+    assert attention.takes_groups(device, dtype, torch.ones(1) if masked else None) == takes
+
+
+def test_the_train_step_s_benchmark_runs(tmp_path):
+    """benchmarks/gpu.sh has it measured where a GPU is lent for minutes."""
+    script = Path(__file__).parents[1] / "benchmarks" / "train_step.py"
+    args = [script, "--shape=tiny", "--responses=8", "--tokens=20", "--repeats=1", f"--out={tmp_path / 'found.json'}"]
+    finish(Forked(args))
+    assert json.loads((tmp_path / "found.json").read_text())["tiny"]["tokens_per_second"] > 0
 
 
 def test_the_kernel_is_taken_only_in_16_bits_on_a_gpu_that_was_seen_to_run_it(model_folder, monkeypatch, caplog):

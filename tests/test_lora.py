@@ -69,6 +69,13 @@ def test_log_probs_and_gradients_are_the_merged_model_s(tmp_path, model_folder, 
         assert trained == {f"model.{name}" for name in module.policy.adapters.parameters()}
 
 
+def test_merged_weights_are_fp32_whatever_the_precision(model_folder):
+    policy = moved(model_folder("llama-tied"), GRPO).policy
+    alone = {name: weight.clone() for name, weight in policy.named_weights()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(torch.equal(weight, alone[name]) for name, weight in policy.named_weights())
+
+
 def test_new_adapters_change_nothing(model_folder):
     folder = model_folder("llama-tied")
     policy, plain = Policy.from_pretrained(folder, lora=LORA), Policy.from_pretrained(folder)

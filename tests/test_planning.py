@@ -260,3 +260,9 @@ def test_what_is_not_known_is_refused_in_a_line(of, refused, tmp_path):
 def test_every_card_has_a_peak():
     assert all(each.flops > 1e13 and each.gib > 20 for each in CARDS.values())
     assert card("a100-40") is CARDS["A100-40"]
+
+
+@pytest.mark.parametrize(("gpu", "sequences"), [("H100", 1024), ("B200", 1024), ("A100", 256), ("L40S", 256)])
+def test_vllm_decodes_so_many_at_a_time(gpu, sequences):
+    """By vLLM's arg_utils.py, of the card's name and memory."""
+    assert CARDS[gpu].sequences == sequences

@@ -13,6 +13,7 @@ import pytest
 from prerl_lightning.errors import InputError
 from prerl_lightning.rewards.pool import Item, RewardPool, Verification
 from prerl_lightning.rollout.slow import SlowRollouts, Usage
+from prerl_lightning.watchdog import watchdog
 
 
 def awkward(prompt, response, ground_truth, extra):
@@ -271,6 +272,13 @@ def test_what_workers_write_is_shown_once_and_blocks_none(capfd, caplog):
     assert set(said) <= {f"reward: a worker wrote: {line}" for line in (*wanted, "x" * 300)}
     assert caplog.text.count("what workers write from here on is not shown") == 1
     assert capfd.readouterr() == ("", "")
+
+
+def test_each_verdict_is_a_move(pool):
+    """For the watchdog, to which a rank that waits for its verifiers would look as if it stood still."""
+    before = watchdog._moves
+    pool.verify(items("fine", "raise", "fine"))
+    assert watchdog._moves == before + 3
 
 
 def test_failures_cannot_steer_the_terminal(caplog):

@@ -3,6 +3,7 @@
 import fcntl
 import resource
 import tempfile
+import threading
 from types import SimpleNamespace
 
 import lightning as L
@@ -15,6 +16,7 @@ from prerl_lightning.callbacks.saving import NotWritten, RunCheckpoint
 from prerl_lightning.compat import validate_now
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives import GRPO
+from prerl_lightning.watchdog import Watchdog
 
 
 class Counting(L.LightningModule):
@@ -320,3 +322,18 @@ def test_room_for_two_checkpoints_is_asked_for_at_the_start(tmp_path, monkeypatc
         RunCheckpoint().check_run(trainer, GRPO("embedded"))
     RunCheckpoint(when_full="go_on").check_run(trainer, GRPO("embedded"))
     assert "takes 0.02 GiB" in caplog.text
+
+
+def test_a_slow_disk_is_warned_of_and_ends_no_run(tmp_path, monkeypatch, caplog):
+    """Nothing counts what the kernel writes; a rank that does not move elsewhere is lost."""
+    ended = threading.Event()
+    found = Watchdog()
+    found.warn_after = found.end_after = 1.0
+    monkeypatch.setattr(found, "_end", lambda why: (ended.set(), found.close()))
+    found.mark("checkpoint", 7)
+    found.open(tmp_path / "table", 0, 1, lambda: None)
+    assert not ended.wait(5)
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "prerl_lightning.watchdog"]
+    assert said.endswith("s: all are in the checkpoint of step 7.")
+    found.mark("update", 7)
+    assert ended.wait(30)

@@ -11,8 +11,8 @@ from prerl_lightning.watchdog import watchdog
 
 class Watchdog(L.Callback):
     """Names the rank that the others wait for, and in which phase of which step it is; then ends the run. A rank moves
-    with each forward pass, each token that is decoded and each verdict, so that long rollouts are no standstill. A
-    single process is left alone.
+    with each forward pass, each token that is decoded and each verdict, so that long rollouts are no standstill; of a
+    slow disk, while a checkpoint is written, is only warned. A single process is left alone.
 
     Args:
         warn_after: seconds in which no rank moves; 0: never.

@@ -19,7 +19,6 @@ from prerl_lightning.types import Sequences
 
 # what is reached of the card's figures
 TRAINING, PREFILL, BANDWIDTH, LINK = 0.4, 0.5, 0.6, 0.6
-SEQUENCES = 256  # decoded at a time, where max_num_seqs does not say
 NODE = 8  # GPUs
 BETWEEN_NODES = 50e9  # bytes a second and GPU: 400 Gb/s
 
@@ -43,6 +42,11 @@ class Card:
     @property
     def flops(self) -> float:
         return PEAK_FLOPS[self.name]
+
+    @property
+    def sequences(self) -> int:
+        """vLLM 0.32 decodes so many at a time, where max_num_seqs does not say."""
+        return 1024 if self.gib >= 70 and "A100" not in self.name else 256
 
 
 CARDS = {
@@ -191,7 +195,7 @@ def seconds(
     """Of a step on so many of this card; what verifiers, the optimizer and the engine's update take is not in it."""
     own = rollouts.prompts * rollouts.group / world_size
     length, token = rollouts.prompt + rollouts.response, kv_bytes_per_token(shape)
-    at_a_time = max(1, int(min(own, engine.sequences or SEQUENCES, engine.kv_tokens // length or own)))
+    at_a_time = max(1, int(min(own, engine.sequences or gpu.sequences, engine.kv_tokens // length or own)))
     read = engine.weights + at_a_time * token * (rollouts.prompt + rollouts.response / 2)
     decoding = 2.0 * (TrainingFlops(shape).body + TrainingFlops(shape).head) * at_a_time
     each = max(read / (BANDWIDTH * gpu.bandwidth), decoding / (PREFILL * gpu.flops))

@@ -94,6 +94,12 @@ class AttentionCall:
     mask: Tensor | None = None
 
 
+def takes_groups(device: str, dtype: torch.dtype, mask: Tensor | None) -> bool:
+    """Whether a fused kernel takes fewer heads of keys than of queries, where torch would else keep all scores: CUDA's
+    is Flash Attention, of 16 bits and without a mask."""
+    return mask is None and (device != "cuda" or dtype != torch.float32)
+
+
 @dataclass(frozen=True)
 class SDPAPlan(AttentionPlan):
     """How a pack of T tokens is rearranged into R = sum(rows * width) rows of attention calls, and back.
@@ -134,8 +140,7 @@ class SDPAPlan(AttentionPlan):
                 shared_k, shared_v = (x.expand(call.rows, *x.shape) for x in parents[call.parent[0]])
                 kc, vc = torch.cat([shared_k, kc], 1), torch.cat([shared_v, vc], 1)
             grouped = q.shape[1] != k.shape[1]
-            if grouped and call.mask is not None:
-                # no fused kernel of CUDA takes both a mask and fewer heads of keys than of queries
+            if grouped and not takes_groups(q.device.type, q.dtype, call.mask):
                 kc, vc = (x.repeat_interleave(q.shape[1] // k.shape[1], 2) for x in (kc, vc))
                 grouped = False
             with torch.autocast(query.device.type, enabled=False) if upcast else nullcontext():

@@ -78,7 +78,8 @@ class LoraLinear(nn.Linear):
         a: Tensor = self.lora_A
         if isinstance(a, DTensor):
             a = a.redistribute(placements=[Replicate()] * a.device_mesh.ndim)
-        return torch.addmm(self.weight.to(a.dtype), self.lora_B, a, alpha=self.scale)
+        with torch.autocast(a.device.type, enabled=False):
+            return torch.addmm(self.weight.to(a.dtype), self.lora_B, a, alpha=self.scale)
 
 
 def targeted(lm: PreTrainedModel, lora: Lora) -> dict[str, nn.Linear]:

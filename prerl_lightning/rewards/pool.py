@@ -30,6 +30,7 @@ from prerl_lightning.rewards.judging import Arguments, Failure, Judged, judge, j
 from prerl_lightning.rewards.process import WorkerProcess, counter, not_loadable
 from prerl_lightning.rewards.score import Reward, at_once
 from prerl_lightning.terminal import printable
+from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +172,7 @@ class RewardPool:
                         "the run stops.",
                         *(n - 1, len(items), waited, len(failed), int(most)),
                     )
+            watchdog.move()
             verdict = futures[i].result()
             if not verdict.failure:
                 continue

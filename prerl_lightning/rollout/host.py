@@ -27,7 +27,8 @@ def _threads() -> int:
 
 @contextmanager
 def state_kept() -> Iterator[None]:
-    """Leave torch.set_num_threads, the threads and all global random states as they were.
+    """Leave torch.set_num_threads, the threads and all global random states as they were; and within leave the
+    Trainer's autocast, in which an engine in float32 would compute in bf16, and adapters be rounded as they are merged.
 
     The no-ops that vLLM puts in place of torch.accelerator.synchronize and empty_cache stay: it does so only where
     there is no accelerator, and needs them itself at exit.
@@ -39,7 +40,8 @@ def state_kept() -> Iterator[None]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     try:
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         torch.set_num_threads = set_num_threads
         torch.set_rng_state(states[0])

@@ -14,7 +14,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
@@ -88,7 +88,7 @@ class VLLMEngine(Engine):
         check_arguments(extra or {}, "data.engine.init_args.extra")
         self._llm: Any = None
         self._started: tuple[str, int, Place] | None = None
-        self._asleep = self._sleeping = self._updated = False
+        self._asleep = self._sleeping = self._updated = self._said_room = False
         self.policy_version = None
 
     def max_model_len(self, config: PretrainedConfig) -> int:
@@ -156,11 +156,13 @@ class VLLMEngine(Engine):
             self._llm, self._started = self._load(model, seed, place), (model, seed, place)
         VLLMEngine._running = weakref.ref(self)
         self._check_device(place.device)
-        self._say_room()
 
     def stop(self) -> None:
         llm, self._llm = self._llm, None
-        self._asleep = self._updated = False
+        if self._asleep:  # vLLM unmaps what sleeps a second time, and the process's next engine would get no memory
+            with suppress(Exception):  # its weights need not fit beside the trainer's any more
+                llm.wake_up()
+        self._asleep = self._updated = self._said_room = False
         self.policy_version, self.weights_dtype, self.suspects = None, None, ()
         if llm is not None and self._started is not None:
             client = llm.llm_engine.engine_core
@@ -241,15 +243,19 @@ class VLLMEngine(Engine):
                 f"{found.type} devices; trainer.accelerator and trainer.devices say where to train."
             )
 
-    def _say_room(self) -> None:
+    def _say_room(self, responses: int) -> None:
+        """Once a start: of a run, that of its first validation or rollout."""
+        if self._said_room:
+            return
+        self._said_room = True
         tokens, length, sequences = self.room()
-        fit = tokens / length
-        few = fit < sequences / 4
+        fit, wanted = tokens / length, min(sequences, responses)
+        few = fit < wanted / 4
         log.log(
             logging.WARNING if few else logging.INFO,
             "The engine's KV cache has room for %d tokens: %.1f sequences of the greatest length, %d.%s",
             *(tokens, fit, length),
-            f" It would decode {sequences} at a time: with long responses most wait. Give it more by "
+            f" It would decode {wanted} at a time: with long responses most wait. Give it more by "
             "data.engine.init_args.kv_cache_mib or gpu_memory_utilization, or lower max_model_len or max_num_seqs."
             if few
             else "",
@@ -277,6 +283,7 @@ class VLLMEngine(Engine):
             raise RuntimeError("The engine is asleep: update_weights wakes it.")
         if not prompts:
             return []
+        self._say_room(len(prompts) * (1 if greedy else sampling.group_size))
         tags = think_tags(self._llm.get_tokenizer())
         params = [
             SamplingParams(
