@@ -706,8 +706,8 @@ FAULTS = [
     Fault(
         "rounding-blown-up",
         "objectives/advantages.py",
-        "return (lowest == highest)[index]",
-        "return (lowest > highest)[index]",
+        "(advantages.abs() <= rounding[index])",
+        "(advantages.abs() < 0.0)",
         "test_update.py::test_rewards_whose_float_mean_misses_them_have_no_advantage",
     ),
     Fault(

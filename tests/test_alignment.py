@@ -2,20 +2,24 @@
 
 import gc
 import itertools
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import SHAPES
 from transformers import AutoModelForCausalLM
 
-from prerl_lightning.callbacks.alignment import chosen
+from prerl_lightning.callbacks.alignment import GradientAlignment, chosen
 from prerl_lightning.callbacks.weights import weight_sketch
+from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.alignment import GROUPS, GradientComparison, comparison_bytes, dot, layer_groups
 from prerl_lightning.metrics.sketch import SIZE, Sketch, usable_size
+from prerl_lightning.objectives import GRPO
 from prerl_lightning.objectives.advantages import group_advantages
-from prerl_lightning.policy.model import Policy
+from prerl_lightning.policy.model import Policy, model_path
 
 PREFIX = 1
 
@@ -256,3 +260,20 @@ def test_half_of_the_chosen_have_either_sign(make_rollout):
     equal = make_rollout(rewards=[1.0] * 20)
     assert len(chosen(equal, torch.zeros(20), 8)) == 8
     assert len(chosen(equal, torch.zeros(20), 99)) == 20
+
+
+def test_a_tokenizer_without_a_first_token_is_refused_at_the_start(tmp_path):
+    """GRPO itself needs none, and would train until the first measurement."""
+    for file in Path(model_path("embedded")).iterdir():
+        if file.suffix == ".json" and not file.name.startswith("special"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = tmp_path / "tokenizer_config.json"
+    kept = {k: v for k, v in json.loads(config.read_text()).items() if k not in ("bos_token", "chat_template")}
+    config.write_text(json.dumps(kept))
+    module = GRPO(model=tmp_path)
+    with pytest.raises(
+        InputError, match=r"neither a BOS token .* model\.init_args\.prefix .* alignment\.every_n_steps: 0"
+    ):
+        GradientAlignment().check_run(None, module)
+    GradientAlignment(every_n_steps=0).check_run(None, module)
+    GradientAlignment().check_run(None, GRPO(model=tmp_path, prefix=3))

@@ -553,6 +553,7 @@ def test_a_group_of_one_is_refused_where_a_group_is_compared(model_folder):
 
     from prerl_lightning.data.module import RolloutDataModule
     from prerl_lightning.data.tasks.sums import ArithmeticProblems
+    from prerl_lightning.rewards.shaping import LengthPenalty, WeightedSum
     from prerl_lightning.rollout.engine import Sampling
 
     data = RolloutDataModule(
@@ -568,6 +569,9 @@ def test_a_group_of_one_is_refused_where_a_group_is_compared(model_folder):
     module = Objective([Term("post-train", adv.SignedReward())], kl_coefficient=0.1, kl_in="reward")
     with pytest.raises(InputError, match="kl_in: reward, while"):
         checks.check_run(module, data, trainer)
+    data.reward = WeightedSum([alternating_reward, LengthPenalty(1000)], [1.0, 0.1])
+    with pytest.raises(InputError, match=r"data\.reward: a term's SignedReward .* LengthPenalty takes from the sum"):
+        checks.check_run(Objective([Term("post-train", adv.SignedReward())]), data, trainer)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.glossary import column
 from prerl_lightning.metrics.rollout import rollout_statistics
 from prerl_lightning.objectives import GRPO
-from prerl_lightning.objectives.advantages import group_advantages
+from prerl_lightning.objectives.advantages import LENS, SignedReward, group_advantages
 from prerl_lightning.policy.model import load_tokenizer
 from prerl_lightning.rewards import WeightedSum, boxed_reward, think_format
 from prerl_lightning.rewards.pool import Item, RewardPool, Verification
@@ -106,6 +106,17 @@ def test_gdpo_against_its_formula():
     third = [{"a": 1 / 3, "b": y} for y in (0.1, 0.1, 0.1)]  # the float mean of which misses it
     assert rewards.signals([*third, {}])[0] != 0  # a failure counts 0
     assert rewards.signals(third) == [0.0] * 3
+
+
+def test_what_counts_as_right_is_the_plain_sum(make_rollout):
+    """For `SignedReward` and `LENS`, too, of which a z-score is at most now and then 1."""
+    right = torch.tensor([2.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+    rollout = make_rollout(2, 2, rewards=right.tolist())
+    summed = type(rollout)(**{**vars(rollout), "normalised": torch.tensor([0.0, 0.0, 0.7, -0.7], dtype=torch.float64)})
+    for advantage in (SignedReward(), LENS()):
+        found = advantage.of_rollout(summed.signals, summed)
+        assert torch.equal(found, advantage.of_rollout(rollout.signals, rollout))
+    assert SignedReward().of_rollout(summed.signals, summed).tolist() == [1, 1, 1, -1]
 
 
 def odd(prompt, response, ground_truth, extra):

@@ -598,6 +598,20 @@ def test_a_share_of_none_is_not_never(studied):
     assert judge(one, 0.95, range(5), side(100, 40), None).verdict == "refuted"
 
 
+@pytest.mark.parametrize("effect", ["ratio", "difference"])
+def test_a_ratio_of_shares_is_no_surer_than_their_difference(studied, effect):
+    """2 of 40 responses against 8 of 40, in each of two seeds the same: a spread over seeds of 0."""
+    compared = claim(measure={"negative_share": {}}, effect=effect, expected="less", margin=int(effect == "ratio"))
+    (one,) = studied(claims=[compared]).claims
+
+    def side(negative):
+        products = [-1.0] * negative + [1.0] * (20 - negative)
+        rows = [{"step": 1, "cosine": 0.5, "inner_product": x, "reward": 0} for x in products]
+        return Side({s: simulated([held_out(0, [1])], alignment=rows) for s in range(2)}, {})
+
+    assert judge(one, 0.95, range(2), side(1), side(4)).verdict == "undecided"
+
+
 # ---- a real one
 
 REAL = """

@@ -1,12 +1,14 @@
 """The optimisation loop against plain computations, on a random-weight model in fp32."""
 
+from itertools import combinations_with_replacement
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from prerl_lightning.objectives import GRPO, NSRRL, PSRRL, MixedRL, NSRPreRL, PreRL, PSRPreRL
-from prerl_lightning.objectives.advantages import group_advantages
+from prerl_lightning.objectives.advantages import contributing_responses, group_advantages
 
 OBJECTIVES = [GRPO, NSRPreRL, PSRPreRL, PreRL, NSRRL, PSRRL, MixedRL]
 
@@ -143,6 +145,19 @@ def test_rewards_whose_float_mean_misses_them_have_no_advantage():
     torch.testing.assert_close(single, torch.tensor([0.5], dtype=torch.float64), rtol=1e-5, atol=0)
 
 
+def test_a_reward_that_is_the_mean_has_no_advantage_whatever_the_rounding():
+    """(0.1 + 0.2 + 0.3) / 3 is above 0.2: NSR's denominator would have counted that response."""
+    for rewards in combinations_with_replacement(range(11), 4):
+        exact = torch.tensor([4 * r == sum(rewards) for r in rewards])
+        groups = torch.zeros(4).long()
+        for kind in ("std", "mean"):
+            found = group_advantages(torch.tensor(rewards, dtype=torch.float64) / 10, groups, kind)
+            assert torch.equal(found == 0, exact)
+    third = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    advantages = group_advantages(third, torch.zeros(3).long(), "mean")
+    assert contributing_responses(advantages, "negative").tolist() == [True, False, False]
+
+
 def test_advantages_are_those_of_each_group_alone():
     """Groups of 1 to 4 responses in any order, against Python's statistics."""
     from statistics import mean, stdev
@@ -161,8 +176,6 @@ def test_advantages_are_those_of_each_group_alone():
 
 
 def test_which_responses_contribute():
-    from prerl_lightning.objectives.advantages import contributing_responses
-
     advantages = torch.tensor([-0.5, 0.0, 1e-9, -1e-9, 2.0])
     for which, expected in (("all", "11111"), ("positive", "00101"), ("negative", "10010")):
         assert "".join(str(int(c)) for c in contributing_responses(advantages, which)) == expected

@@ -104,6 +104,9 @@ class SignedReward(Advantage):
     def __post_init__(self) -> None:
         check_bounds(self, type(self).__name__, above={"positive": 0})
 
+    def of_rollout(self, rewards: Tensor, rollout: Rollout) -> Tensor:
+        return self(rollout.rewards, rollout.group_ids)  # a reward that a sum has normalised tells nothing of right
+
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
         right = is_right(rewards).double()
         return right * self.positive - (1 - right)
@@ -151,7 +154,7 @@ class LENS(Advantage):
         sums = torch.zeros(len(rollout), dtype=torch.float64).index_add_(0, of_response, rollout.log_probs.double())
         # log-probs that are not finite leave their response out of the loss, and must not spoil its group
         confidences = (sums / rollout.lengths.clamp(min=1)).exp().nan_to_num(0.0, posinf=0.0)
-        return self(rewards, rollout.group_ids, confidences)
+        return self(rollout.rewards, rollout.group_ids, confidences)  # as in `SignedReward`
 
     def __call__(self, rewards: Tensor, group_ids: Tensor, confidences: Tensor | None = None) -> Tensor:
         """``confidences``: (N,) the c above; None: all are 1."""
@@ -182,22 +185,23 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, normalisation: Normalis
             0 and std 1.
 
     Returns:
-        (N,), float64. Exactly 0 where all rewards of a group are equal, found by comparison: the float mean of equal
-        rewards may miss them by a rounding error, which the division by std + 1e-6 would blow up.
+        (N,), float64. Exactly 0 where a reward is the group's mean but for the mean's rounding error, which a division
+        by std + 1e-6 would blow up, and whose sign would decide whether the response contributes.
     """
     rewards = rewards.double()
     groups, index = group_ids.unique(return_inverse=True)
-    n_groups = len(groups)
-    count = torch.zeros(n_groups, dtype=torch.float64).index_add_(0, index, torch.ones_like(rewards))
+    zeros = torch.zeros(len(groups), dtype=torch.float64)
+    count = zeros.index_add(0, index, torch.ones_like(rewards))
     single = count == 1
-    mean = torch.zeros_like(count).index_add_(0, index, rewards) / count
-    mean = torch.where(single, 0.0, mean)
+    mean = torch.where(single, 0.0, zeros.index_add(0, index, rewards) / count)
     advantages = rewards - mean[index]
+    rounding = count * torch.finfo(torch.float64).eps * zeros.scatter_reduce(0, index, rewards.abs(), "amax")
+    advantages = torch.where((advantages.abs() <= rounding[index]) & ~single[index], 0.0, advantages)
     if normalisation == "std":
-        variance = torch.zeros_like(count).index_add_(0, index, advantages**2) / (count - 1).clamp(min=1)
+        variance = zeros.index_add(0, index, advantages**2) / (count - 1).clamp(min=1)
         std = torch.where(single, 1.0, variance.sqrt())
         advantages = advantages / (std[index] + EPSILON)
-    return torch.where(all_equal(rewards, group_ids) & ~single[index], 0.0, advantages)
+    return advantages
 
 
 def all_equal(rewards: Tensor, group_ids: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from prerl_lightning.objectives.trainer_arguments import ARGUMENTS, CALLBACKS, H
 from prerl_lightning.objectives.until import Ending
 from prerl_lightning.policy.lora import KEY, targeted
 from prerl_lightning.policy.model import empty_model
+from prerl_lightning.rewards.shaping import LengthPenalty, RepetitionPenalty, WeightedSum
 
 if TYPE_CHECKING:
     from prerl_lightning.objectives.base import PolicyModule
@@ -153,6 +154,15 @@ def check_run(host: "PolicyModule", data: RolloutDataModule, trainer: L.Trainer)
             raise InputError(
                 f"{type(module).__name__}.kl_in: reward, while a term's {binary[0]} asks only whether a reward is 1, "
                 "which none would be any more. Write kl_in: loss, or another advantage."
+            )
+        parts = data.reward.parts if isinstance(data.reward, WeightedSum) else {}
+        if binary and (
+            taken := [n for n, part in parts.items() if isinstance(part, LengthPenalty | RepetitionPenalty)]
+        ):
+            raise InputError(
+                f"data.reward: a term's {binary[0]} asks only whether the sum is 1 or more, and {taken[0]} takes from "
+                "the sum of nearly every response, so that hardly one would be right. Leave that part out, or take "
+                "another advantage."
             )
     if data.sampling.group_size < 2 and any(term.of_groups for module in modules for term in module.terms):
         raise InputError(

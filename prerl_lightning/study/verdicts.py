@@ -93,7 +93,9 @@ def judge(
     counts = [sum(one.censored for one in of_side.values()) for of_side in found]
     known = {one.problems for s in there for one in pairs[s]}
     resampled = len(known) == 1 and None not in known
-    middle, half, of_problems = _interval(list(there.values()), [pairs[s] for s in there], level, resampled)
+    middle, half, of_problems = _interval(
+        *(list(there.values()), [pairs[s] for s in there], level, resampled, claim.effect == "ratio")
+    )
     verdict = Verdict(
         claim,
         "undecided",
@@ -162,7 +164,7 @@ def _effect(claim: Claim, pair: Sequence[Measured]) -> Array:
 
 
 def _interval(
-    effects: Sequence[Array], pairs: Sequence[Sequence[Measured]], level: float, resampled: bool
+    effects: Sequence[Array], pairs: Sequence[Sequence[Measured]], level: float, resampled: bool, ratio: bool
 ) -> tuple[float, float, float]:
     """The mean of the effects as they are (ratios: logs), half the interval, and the problems' part of its variance;
     nan without two seeds."""
@@ -174,7 +176,7 @@ def _interval(
     if n < 2:
         return mean, math.nan, 0.0
     over_seeds = float(np.var([e[0] for e in effects], ddof=1)) / n
-    over_seeds = max(over_seeds, sum(_of_share(side) for side in zip(*pairs, strict=True)))
+    over_seeds = max(over_seeds, sum(_of_share(side, ratio) for side in zip(*pairs, strict=True)))
     of_mean, over_problems = _over_problems(np.array(effects)[:, 1:]) if resampled else (0.0, 0.0)
     # two seeds may agree by chance, and would have no spread at all
     variance = max(over_seeds + over_problems, of_mean)
@@ -198,13 +200,13 @@ def _over_problems(effects: Array) -> tuple[float, float]:
     return of_mean, max(0.0, of_mean - (of_seeds - of_mean) / (n - 1))
 
 
-def _of_share(side: Sequence[Measured]) -> float:
-    """The variance of a share over the responses of all seeds: none of twenty in each is not never (the estimate is
-    Agresti and Coull's)."""
+def _of_share(side: Sequence[Measured], ratio: bool) -> float:
+    """The variance of a share over the responses of all seeds, or of its log: none of twenty in each is not never (the
+    estimate is Agresti and Coull's)."""
     counted = [one.counted for one in side if one.counted]
     total = sum(n for _, n in counted)
     share = (sum(x for x, _ in counted) + 2) / (total + 4)
-    return share * (1 - share) / total if total else 0.0
+    return (1 - share) * (1 / share if ratio else share) / total if total else 0.0
 
 
 def _told(claim: Claim, value: float) -> float | None:
