@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +250,21 @@ def grow_old(folder: Path, seconds: float, name: str = "metrics.csv") -> None:
     path = folder / name
     then = path.stat().st_mtime - seconds
     os.utime(path, (then, then))
+
+
+def curve_run(folder, switch: int, seed: int, curve: dict[int, float], seconds: float) -> None:
+    """A run with this held-out accuracy; 100 responses and so many seconds a step."""
+    write_run(folder, steps=max(curve), switch=switch, seed=seed)
+    rows = [{"val/step": s, "val/avg@8": v} for s, v in curve.items()]
+    steps = range(1, max(curve) + 1)
+    rows += [{"optim/step": s, "rollout/responses": 100, "time/since_start": seconds * s} for s in steps]
+    write_metrics(folder, rows)
+
+
+def rows(html: str) -> list[list[str]]:
+    return [[re.sub("<.*?>", "", c) for c in re.findall(r"<t[hd][ >].*?</t[hd]>", row)]
+            for row in re.findall(r"<tr>.*?</tr>", html)[1:]]  # fmt: skip
+
+
+def cells(html: str) -> list[str]:
+    return re.findall(r"<td[^>]*>(.*?)</td>", html)
