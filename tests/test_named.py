@@ -52,6 +52,22 @@ def test_rows_as_the_hub_has_them(tmp_path, name):
     assert plain[0].prompt.endswith("\nAnswer:")
 
 
+def test_olympiadbench_s_several_answers_are_all_wanted(tmp_path):
+    """Its judge joins what stands in dollars."""
+    file = tmp_path / "rows.jsonl"
+    answers = ["$1$, $2$", "$\\frac{1}{2}$,$3$", r"$(1,2)$ and $(3,4)$", r"$\$5$"]
+    file.write_text("".join(json.dumps({"question": f"{a}?", "final_answer": [a]}) + "\n" for a in answers))
+    problems = NamedProblems("olympiadbench", str(file))
+    problems.load()
+    assert [p.ground_truth for p in problems] == ["1, 2", r"\frac{1}{2},3", "(1,2) and (3,4)", r"\$5"]
+    right, half = ("2, 1", "3, 0.5", "(3,4), (1,2)", "5"), ("2", "3", "(3,4)", "6")
+    for answers, score in ((right, 1), (half, 0)):
+        found = [
+            problems.reward("", f"\\boxed{{{a}}}", p.ground_truth, {}) for a, p in zip(answers, problems, strict=True)
+        ]
+        assert found == [score] * 4
+
+
 def test_mathqa_s_options_are_lines(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(ROWS["mathqa"][0]))

@@ -153,6 +153,17 @@ def test_hostile_text_neither_hangs_nor_breaks_a_plain_verifier(reward):
     assert failed == []
 
 
+def test_what_is_nested_past_sense_is_no_answer_and_costs_no_time():
+    pool = RewardPool(math_verify_reward, Verification(workers=1, timeout=3, max_failed=1))
+    many = ["(" * 900, "(" * 60 + "7" + ")" * 60, "{" * 100 + "7" + "}" * 100]
+    texts = [form % text for text in many for form in ("\\boxed{%s}", "The answer is $%s$")]
+    try:
+        verdicts = pool.verify([Item("", text, "7", {}, i) for i, text in enumerate(texts)])
+    finally:
+        pool.close()
+    assert [(v.score, v.failure) for v in verdicts] == [(0.0, None)] * len(texts)
+
+
 def test_hostile_text_costs_math_verify_its_own_time_at_most():
     """benchmarks/verifiers.py has the 10,000."""
     pool = RewardPool(math_verify_reward, Verification(workers=2, timeout=2, max_failed=0.5))

@@ -42,6 +42,11 @@ def _integer(truth: str) -> str:
     return str(int(float(truth)))
 
 
+def _without_dollars(truth: str) -> str:
+    """``$1$, $2$`` is ``1, 2``."""
+    return re.sub(r"(?<!\\)\$", "", truth).strip()
+
+
 def _lines(options: Any) -> str:
     """One option a line: MathQA's are ``a ) 38 , b ) 27 , ...``."""
     return re.sub(r"\s*,?\s*\b([a-e]) \)\s*", lambda m: f"\n({m[1].upper()}) ", str(options))
@@ -100,7 +105,7 @@ SETS: dict[str, Source] = {
     "minerva": Source("math-ai/minervamath", ("test",), "question", "answer", BOXED, None,
                       "none stated; problems of MIT OpenCourseWare (CC BY-NC-SA)"),
     "olympiadbench": Source("Hothan/OlympiadBench", ("train",), "question", "final_answer", BOXED, None, "Apache-2.0",
-                            config="OE_TO_maths_en_COMP", finish=lambda text: text.strip().strip("$")),
+                            config="OE_TO_maths_en_COMP", finish=_without_dollars),
     "gsm8k": Source("openai/gsm8k", ("test", "train"), "question", "answer", HASHED, gsm8k_reward, "MIT",
                     answer_in="after_hashes", config="main"),
     "mathqa": Source("allenai/math_qa", ("test", "train", "validation"), "Problem", "correct", LETTER, choice_reward,

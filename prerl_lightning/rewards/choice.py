@@ -14,8 +14,8 @@ def choice_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[
 
     The first of these that says a letter is read, and of several of its kind the last: a box; "the answer is (C)",
     "Answer: C", "the right option is C"; "I choose C"; "C is correct", "so C."; the only "(C)" of the response, in
-    front or at its end; a response that is a letter and little else. Letters may be in bold, dollars, brackets,
-    quotes or ``\text{}``.
+    front or at its end; a response that is a letter and little else, or begins with one ("C. Carbon", "C, because").
+    Letters may be in bold, dollars, brackets, quotes or ``\text{}``.
 
     A hedge ("A or B", ``\boxed{A, B}``) is no choice, and is not looked behind; options that are listed or spoken of
     ("Option B is wrong") are none; what is explained behind the answer does not undo it, another "the answer is" does.
@@ -48,26 +48,33 @@ _CLAUSE_ENDS = r"(?=\s*(?:[.,;:!?)&/]|$|[-\u2013]\s|(?:because|since|as|and|or)\
 # in brackets; a capital that nothing goes on from; the rest, among them "a" and "I", where the clause ends
 _LETTER = rf"(?:\(\s?([A-Za-z])\s?\)|([B-HJ-Z])(?!\w|\s*[=^_])|([AIa-z])(?!\w){_CLAUSE_ENDS})"
 _CAPITAL = r"(?<![\w(])\(?([A-Z])\)?(?!\w)"
-_FILLER = r"(?:(?i:either|both|probably|likely|clearly|therefore|thus|the|option|choice|letter|answer)\s){0,3}"
+_FILLER = r"(?:(?i:either|both|probably|likely|clearly|rather|therefore|thus|the|option|choice|letter|answer)\s){0,3}"
 _WORDS = r"(?:\s(?!(?:is|are|not|isnt|never|cannot|cant|options|choices)\b)[\w-]+){0,6}?"
 _IS = r"\s*(?:(?:is|must be|should be|has to be|will be|would be|seems to be)\b\s*:?|[:=]|[-\u2013](?=\s)|是|为)\s*"
+_NOT = r"(?i:\s(?:isnt|is\s(?:not|neither))\s)[^.\n]{0,40}?\b(?:but|its|it is|rather)\s"
 
 _STATEMENTS = [
     re.compile(pattern)
     for pattern in (
-        rf"(?:(?i:\b(?:answer|option|choice))(?![A-Za-z])|答案){_WORDS}{_IS}{_FILLER}{_LETTER}",
+        rf"(?:(?i:\b(?:answer|option|choice))(?![A-Za-z])|答案)"
+        rf"(?:{_WORDS}{_IS}{_FILLER}{_LETTER}|{_NOT}{_FILLER}{_LETTER}{_CLAUSE_ENDS})",
         rf"(?i:\b(?:choose|chose|pick|select|go with|going with))\s{_FILLER}{_LETTER}",
-        rf"{_CAPITAL}\sis\s(?:the\s|clearly\s)?(?:right|correct|best)\b"
+        rf"{_CAPITAL}\sis\s(?:the\s|clearly\s)?(?:right|correct|best|answer)\b"
         rf"|(?i:\b(?:so|therefore|thus|hence|answer)\b),?\s{_FILLER}{_CAPITAL}(?=[\s.]*$)",
     )
 ]
 # behind a statement: another letter at the end of its clause, or two and more options without a word on why
 _HEDGED = re.compile(
-    rf"\)?\s*(?:[,/&]\s?|\b(?:and|or|nor)\s)+(?:(?:maybe|possibly|perhaps|either|option|choice)\s)*"
-    rf"(?:\([A-Za-z]\)|[A-Z](?!\w)){_CLAUSE_ENDS}|(?:(?:(?!\b(?:because|since|as|not|but|while)\b)[^.,;\n])*?(?<!\w)\([A-Z]\)){{2}}"
+    rf"\)?\s*(?:[,/&]\s?|\(?\b(?:and|or|nor)\s)+(?:(?:maybe|possibly|perhaps|either|option|choice)\s)*"
+    rf"(?:\([A-Za-z]\)|[A-Z](?!\w)){_CLAUSE_ENDS}"
+    rf"|[^.;\n]{{0,30}}?\b(?:could|might|may)\s(?:also\s)?be\s{_FILLER}(?:\([A-Z]\)|[A-Z](?!\w))"
+    r"|(?:(?:(?!\b(?:because|since|as|not|but|while)\b)[^.,;\n])*?(?<!\w)\([A-Z]\)){2}"
 )
 _BOXED = re.compile(r"\(?([A-Za-z])(?:\)|(?=[.:,/\s]|$))(?!\s*[=+*^_<>-])")
-_LONE = re.compile(r"\W{0,3}([A-Za-z])\W{0,9}")
+_LONE = re.compile(r"\W{0,3}(?:(?i:option|choice|letter|answer)\s\(?)?([A-Za-z])\W{0,9}")
+# with its explanation; a letter of a list, or of a second thought
+_EXPLAINED = re.compile(r"([A-Z])(?:[.:]\s|\s[-\u2013]\s|,?\s(?:because|since)\b)")
+_ANOTHER = re.compile(r"(?<!\w)([A-Z])(?:[.:,)]|\s[-\u2013]\s|\W*$)")
 _LISTED = re.compile(r"(?<![\w(])\(?([A-Z])\)")
 
 
@@ -87,5 +94,7 @@ def chosen(text: str) -> str | None:
     if len(set(_LISTED.findall(text))) == 1:
         found = re.match(r"\W*\(?([A-Z])\)", text) or re.search(r"\(?([A-Z])\)[^A-Za-z(]*$", text)
         return found[1] if found else None
-    alone = _LONE.fullmatch(text[:20])
-    return _letter(alone) if alone else None
+    found = _LONE.fullmatch(text[:40]) or _EXPLAINED.match(text)
+    if found is None or {_letter(found), *_ANOTHER.findall(text, found.end())} != {_letter(found)}:
+        return None
+    return _letter(found)

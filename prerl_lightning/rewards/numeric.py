@@ -8,26 +8,32 @@ from typing import Any
 
 from prerl_lightning.rewards.reading import (
     LONGEST,
+    MORE,
+    NEAR,
+    TEXT,
     Number,
     boxed_answer,
     final_part,
     first_number,
     last_number,
+    multiplied,
     number,
     plain,
+    undressed,
 )
 from prerl_lightning.rewards.score import Score
 
 
 def gsm8k_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> Score:
-    r"""1.0 if the number behind the last ``####``, else in the last box, else the last one of all, is the ground
+    r"""1.0 if the number behind the last ``####``, else of the last box, else the last one of all, is the ground
     truth's; 0.0 without one, and for a truncated response.
 
     Compared by value: ``1,000`` is ``1000``, ``18.00`` is ``18``, ``1/2`` is ``0.5``. Behind ``####`` the first number
-    counts, of a sum (``9 * 2 = 18``) the one behind the last ``=``. Without ``####`` and box the last number counts,
-    whatever is said of it: GSM8K's convention, so "18 or 19" is read as 19 and an answer with numbers behind it is not
-    found. Commas that do not part thousands part numbers: ``1,2,3`` are three. Percent signs and units are not looked
-    at, nor are words (``1 million`` is 1). A ground truth may be GSM8K's whole solution.
+    counts, of a sum (``9 * 2 = 18``) the one behind the last ``=``. A box is read as `NumericReward` does: two numbers
+    in it (``18 or 20``) are a wrong answer. Without ``####`` and box the last number counts, whatever is said of it:
+    GSM8K's convention, so "18 or 19" is read as 19 and an answer with numbers behind it is not found. Commas that do
+    not part thousands part numbers: ``1,2,3`` are three. Percent signs and units are not looked at, nor, outside a box,
+    are words (``#### 1 million`` is 1). A ground truth may be GSM8K's whole solution.
     """
     if extra.get("truncated"):
         return Score(0.0)
@@ -45,7 +51,8 @@ def _stated(text: str) -> Number | None:
         for part in (line.rpartition("=")[2], line):
             if found := first_number(plain(part[:LONGEST])):
                 return found[2]
-    return last_number(boxed_answer(text) or text)
+    boxed = boxed_answer(text)
+    return _quantity(boxed) if boxed else last_number(text)
 
 
 def exact_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> Score:
@@ -75,7 +82,8 @@ class NumericReward:
     truncated.
 
     Reads ``1,000``, ``3/4``, ``\frac{3}{4}``, ``2\frac{1}{2}``, ``1.5e-3``, ``1.5 \times 10^{-3}``; in a box also with
-    a name (``x = 50``, ``6 \cdot 7 = 42``) and a unit (``50\text{ m}``), which is not compared, nor is a percent sign.
+    a name (``x = 50``, ``6 \cdot 7 = 42``, ``\approx 50``) and a unit (``50\text{ m}``), which is not compared, nor is
+    a percent sign; ``2 million`` is 2000000.
     A box with more than one number (``5 or 6``), or with an expression to work out, is a wrong answer; without a box
     the last number counts, and what is said before it does not.
 
@@ -98,7 +106,7 @@ class NumericReward:
             return Score(0.0)
         response = final_part(response)
         boxed = boxed_answer(response)
-        answer = last_number(response) if boxed is None else _quantity(boxed)
+        answer = last_number(multiplied(response)) if boxed is None else _quantity(boxed)
         if answer is None:
             return Score(0.0, boxed)
         far = abs(answer.value - truth.value)
@@ -110,8 +118,9 @@ _NAME = re.compile(r"[^\d+*/^-][^+*/^-]*")  # what may stand before an "=": f(2)
 # possessive: " . . . !" has 2^n ways
 _POWER = r"(?:\^\{?-?\d\}?|[²³])"
 _UNIT = re.compile(
-    rf"(?:(?<=[\s,;])[A-Za-z/.]+{_POWER}?|[\s$.°'\")}}*/]|\\?%|\\(?:[,;:!) ]|right\b)|\^?\{{?\\circ\}}?|\\degree"
-    rf"|\\(?:text|mathrm|mbox|textrm|rm|textbf)\s*\{{(?:[^{{}}\d^]|{_POWER})*\}}{_POWER}?)*+"
+    rf"(?:(?<=[\s~,;°])[A-Za-zµμΩ/.]+{_POWER}?|[\s~$€£.°'\")}}*/]|\\?%|\\(?:[,;:!) ]|right\b)|\^?\{{?\\circ\}}?"
+    rf"|\\(?:degree|Omega|mu(?=\s*(?:\\text|\\math|m)))"
+    rf"|(?:{TEXT}\{{|\{{\\rm\b|\\rm\s*\{{)(?:[^{{}}\d^]|{_POWER})*\}}{_POWER}?)*+"
 )
 
 
@@ -119,13 +128,16 @@ def _quantity(text: str) -> Number | None:
     """The one number of a text that may have a name in front and a unit behind."""
     if len(text) > LONGEST:
         return None
-    name, equals, rest = plain(text).rpartition("=")
+    if (alone := number(text)) is not None:
+        return alone
+    name, equals, rest = NEAR.sub("=", plain(undressed(text))).rpartition("=")
     if equals and re.search(r"[A-Za-z]", name) and not _NAME.fullmatch(name.rpartition("=")[2].strip()):
         return None
-    rest = re.sub(r"^(?:[\s$€£({*]|\\(?:[$(,;! ]|left\b))+", "", rest)
+    rest = re.sub(r"^(?:[\s$({*]|\\(?:[$(,;! ]|left\b))+", "", undressed(rest) if equals else rest)
     if (alone := number(rest)) is not None:
         return alone
     first = first_number(rest)
-    if first is None or rest[: first[0]].strip("-+ $") or not _UNIT.fullmatch(rest, first[1]):
+    if first is None or not re.fullmatch(r"[-+]?[ $]*", rest[: first[0]]) or not _UNIT.fullmatch(rest, first[1]):
         return None
-    return first[2]
+    signs, bound = re.match(r"[-+].*[-+]", rest[: first[0] + 1]), re.search(MORE, rest[first[1] :])
+    return None if signs or bound else first[2]

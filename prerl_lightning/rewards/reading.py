@@ -7,6 +7,8 @@ r"""How an answer is read from a response by every verifier but `boxed_reward`, 
 - Numbers have a sign (``-``, U+2212, an en dash), thousands in threes, a decimal point, and an exponent
   (``1.6e-19``, ``1.6 \times 10^{-19}``) or a denominator (``3/4``, ``\frac34``, ``2\frac{1}{2}``, ``2 1/2``), which
   repeating decimals have too (``0.1\overline{6}``, ``0.1\dot{6}``).
+- What an answer in a box is dressed in is no part of it: a style (``\text{50}``, ``\mathbf{50}``), a colour, a currency
+  in front, "about" and ``\approx``, a label ("Total:", "The answer is"). ``2 million`` is 2000000.
 """
 
 import re
@@ -84,6 +86,15 @@ def _closing(text: str, braces: re.Pattern[str]) -> dict[int, int]:
     return closing
 
 
+def nested(text: str) -> int:
+    """How deep brackets stand in brackets, of whatever kind."""
+    deepest = depth = 0
+    for bracket in re.findall(r"[()\[\]{}]", text):
+        depth = depth + 1 if bracket in "([{" else max(depth - 1, 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
 @dataclass(frozen=True)
 class Number:
     """A number as written.
@@ -105,7 +116,7 @@ class Number:
 
 SIGNS = {ord(c): "-" for c in "\u2212\u2010\u2011\u2013\ufe63\uff0d"}  # an em dash is punctuation
 _PLAIN = {**SIGNS, **{ord(c): "*" for c in "\u00d7·\u22c5\u2217"}}
-_FRAC = re.compile(r"(?:(\d)\s*)?\\[dtc]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
+_FRAC = re.compile(r"(?:(\d)\s*)?\\[dtc]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(-?\d+)\s*\}|(\d))")
 _INTEGER = r"(?:[1-9]\d{0,2}(?:,\d{3}){1,9}(?![\d,])|\d+)"
 _NUMBER = re.compile(
     rf"""(?=[-+.\d])(?P<sign>[-+]?)(?:
@@ -121,6 +132,14 @@ EXPONENT = re.compile(
     r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)(?:[eE]|\\(?:mathrm|text)\{[eE]\})\{?([-+]?\d{1,3})\}?(?!\w|\.\d)"
 )
 _SEPARATED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\\!\s?|\{,\}|\\[,!; ]|[ ~\u00a0\u2009\u202f])\d{3}){1,9}(?!\d)")
+
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_TENS = re.compile(r"(?<!\d)10[⁻⁺]?[⁰¹²³⁴-⁹]+")
+
+
+def raised(text: str) -> str:
+    """``3⁵`` as ``3^{5}``."""
+    return re.sub(r"[⁻⁺]?[⁰¹²³⁴-⁹]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
 
 
 _REPEATING = re.compile(
@@ -145,11 +164,61 @@ def joined_thousands(text: str) -> str:
     return _SEPARATED.sub(lambda m: re.sub(r"\D", "", m.group()), text)
 
 
+TEXT = r"\\(?:text(?:rm|bf|it|normal)?|mbox|math(?:rm|bf|it))(?![A-Za-z])\s*"
+MORE = r"\b(?:or\s+[A-Za-z]|at\s(?:least|most)\b)"  # behind a number: a bound, or another answer
+_MULTIPLIERS = {"hundred": "10^2", "thousand": "10^3", "million": "10^6", "billion": "10^9", "trillion": "10^{12}"}
+_MULTIPLIERS["dozen"] = "12"
+_MULTIPLIER = re.compile(
+    rf"(?<=[\d}}])(?:[\s~]|\\[,;: ])*+({TEXT}\{{\s*)?({'|'.join(_MULTIPLIERS)})s?(?![A-Za-z])(?(1)(\s*\}})?)"
+)
+
+
+def multiplied(text: str) -> str:
+    r"""``3\text{ million dollars}`` as ``3\times 10^6\text{ dollars}``."""
+    return _MULTIPLIER.sub(lambda m: f"\\times {_MULTIPLIERS[m[2]]}" + (m[1] if m[1] and not m[3] else ""), text)
+
+
+_ABOUT = r"(?i:about|approximately|approx\.?|around|roughly)"
+_LABEL = r"[A-Za-z][A-Za-z' ]{1,60}:|[A-Za-z][A-Za-z' ]{0,60}\s(?:is|are)\b:?"
+_LEAD = re.compile(
+    rf"\A(?:[\s=≈~€£¥]|Rs\.|\\(?:approx|simeq|sim|pounds|therefore|displaystyle|[lL]arge|bf|rm|tt|q?quad)(?![A-Za-z])"
+    rf"|\\[,;:! ]|{TEXT}\{{\s*(?:{_ABOUT}|{_LABEL})\s*\}}|{_ABOUT}\s|{_LABEL})++(?![A-Za-z]{{2}})"
+)
+_STYLED = re.compile(rf"(?:({TEXT})|\\(?:boldsymbol|bm|underline)\s*)?\{{")
+_COLOUR = re.compile(r"\\(?:text)?color\s*\{\w+\}")
+NEAR = re.compile(r"\\(?:approx|simeq)(?![A-Za-z])|≈")
+
+
+def undressed(text: str) -> str:
+    r"""``25`` of ``\mathbf{25}``, ``\color{red}{25}``, ``{+}25``, ``\approx 25``, ``\text{Total: }25``, ``€25``. Words
+    in a style stay as they are: a library may take their letters for variables."""
+    text = re.sub(r"\{([-+])\}", r"\1", _COLOUR.sub("", multiplied(text)))
+    while True:
+        text = _LEAD.sub("", text).strip()
+        styled = _STYLED.match(text)
+        if not styled or _closing(text, _BRACES).get(styled.end() - 1) != len(text) - 1:
+            return text
+        inner = text[styled.end() : -1].strip()
+        if not inner or (styled[1] and re.match(r"[^\d\\]*[A-Za-z]", _LEAD.sub("", inner))):
+            return text
+        text = inner
+
+
 def plain(text: str) -> str:
     r"""LaTeX's fractions, products and signs as numbers are read here: ``2\frac{1}{2}`` as ``2 1/2``."""
-    text = EXPONENT.sub(r"\1e\2", repeating(text.translate(_PLAIN)))
-    text = re.sub(r"\\(?:times|cdot|ast)(?![A-Za-z])", "*", text)
-    return _FRAC.sub(lambda m: (f"{m[1]} " if m[1] else "") + f"{m[2] or m[3]}/{m[4] or m[5]}", text)
+    if not text.isascii():
+        text = _TENS.sub(lambda m: raised(m[0]), text.translate(_PLAIN))
+    text = EXPONENT.sub(r"\1e\2", repeating(text))
+    return _FRAC.sub(_fraction, re.sub(r"\\(?:times|cdot|ast)(?![A-Za-z])", "*", text))
+
+
+def _fraction(found: re.Match[str]) -> str:
+    whole, above, below = found[1], found[2] or found[3], found[4] or found[5]
+    if below.startswith("-"):
+        if whole or found.string[: found.start()].rstrip().endswith(("-", "+")):
+            return found[0]
+        above, below = f"-{above}".removeprefix("--"), below[1:]
+    return (f"{whole} " if whole else "") + f"{above}/{below}"
 
 
 def number(text: str) -> Number | None:

@@ -20,39 +20,50 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtra
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
+from prerl_lightning.rewards.choice import chosen
 from prerl_lightning.rewards.reading import (
     EXPONENT,
     LONGEST,
+    MORE,
+    NEAR,
     SIGNS,
+    TEXT,
     Number,
     boxed_answer,
     final_part,
     joined_thousands,
+    nested,
     number,
+    raised,
     repeating,
+    undressed,
 )
 from prerl_lightning.rewards.score import Score
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the time limits being off
 
 CLOSE = 5e-6  # of the larger: six digits agree. The library compares to six decimals, to which small numbers are all 0
+DEEPEST = 15  # brackets in brackets, for which the parser takes a second; for forty it takes three, for eighty twelve
 
 
 def math_verify_reward(prompt: str, response: str, ground_truth: str, extra: Mapping[str, Any]) -> Score:
     r"""1.0 if the answer has the ground truth's value, else 0.0; 0.0 for a truncated response.
 
-    The answer is the last box, or Minerva's "The final answer is X. I hope ..." behind it. Boxes joined by commas,
-    "and" or "or" are one answer of several values: right for that list or set of values, whatever the order, wrong for
-    one of them, so hedges do not earn. Without a box the library looks in the 1,000 characters from the last "answer
-    is" on, else in the last 1,000, where it takes the last formula or number, hedged or not. A box without an
-    answer, or one that does not close, is no answer, whatever else is said.
+    The answer is the last box, or Minerva's "The final answer is X. I hope ..." behind it, read as a whole or not at
+    all. Boxes joined by commas, "and" or "or" are one answer of several values: right for that list or set of values,
+    whatever the order, wrong for one of them, so hedges do not earn; nor does a bound (``\ge 5``, ``5\text{ or more}``)
+    earn a value. Without a box the library looks in the 1,000 characters from the last "answer is" on, else in the last
+    1,000, where it takes the last formula or number, hedged or not; for a letter it is read as a choice (`choice`). A
+    box without an answer, or one that does not close, is no answer, whatever else is said.
 
     An equation is read as its right side (``x = 5`` is ``5``, ``6 \cdot 7 = 42`` is ``42``) where its left side is a
-    name or a sum of numbers; not ``2x = 6``. ``1.6e-19`` is a power of ten, not Euler's number. Decimals are compared
-    to six decimals and six digits, all else exactly; repeating ones (``0.1\overline{6}``) are exact. A decimal comma is
-    one where the other side has the same digits with a point. Bases (``204_5``, ``204_{\text{five}}``, ``204 in base
-    5``) are compared where the ground truth has one; units (``12\text{ cm}^2``, ``12 cm^2``) never; ``50\%`` is 50 and
-    0.5.
+    name or a sum of numbers; not ``2x = 6``. Of ``\frac23 \approx 0.667`` the decimal is read where one is wanted, else
+    the fraction. ``1.6e-19`` is a power of ten, not Euler's number. Decimals are compared to six decimals and six
+    digits, all else exactly; repeating ones (``0.1\overline{6}``) are exact. A decimal comma is one where a decimal
+    point is wanted. Bases (``204_5``, ``204_{\text{five}}``, ``204 in base 5``) are compared where the ground truth has
+    one; units (``12\text{ cm}^2``, ``12 cm^2``) never, but ``5\text{ feet }3\text{ inches}`` is not 5, and
+    ``3\text{ million}`` is 3000000; ``50\%`` is 50 and 0.5. Matrices whose rows have lost their ends, as in verl's copy
+    of MATH, get them back.
 
     As an answer (maj@k), what is right counts as one, and what is wrong by its value.
 
@@ -69,9 +80,10 @@ def math_verify_reward(prompt: str, response: str, ground_truth: str, extra: Map
         found = said[1]
     if found == "":
         return Score(0.0)
-    if found is None:
-        return _judged(_stated(response), None, ground_truth)
-    return _judged("", found, ground_truth) if len(found) <= LONGEST else Score(0.0, found)
+    text = _stated(response) if found is None else found
+    if len(text) > LONGEST or nested(text) > DEEPEST:
+        return Score(0.0, found)
+    return _judged("" if found else text, found, ground_truth)
 
 
 _FINAL = re.compile(r"[Ff]inal answer is:?\s*([^\n]{1,300}?)\.?\s*I hope")
@@ -87,8 +99,13 @@ def _stated(response: str) -> str:
 def _judged(text: str, boxed: str | None, ground_truth: str) -> Score:
     """Of the content of a box, or without one of a text."""
     truth = boxed_answer(ground_truth) or ground_truth
-    given, wanted = _spelled(boxed or ""), _spelled(truth)
+    wanted = _one_side(_spelled(truth), "")
+    given = _one_side(_spelled(boxed or ""), wanted)
     given, wanted = _without_unit(given, wanted), _without_unit(wanted, given)
+    letter = bool(_LETTER.fullmatch(truth))
+    if boxed is None and letter:
+        choice = chosen(text)
+        return Score(choice == _LETTER.sub(r"\1", truth), choice)
     if boxed is not None:
         right = _same_text(given, wanted)
         if right is not None:
@@ -96,8 +113,7 @@ def _judged(text: str, boxed: str | None, ground_truth: str) -> Score:
     gold = _parsed_truth(truth, wanted)
     if not gold:
         raise ValueError(f"math-verify cannot read the ground truth {ground_truth[:100]!r}")
-    letter = bool(_LETTER.fullmatch(truth))
-    answer = _parse(_digits(text.translate(SIGNS)), letter) if boxed is None else _parse_box(given, letter)
+    answer = _parse(_digits(text.translate(SIGNS))) if boxed is None else _parse_box(given, letter)
     if not answer:
         return Score(0.0, boxed)
     if not _apart(gold[0], answer[0]) and verify(gold, answer, timeout_seconds=None):
@@ -108,43 +124,59 @@ def _judged(text: str, boxed: str | None, ground_truth: str) -> Score:
 @lru_cache(4096)
 def _parsed_truth(truth: str, spelled: str) -> list:
     sentence = re.search(r"(?<!\\)\$.+(?<!\\)\$|\\\(.+\\\)", truth) and _parse(_digits(truth))
-    letter = bool(_LETTER.fullmatch(truth))
-    return sentence or _parse_box(spelled, letter) or _parse(truth, letter)
+    return sentence or _parse_box(spelled, bool(_LETTER.fullmatch(truth)))
 
 
 def _parse_box(spelled: str, letter: bool) -> list:
     known = number(spelled)
     if known is not None and known.exact:
         return [sympy.Rational(known.value.numerator, known.value.denominator)]
-    return _parse(f"\\boxed{{{spelled}}}", letter)
+    content = spelled.removesuffix("\\%")  # a fraction with a percent sign in one box it cannot read
+    box = f"\\boxed{{{spelled}}}" if content == spelled else f"$\\boxed{{{content}}}$\\%"
+    found = _parse(box, _BOX_OR_LETTER if letter else _BOX)
+    name, equals, value = spelled.rpartition("=")
+    if equals and _NAME.fullmatch(name) and all(isinstance(part, str) for part in found):
+        return _parse_box(value.strip(), letter)  # \max = 25, whose name it cannot read
+    return found
 
 
-def _parse(text: str, letter: bool = False) -> list:
-    kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    if letter:  # else the C of "1.6e-19 C" is taken for one
-        kinds.append(StringExtractionConfig(try_extract_without_anchor=False))
+# of a box that cannot be read as a whole no part is taken: the library would read \ge 42 and 4 \to 42 as 42
+_BOX = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+_BOX_OR_LETTER = [*_BOX, StringExtractionConfig(try_extract_without_anchor=False)]
+_ANYWHERE = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+
+
+def _parse(text: str, kinds: list = _ANYWHERE) -> list:
     return parse(text, kinds, parsing_timeout=None, raise_on_error=False)
 
 
-_LETTER = re.compile(r"\s*(?:\\text\s*\{)?\s*\(?[A-Z]\)?\s*\}?\s*")
+_LETTER = re.compile(r"\s*(?:(?:\\text\s*)?\{)?\s*\(?([A-Z])\)?\s*\}?[\s.,]*")
 _UNICODE = {
     **SIGNS,
     **str.maketrans(dict.fromkeys("~\xa0\u2009\u202f", " ")),
     **str.maketrans({"\u00d7": "\\times ", "·": "\\cdot ", "\u22c5": "\\cdot ", "÷": "\\div ", "π": "\\pi "}),
     **str.maketrans({"°": "^\\circ ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "\u222a": "\\cup "}),
-    **str.maketrans({"²": "^2", "³": "^3", "½": "\\frac{1}{2}", "\uff0c": ",", "\uff1a": ":"}),
+    **str.maketrans({"½": "\\frac{1}{2}", "∅": "\\emptyset ", "√": "\\sqrt", "\uff0c": ",", "\uff1a": ":"}),
 }
-_ENDING = re.compile(r"(?:\s|[.,;]|(?<!\\)\$|\\[,;:! ]|\\$)+$")
-_SECOND = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^{}]*\b(?:or|and)\b[^{}]*\d[^{}]*\}")  # no unit, another answer
+_ENDING = re.compile(r"(?:\s|[.,;€£]|(?<!\\)\$|\\[,;:! ]|\\+$)+$")
+_MORE = re.compile(  # no unit, but another answer, a bound, or a second amount
+    rf"{TEXT}\{{[^{{}}]*(?:\b(?:or|and)\b[^{{}}]*\d|{MORE})[^{{}}]*\}}"
+    rf"|[\d}}]\s*(?:\\[,;: ])*{TEXT}\{{[^{{}}]*(?<!mod)\s\d"
+    rf"|\d\s*{TEXT}\{{(?!\s*[,;]?\s*(?:and|or)?\s*\}})[^{{}}]*\}}\s*\d"
+)
+_NAME = re.compile(r"(?!.*\\not|\W*$)[^\d=<>,;+*/^-][^=<>,;+*/^-]*")
+_TWO_TEXTS = re.compile(rf"{TEXT}\{{[^{{}}]*\}}(.*)({TEXT}\{{.*)", re.DOTALL)
+_BETWEEN_UNITS = re.compile(r"(?:[\s/*~]|\\(?:[,;: ]|cdot|times)|\^(?:\{-?\d\}|-?\d))*")
+_LISTED_UNIT = re.compile(rf"(?<=[\d}}])\s*{TEXT}\{{[A-Za-z ]*\}}(?=\s*,)")
 _BASED = re.compile(r"(?:[A-Za-z]\w* ?= ?)?([0-9][0-9A-Za-z]*) ?(?:_ ?(?:base)?|(?:in )?base)[ -]?(\w+)")
 _BASES = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"]
 _BASES += ["fourteen", "fifteen", "sixteen"]
-_STYLE = r"\\(?:text|mbox|mathrm|textrm)(?![A-Za-z])"
-_SETTING = re.compile(rf"{_STYLE}|\\[,;:! ]|[{{}}()~]")
+_SETTING = re.compile(rf"{TEXT}|\\[,;:! ]|[{{}}()~]")
 _UNIT = (
     r"(?:[cdkm]?m|[km]?g|ft|in|yd|mi|sec|s|h|hr|min|feet|foot|inch(?:es)?|(?:centi|milli|kilo)?met(?:er|re)s?|yards?"
     r"|miles?|units?)(?:\^(?:\{-?\d\}|-?\d))?"
 )
+_COUNTED = re.compile(r"(?<=\d)\s+(?:dollars?|cents?|euros?|points?|people|pairs?|weeks?|integers|solutions)$")
 # 12m^2 may be a monomial
 _UNITS = re.compile(rf"(?:(?<=[\d}}i])(?:\s|~|\\[,;: ])+|(?<=\d)(?=[cdkm]m)){_UNIT}(?:\s?/\s?{_UNIT})*$")
 
@@ -156,8 +188,47 @@ def _without_unit(text: str, other: str) -> str:
     if found is None or not re.search("[/^]", found.group()):
         return text
     sides = (side.rpartition("=")[2] for side in (text[: found.start()], _UNITS.sub("", other)))
-    names = re.sub(rf"{_STYLE}\s*\{{[^{{}}]*\}}|\\[A-Za-z]+", "", " ".join(sides))
+    names = re.sub(rf"{TEXT}\{{[^{{}}]*\}}|\\[A-Za-z]+", "", " ".join(sides))
     return text if re.search("[A-Za-z]", names) else text[: found.start()]
+
+
+def _with_one_unit(text: str) -> str:
+    r"""``5\text{ feet }3\text{ inches}`` without the last: the library takes all from the first one on for a unit."""
+    text = _COUNTED.sub("", _LISTED_UNIT.sub("", text))
+    found = _TWO_TEXTS.search(text)
+    return text[: found.start(2)] if found and not _BETWEEN_UNITS.fullmatch(found[1]) else text
+
+
+def _one_side(text: str, other: str) -> str:
+    r"""Of ``\frac23 \approx 0.667`` the decimal if the other is a decimal, else the exact; of ``x \approx 0.667`` an
+    equation; nothing where the sides are not near: a hedge. Of a ground truth, for which there is no other, the exact.
+    """
+    left, *rounded = NEAR.split(text)
+    if len(rounded) != 1:
+        return text
+    name, equals, exact = left.rpartition("=")
+    x, y = _value(exact), _value(rounded[0])
+    if x is None:
+        return f"{left}={rounded[0]}"
+    if other and (y is None or abs(x - y) > 0.05 * abs(x)):
+        return ""
+    known = number(other)
+    return (name + equals + (rounded[0] if known and not known.exact else exact)).strip()
+
+
+def _value(text: str) -> float | None:
+    found = next(iter(_parse_box(text.strip(), False)), None)
+    known = isinstance(found, sympy.Expr) and found.is_number and found.is_real
+    return float(sympy.N(found)) if known else None
+
+
+def _rows(matrix: str) -> str:
+    r"""With the ends of its rows: verl's copy of MATH has lost one backslash of each, or both before a command."""
+    matrix = re.sub(r"\\phantom\s*(?:\{[^{}]*\}|.)", "", matrix)
+    if r"\\" in matrix:
+        return matrix
+    ends = r"\\(?=[-\d])|(?<!matrix\})(?<=[\d}])(?=\\[dt]?frac)|(?<=/\d)(?=\\sqrt)"
+    return re.sub(ends, r"\\\\ ", matrix)
 
 
 def _based(text: str) -> tuple[str, str] | None:
@@ -177,25 +248,32 @@ def _digits(text: str) -> str:
 @lru_cache(4096)
 def _spelled(answer: str) -> str:
     """Without what the library stumbles on."""
-    text = joined_thousands(answer.translate(_UNICODE)).strip()
+    text = re.sub(r"√\s?(\d[\d.]*)", r"\\sqrt{\1}", raised(answer))
+    text = joined_thousands(text.translate(_UNICODE)).strip()
     for mark in ("**", "`", "*", "$"):
         if len(text) > 2 * len(mark) and text.startswith(mark) and text.endswith(mark):
             text = text[len(mark) : -len(mark)].strip()
     if not re.search(r"\.\.\.$|\\l?dots\W*$", text):  # an ellipsis says that there is more
         text = _ENDING.sub("", text)
+    if "matrix}" in text:
+        return _rows(text)
+    text = undressed(text).replace(r"\varnothing", r"\emptyset")
+    text = re.sub(r"(?<![A-Za-z])\{(and|or)\}", r" \1 ", text)  # as \text{or} is in verl's copy of MATH
+    text = re.sub(r"(?<=[c}]\{)\d{1,3}(?:,\d{3})+(?=\})", lambda m: m[0].replace(",", ""), text)
     text = re.sub(r"(\d)\s+(\d+)\s?/\s?(\d+)", r"\1\\frac{\2}{\3}", text)
-    return re.sub(r"(?<=\d)\s+(?=\d)", ", ", _digits(text))  # it adds 1 2 to 3
+    text = re.sub(r"(?<=\d)\s+(?=\d)", ", ", _digits(text))  # it adds 1 2 to 3
+    return _with_one_unit(text)
 
 
 def _same_text(given: str, wanted: str) -> bool | None:
     """Whether they are equal, where that needs no algebra; None where it does."""
-    if given == wanted:
+    if given == wanted or _unstyled(given) == _unstyled(wanted):
         return True
-    if _SECOND.search(given):
+    if _MORE.search(given):
         return False
     if based := _based(wanted):
         return _based(given) == based
-    a, b = _decimal(given, wanted), _decimal(wanted, given)
+    a, b = _decimal(given, wanted), number(wanted)
     if a is None or b is None:
         return None
     if a.value == b.value:
@@ -206,11 +284,17 @@ def _same_text(given: str, wanted: str) -> bool | None:
     return near and round(a.value, 6) == round(b.value, 6)
 
 
-def _decimal(text: str, other: str) -> Number | None:
-    """`number`; ``2,5`` is 2.5 if the other side writes a decimal point."""
-    found = number(text)
-    if found is None and re.fullmatch(r"-?\d+\.\d+", other):
-        found = number(re.sub(r"^(-?\d+)(?:,|\{,\})(\d+)$", r"\1.\2", text))
+def _unstyled(text: str) -> str:
+    r"""``June20`` of ``\text{June 20}``."""
+    words = re.fullmatch(rf"{TEXT}\{{([^{{}}]*)\}}", text)
+    return "".join((words[1] if words else text).split())
+
+
+def _decimal(given: str, wanted: str) -> Number | None:
+    """`number`; ``2,5`` is 2.5 if a decimal point is wanted."""
+    found = number(given)
+    if found is None and re.fullmatch(r"-?\d+\.\d+", wanted):
+        found = number(re.sub(r"^(-?\d+)(?:,|\{,\})(\d+)$", r"\1.\2", given))
     return found
 
 
