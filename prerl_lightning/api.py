@@ -266,7 +266,7 @@ def fit(
         InputError: something of it cannot be; said before the engine starts.
         KeyboardInterrupt: Ctrl-C, behind the step that it came in, with a checkpoint.
     """
-    check_call(fit, locals())
+    check_call(fit, locals(), "fit")
     lives = sorted(lives, key=lambda life: life.at_step)
     own = list(callbacks)
     for part in (objective, *lives, *own):

@@ -90,11 +90,11 @@ def _is_ours(kind: type) -> bool:
     return kind.__module__.partition(".")[0] == __package__
 
 
-def check_call(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
+def check_call(function: Callable[..., Any], values: Mapping[str, Any], key: str) -> None:
     """`check_kind` for the arguments of a function, ``locals()`` in its first line."""
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD and values[name] is not parameter.default:
-            check_kind(values[name], parameter.annotation, f"{function.__name__}.{name}")
+            check_kind(values[name], parameter.annotation, f"{key}.{name}")
 
 
 def check_kind(value: Any, annotation: Any, key: str) -> None:
@@ -128,6 +128,8 @@ def fits(value: Any, annotation: Any) -> bool:
     unknown = kind in (Any, inspect.Parameter.empty) or getattr(kind, "_is_protocol", False)
     if unknown or not isinstance(kind, type):
         return True
+    if isinstance(value, bool) and kind in (int, float):
+        return False
     if not isinstance(value, ABSTRACT.get(kind, (kind,))):
         return False
     if isinstance(value, str) and kind is not str:  # a sequence of letters

@@ -45,10 +45,12 @@ def check_bounds(
             value = getattr(options, name)
             # written so that nan, of which no comparison is true, is refused
             low, high = (-math.inf, bound) if words == "of at most" else (bound, math.inf)
-            number, above_it = isinstance(value, Real), (words, value) != ("above", low)
+            number = isinstance(value, Real)
+            above_it = (words, value) != ("above", low)
             fine = value is None or (number and low <= value <= high and abs(value) < math.inf and above_it)
             if not fine:
-                raise InputError(f"{key}.{name}: {value} must be a finite number {words} {bound:g}.")
+                shown = value if number else repr(value)
+                raise InputError(f"{key}.{name}: {shown} must be a finite number {words} {bound:g}.")
 
 
 def nearest(word: str, names: Iterable[str]) -> str:

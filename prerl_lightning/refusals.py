@@ -298,6 +298,8 @@ def of_lightning(error: Exception, trainer: Mapping[str, Any]) -> InputError:
         trainer: its configuration.
     """
     said = str(error)
+    if twice := re.search(r"more than one stateful callback of type `(\w+)`", said):
+        return InputError(f"trainer.callbacks: {twice[1]} is there twice. Give one.")
     named = [key for key in trainer if re.search(rf"\b{key}\b", said)]
     words = {key: value for key, value in trainer.items() if isinstance(value, str) and value != "auto"}
     valued = [key for key, value in words.items() if re.search(rf"\b{re.escape(value)}\b", said)]

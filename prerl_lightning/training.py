@@ -68,7 +68,9 @@ def with_records(watchers: Iterable[L.Callback], lines: list[L.Callback], checkp
 
 def run_logger(folder: str | None, name: str) -> CSVLogger:
     """runs/NAME/version_N/metrics.csv, of which a kill loses no row."""
-    return CSVLogger(folder or "runs", name=name, flush_logs_every_n_steps=1)
+    if os.path.isabs(name) or ".." in name.split("/"):
+        raise InputError(f"name: {name} leads out of the folder of runs, which trainer.default_root_dir moves.")
+    return CSVLogger(os.path.expanduser(folder or "runs"), name=name, flush_logs_every_n_steps=1)
 
 
 # what loggers and we write before the first step

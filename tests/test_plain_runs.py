@@ -1,5 +1,6 @@
 """Whole runs by an engine of plain words, counted by hand: lives, validations, resumes, what is drawn and for whom."""
 
+import csv
 import json
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from plain_engine import PlainEngine
 from test_step import alternating_reward, sgd, start, weights
 from trainers import quiet_trainer
@@ -20,11 +22,14 @@ from prerl_lightning.callbacks.held_out import HeldOut
 from prerl_lightning.callbacks.monitors import held_out_names
 from prerl_lightning.callbacks.saving import RunCheckpoint
 from prerl_lightning.callbacks.thoughts import Thoughts
+from prerl_lightning.callbacks.watcher import Watcher
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.data.readers import Files
 from prerl_lightning.data.tasks.sums import ArithmeticProblems
 from prerl_lightning.errors import InputError, RunError
-from prerl_lightning.objectives import GRPO, NSRPreRL, agreement
+from prerl_lightning.objectives import GRPO, NSRPreRL, Objective, agreement
+from prerl_lightning.objectives.advantages import Advantage
+from prerl_lightning.objectives.term import Term
 from prerl_lightning.objectives.update import Update
 from prerl_lightning.rewards.pool import Verification
 from prerl_lightning.rollout.engine import HeldOutSampling, Sampling
@@ -74,7 +79,7 @@ class Notes(L.Callback):
         self.validations.append((trainer.global_step, float(trainer.callback_metrics["val/avg@2"])))
 
 
-def fit(folder, model, *callbacks, engine=None, steps=3, reward=alternating_reward, val=False, ckpt_path=None):
+def fit(folder, model, *callbacks, engine=None, steps=3, reward=alternating_reward, val=False, ckpt_path=None, **more):
     L.seed_everything(0)
     data = RolloutDataModule(
         train=ArithmeticProblems("train", 64),
@@ -93,6 +98,7 @@ def fit(folder, model, *callbacks, engine=None, steps=3, reward=alternating_rewa
         callbacks=[*callbacks],
         val_check_interval=2,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        **more,
     )
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     assert trainer.global_step == steps
@@ -421,3 +427,79 @@ def test_the_first_prompt_and_the_verifier_s_word_on_the_truths_come_before_the_
         data.verification = replace(data.verification, try_truths=False)
         quiet_trainer(max_steps=1, default_root_dir=tmp_path).fit(GRPO(model=folder), datamodule=data)
         assert "truths" not in caplog.text
+
+
+# ---------------------------------------------------------------------- a run's own callbacks and axes
+
+
+class Logs(L.Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        module.log("own/plain", float(trainer.global_step))
+
+
+class Measures(Watcher):
+    def __init__(self, found):
+        self.found = found
+
+    def watch(self, trainer, module):
+        return self.found
+
+
+def logged(folder, *callbacks, model):
+    fit(folder, GRPO(model=model, lr=0.01), *callbacks, logger=CSVLogger(folder, name="", version=""))
+    with (folder / "metrics.csv").open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_what_a_callback_logs_is_in_the_step_s_row(folder, tmp_path):
+    rows = logged(tmp_path, Logs(), Measures({"own/measured": torch.tensor(2)}), model=folder)
+    assert [float(row["own/plain"]) for row in rows] == [float(row["step"]) for row in rows] == [1, 2, 3]
+    assert [row["own/measured"] for row in rows] == ["2.0"] * 3
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"reward/mean": 99.0}, "Measures: reward/mean is in this step's row already"),
+        (None, "Measures: it measured None, and must give numbers"),
+        ({"own/text": "text"}, "Measures: it measured {'own/text': 'text'}, and must"),
+    ],
+)
+def test_a_watcher_that_gives_what_no_row_takes_is_named(folder, tmp_path, found, said):
+    with pytest.raises(InputError, match=said):
+        fit(tmp_path, GRPO(model=folder), Measures(found), steps=1)
+
+
+def test_two_watchers_of_a_kind_have_a_column_each(folder, tmp_path):
+    with pytest.raises(InputError, match="Measures: own/x is in this step's row already"):
+        fit(tmp_path, GRPO(model=folder), Measures({"own/x": 1.0}), Measures({"own/x": 2.0}), steps=1)
+
+
+class Three(Advantage):
+    def __call__(self, rewards, group_ids):
+        return rewards[:3]
+
+
+def by_response(tokens):
+    return tokens.lengths.float()
+
+
+@pytest.mark.parametrize(
+    ("term", "said"),
+    [
+        (Term("post-train", Three()), r"Three gave a tensor of shape \(3,\), where a number a response is wanted"),
+        (Term("post-train", weight=by_response), r"by_response gave a tensor of shape \(8,\), where a number a token"),
+        (Term("post-train", weight=lambda tokens: 1.0), r"<lambda> gave 1\.0, where a number a token is wanted"),
+    ],
+)
+def test_an_axis_of_another_shape_is_named(folder, tmp_path, term, said):
+    with pytest.raises(InputError, match=said):
+        fit(tmp_path, Objective([term], model=folder), steps=1)
+
+
+def test_an_objective_that_is_trained_twice_says_where_it_begins(folder, tmp_path, caplog):
+    model = GRPO(model=folder)
+    fit(tmp_path / "a", model, steps=1)
+    assert "has been trained" not in caplog.text
+    fit(tmp_path / "b", model, steps=1)
+    assert "GRPO has been trained in this process, and goes on from there." in caplog.text

@@ -19,6 +19,7 @@ from prerl_lightning import api
 from prerl_lightning.arguments import check_kinds
 from prerl_lightning.errors import InputError
 from prerl_lightning.evaluation.command import evaluate
+from prerl_lightning.objectives.advantages import GroupStd
 from prerl_lightning.policy.model import ASSETS, load_model
 from prerl_lightning.settings import described
 
@@ -172,6 +173,20 @@ def test_what_cannot_be_is_refused(call, pattern, tmp_path, monkeypatch, quietly
     assert not list(tmp_path.rglob("version_*"))
 
 
+class Dicts(prerl.ProblemSet):
+    reward = staticmethod(lambda prompt, response, ground_truth, extra: 1.0)
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return {"prompt": "1", "answer": "1"}
+
+
+def lone(**attributes):
+    return type("Lone", (prerl.PolicyModule,), attributes)(model="embedded")
+
+
 def embedded(**given):
     return prerl.GRPO(**({"model": "embedded"} | given))
 
@@ -209,7 +224,56 @@ def embedded(**given):
             lambda: prerl.fit(embedded(), small(), logger="wandb"),
             "trainer.logger: 'wandb' is a str; it must be Logger or",
         ),
-        (lambda: embedded(lr="3e-4"), "GRPO.lr: 3e-4 must be a finite number of at least 0."),
+        (lambda: embedded(lr="3e-4"), "GRPO.lr: '3e-4' must be a finite number of at least 0."),
+        (lambda: prerl.fit(embedded(lr=True), small()), "GRPO.lr: True is a bool; it must be a number."),
+        (
+            lambda: prerl.Life("3", prerl.GRPO()),
+            "PolicyReincarnation.at_step: '3' is a str; it must be a whole number.",
+        ),
+        (
+            lambda: prerl.Life(3, prerl.GRPO(), until="rollout/pass@4"),
+            "PolicyReincarnation.until: 'rollout/pass@4' is a str; it must be Until or None.",
+        ),
+        (
+            lambda: prerl.Mixture([small().train]),
+            "Mixture.sets: it is a list; it must be a dict of ProblemSet by text.",
+        ),
+        (
+            lambda: prerl.Term("pre_train"),
+            "terms.space: 'pre_train' is a str; it must be one of post-train, pre-train.",
+        ),
+        (
+            lambda: prerl.Term("pre-train", contributing="none"),
+            "terms.contributing: 'none' is a str; it must be one of all,",
+        ),
+        (
+            lambda: prerl.Term("pre-train", surrogate="PPOClip"),
+            "terms.surrogate: 'PPOClip' is a str; it must be Surrogate or",
+        ),
+        (
+            lambda: prerl.Term("pre-train", advantage=GroupStd),
+            "terms.advantage: it is the class GroupStd, not one that is",
+        ),
+        (
+            lambda: prerl.Term("pre-train", weight=1.0),
+            "terms.weight: 1.0 is a float; it must be Weight or a function or",
+        ),
+        (lambda: prerl.fit(lone(terms=()), small()), "Lone.terms: there is none."),
+        (lambda: prerl.fit(lone(terms=prerl.Term("pre-train")), small()), "Lone.terms: "),
+        (
+            lambda: prerl.fit(one := embedded(), small(), [prerl.Life(1, one)]),
+            "PolicyReincarnation.successor: one object",
+        ),
+        (
+            lambda: prerl.fit(embedded(), small(), callbacks=[prerl.Thoughts(), prerl.Thoughts()]),
+            "trainer.callbacks: Thoughts is there twice.",
+        ),
+        (lambda: prerl.fit(embedded(), small(), name="../mine"), "name: ../mine leads out of the folder of runs"),
+        (lambda: prerl.fit(prerl.GRPO(), small()), "model.init_args.model: missing"),
+        (
+            lambda: prerl.fit(embedded(), small(train=Dicts())),
+            "data: a set of problems gave a dict; it must give Problem(",
+        ),
         (
             lambda: prerl.fit(embedded(lr_schedule="lineal"), small()),
             "GRPO.lr_schedule: 'lineal' is a str; it must be one of constant, linear, cosine. Did you mean linear?",
@@ -241,7 +305,7 @@ def embedded(**given):
         ),
         (
             lambda: prerl.fit(embedded(), small(train=prerl.Mixture({"a": "gsm8k"}))),
-            "data.train.sets: {'a': 'gsm8k'} is a dict; it must be a dict of ProblemSet by text.",
+            "Mixture.sets: {'a': 'gsm8k'} is a dict; it must be a dict of ProblemSet by text.",
         ),
         (lambda: prerl.evaluate("embedded", "gsm8k", k="8"), "evaluate.k: '8' is a str; it must be a whole number."),
         (

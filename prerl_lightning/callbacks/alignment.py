@@ -80,8 +80,9 @@ class GradientAlignment(Watcher):
     def check_run(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:
         """Raises InputError where the tokenizer has no token that log p(y) could start from."""
         for life in (pl_module, *pl_module.successors) if self.every_n_steps else ():
+            tokenizer = load_tokenizer(pl_module.model_name)
             try:
-                prefix_token(load_tokenizer(pl_module.model_name), life.prefix)
+                prefix_token(tokenizer, life.prefix)
             except InputError as error:
                 raise InputError(f"{error} Or leave the measurement out: alignment.every_n_steps: 0.") from None
 

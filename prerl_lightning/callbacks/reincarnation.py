@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 
+from prerl_lightning.arguments import check_call
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.objectives.until import KEY, Until
@@ -43,6 +44,7 @@ class PolicyReincarnation(L.Callback):
         until: Until | None = None,
         merge: bool = False,
     ) -> None:
+        check_call(PolicyReincarnation.__init__, locals() | {"self": None}, "PolicyReincarnation")
         if at_step < 1:
             raise InputError(f"PolicyReincarnation.at_step: {at_step} must be at least 1.")
         if until is not None and until.not_before >= at_step:

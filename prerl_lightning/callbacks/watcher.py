@@ -33,7 +33,7 @@ class Watcher(L.Callback):
         self, trainer: L.Trainer, pl_module: PolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         start = time.perf_counter()
-        pl_module.record(self.watch(trainer, pl_module))
+        pl_module.record_of(type(self).__name__, self.watch(trainer, pl_module))
         pl_module.watched_seconds += time.perf_counter() - start
 
 

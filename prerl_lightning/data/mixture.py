@@ -18,6 +18,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from prerl_lightning.arguments import check_call
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.data.prompts import PromptFormat
 from prerl_lightning.errors import InputError, check_bounds, is_name
@@ -104,6 +105,7 @@ class Mixture(ProblemSet):
     """
 
     def __init__(self, sets: dict[str, ProblemSet], weights: dict[str, float] | None = None) -> None:
+        check_call(Mixture.__init__, locals() | {"self": None}, "Mixture")
         self.sets, self.weights = sets, weights
         for name, problems in sets.items():
             if not is_name(name) or isinstance(problems, Mixture):

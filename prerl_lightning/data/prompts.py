@@ -82,6 +82,11 @@ class PromptFormat:
 
     def messages(self, problem: Problem) -> str | list[dict[str, str]]:
         """The problem as plain text or as a chat, before any template of a model."""
+        if not isinstance(problem, Problem):
+            raise InputError(
+                f"data: a set of problems gave a {type(problem).__name__}; it must give Problem(row, prompt, "
+                "ground_truth, extra), of prerl_lightning."
+            )
         if isinstance(problem.prompt, str):
             text = self.template.replace("{prompt}", problem.prompt)
             messages = [{"role": "user", "content": text}] if self.chat else []

@@ -74,7 +74,7 @@ def evaluate(
     Raises:
         InputError: with the mend, before the engine starts wherever it can be known then.
     """
-    check_call(evaluate, locals())
+    check_call(evaluate, locals(), "evaluate")
     model = str(model)
     if k < 1:
         raise InputError(f"--k: {k} is below 1.")

@@ -9,10 +9,12 @@ logger's axis, the checkpoints, DDP's wrapper and FSDP2's shards belong to the h
 of a successor only `training_step` and what that calls is used, not its other Lightning hooks, which are refused.
 """
 
+import logging
 import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from numbers import Real
 from typing import Any, cast
 
 import lightning as L
@@ -36,6 +38,8 @@ from prerl_lightning.rollout.sampler import Group
 from prerl_lightning.strategies import FSDP2Strategy
 from prerl_lightning.types import Prompt, Rollout
 from prerl_lightning.watchdog import watchdog
+
+log = logging.getLogger(__name__)
 
 
 class PolicyModule(BaseObjective, RunState):
@@ -106,6 +110,13 @@ class PolicyModule(BaseObjective, RunState):
         self.data.engine.policy_version = None
         for module in (self, *self.successors):
             module.agreed = False
+        if self.has_trained and self.trainer.is_global_zero and not self.trainer.ckpt_path:
+            log.warning(
+                "%s has been trained in this process, and goes on from there. One that is made anew begins with the "
+                "weights of %s.",
+                *(type(self).__name__, self.model_name),
+            )
+        self.has_trained = True
         self.interruptions.on_fit_start(self.trainer)
         self.stops.on_fit_start(self.trainer)
         self._started = time.perf_counter()
@@ -249,9 +260,14 @@ class PolicyModule(BaseObjective, RunState):
 
     # ------------------------------------------------------------------ what is logged
 
-    def log(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer collects what the module it holds logs."""
-        super(PolicyModule, self.host).log(*args, **kwargs)
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        """The Trainer collects what the module it holds logs. What a callback logs of a training step goes into the
+        step's row: Lightning would write another, of the step before."""
+        plain = isinstance(value, Real | torch.Tensor) and not args and not options.get("on_epoch")
+        if self.trainer.training and plain and options.get("logger") is not False:
+            self.host.record_of("log", {name: value})
+            options["logger"] = False
+        super(PolicyModule, self.host).log(name, value, *args, **options)
 
     # ------------------------------------------------------------------ lives
 

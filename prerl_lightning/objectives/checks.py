@@ -11,12 +11,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from prerl_lightning.arguments import check_kinds
+from prerl_lightning.arguments import check_kind, check_kinds
 from prerl_lightning.compat import all_callbacks, is_trial
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, check_bounds, in_one_line, nearest
 from prerl_lightning.objectives import lives
 from prerl_lightning.objectives.advantages import LENS, SignedReward
+from prerl_lightning.objectives.term import Term
 from prerl_lightning.objectives.trainer_arguments import ARGUMENTS, CALLBACKS, HOOKS
 from prerl_lightning.objectives.until import Ending
 from prerl_lightning.policy.lora import KEY, targeted
@@ -140,7 +141,16 @@ def check_run(host: "PolicyModule", data: RolloutDataModule, trainer: L.Trainer)
     for module, until in zip(modules, [*(c.until for c in switches), None], strict=True):
         module.ending = until and Ending(until)
     host.endings = {module.life: None for module in modules if module.ending is not None}
+    if len(set(map(id, modules))) < len(modules):
+        raise InputError(
+            "PolicyReincarnation.successor: one object is two lives. Make one for each, "
+            f"{type(modules[-1]).__name__}(...)."
+        )
     for module in modules:
+        name = type(module).__name__
+        check_kind(module.terms, tuple[Term, ...], f"{name}.terms")
+        if not module.terms:
+            raise InputError(f'{name}.terms: there is none. Give one or more: terms = (Term(space="post-train"),).')
         check_hooks(type(module), successor=module is not host)
     _check_successors(host, switches, isinstance(trainer.strategy, ModelParallelStrategy))
     _check_lora(host, switches, str(trainer.precision))

@@ -65,7 +65,8 @@ def observe(host: "PolicyModule", metrics: Mapping[str, float]) -> None:
     why = acting.ending.observe(metrics, step)
     if why is not None and end_life(host, step, why):
         name, last = acting.title, host.lives[acting.life][1]
-        log.info("Step %d: %s. The life of %s ends at step %d, as its `until` has it.", step, why, name, last)
+        later = ", where the next life's rollouts fit," if last > step else ","
+        log.info("Step %d: %s. The life of %s ends at step %d%s as its `until` has it.", step, why, name, last, later)
 
 
 def end_life(host: "PolicyModule", step: int, why: str) -> bool:

@@ -1,10 +1,13 @@
 """What a module knows of the run that it is in: its place among the lives, what was measured, what is owed."""
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
+from prerl_lightning.errors import InputError
 from prerl_lightning.objectives import lives
 from prerl_lightning.objectives.evaluations import Evaluations
 from prerl_lightning.objectives.interruptions import Interruptions
@@ -43,6 +46,7 @@ class RunState(L.LightningModule):
         end_step: likewise; None: the run's end.
         ending: what may end this life ahead of it.
         endings: of the host: why which life, by its number, ended ahead of its time; None: its `Until` has not had it.
+        has_trained: in a fit of this process.
         agreed: this life's weights were seen to be those that the engine samples from.
         rollout: for callbacks, this rank's last one.
         whole_rollout: that of all ranks (`gathered`).
@@ -61,7 +65,7 @@ class RunState(L.LightningModule):
         self.end_step: int | None = None
         self.ending: Ending | None = None
         self.endings: dict[int, str | None] = {}
-        self.agreed = self.warned_of_mismatch = False
+        self.agreed = self.warned_of_mismatch = self.has_trained = False
         self.rollout: Rollout | None = None
         self.whole_rollout: Rollout | None = None
         self.watched_seconds = self._started = 0.0
@@ -75,6 +79,22 @@ class RunState(L.LightningModule):
         """Into the row that the loggers get at the end of this step or evaluation; it may end the life."""
         self.row.values |= metrics
         lives.observe(self._host[0], metrics)
+
+    def record_of(self, who: str, metrics: Mapping[str, float]) -> None:
+        """`record` for what a run's own callbacks have measured.
+
+        Args:
+            who: gave them, for the message.
+
+        Raises:
+            InputError: they are no numbers by their columns' names, or a name is taken.
+        """
+        numbers = isinstance(metrics, Mapping) and all(isinstance(x, Real | Tensor) for x in metrics.values())
+        if not numbers:
+            raise InputError(f"{who}: it measured {repr(metrics)[:60]}, and must give numbers by their columns' names.")
+        if taken := [name for name in metrics if name in self.row.values]:
+            raise InputError(f"{who}: {taken[0]} is in this step's row already. Give it another name.")
+        self.record({name: float(value) for name, value in metrics.items()})
 
     def due(self, every_n_steps: int) -> bool:
         """Whether something is to be done after this step: the run's first, each n-th, and the last of each life; with

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from prerl_lightning.arguments import check_kinds
 from prerl_lightning.errors import InputError, check_bounds
 from prerl_lightning.objectives.advantages import (
     NORMALISATIONS,
@@ -30,7 +31,7 @@ from prerl_lightning.objectives.advantages import (
 from prerl_lightning.objectives.aggregations import OF_NAME, Aggregation
 from prerl_lightning.objectives.coefficients import Coefficient
 from prerl_lightning.objectives.settings import LossSettings
-from prerl_lightning.objectives.surrogates import PPOClip, Surrogate
+from prerl_lightning.objectives.surrogates import PPOClip, Surrogate, Tokens
 from prerl_lightning.objectives.token_weights import Weight
 from prerl_lightning.policy.packing import Space
 from prerl_lightning.types import Rollout
@@ -70,6 +71,7 @@ class Term:
     normalisation: Normalisation | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(self, "terms")  # here, as it stands in the body of an objective's class
         if self.normalisation is not None:
             if self.advantage is not None:
                 raise InputError("terms.normalisation: it is another word for terms.advantage. Leave it out.")
@@ -88,7 +90,25 @@ class Term:
 
     def advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
         """(N,) float64."""
-        return (self.advantage or GroupStd()).of_rollout(rewards, rollout)
+        advantage = self.advantage or GroupStd()
+        return self._shaped(advantage, advantage.of_rollout(rewards, rollout), rewards, "a response")
+
+    def weights(self, tokens: Tokens) -> Tensor | None:
+        """(T,) factors of token losses, without a gradient; None: 1."""
+        if self.weight is None:
+            return None
+        return self._shaped(self.weight, self.weight(tokens), tokens.log_probs, "a token").detach()
+
+    @staticmethod
+    def _shaped(axis: Any, found: Any, like: Tensor, each: str) -> Tensor:
+        """Raises InputError where what an axis gave is not a number each."""
+        if not isinstance(found, Tensor) or found.shape != like.shape:
+            name, given = getattr(axis, "__name__", type(axis).__name__), tuple(getattr(found, "shape", ()))
+            raise InputError(
+                f"{name} gave {f'a tensor of shape {given}' if isinstance(found, Tensor) else repr(found)[:60]}, where "
+                f"a number {each} is wanted: a tensor of shape {tuple(like.shape)}."
+            )
+        return found
 
     @property
     def of_groups(self) -> bool:

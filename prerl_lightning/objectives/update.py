@@ -253,8 +253,8 @@ class Update:
         if settings.importance_sampling != "none":
             correction = work.correction
             loss = loss * (self._correction(current, engine, sequence) if correction is None else correction[source])
-        if term.weight is not None:
-            loss = loss * term.weight(tokens).detach()
+        if (factors := term.weights(tokens)) is not None:
+            loss = loss * factors
         loss = loss * coefficient
         if work.reference is not None:
             kl = losses.kl_penalty(log_probs, work.reference[source], settings.kl_estimator)
