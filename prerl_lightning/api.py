@@ -20,16 +20,17 @@ from prerl_lightning import refusals, resume
 from prerl_lightning.arguments import check_call, check_kind, check_kinds
 from prerl_lightning.callbacks.monitors import check_monitors
 from prerl_lightning.callbacks.reincarnation import PolicyReincarnation
+from prerl_lightning.callbacks.requeue import requeued
 from prerl_lightning.callbacks.saving import RunCheckpoint
 from prerl_lightning.callbacks.watcher import callbacks_of, run_folder
 from prerl_lightning.compat import is_trial, observe_ranks, share_version
 from prerl_lightning.data.module import RolloutDataModule
-from prerl_lightning.errors import InputError, nearest
+from prerl_lightning.errors import InputError, check_bounds, nearest
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.objectives.checks import check_trainer
 from prerl_lightning.report import words
 from prerl_lightning.report.page import report as report_command
-from prerl_lightning.report.reading import read_run
+from prerl_lightning.report.reading import read_begun, read_run
 from prerl_lightning.report.runs import Run as Record
 from prerl_lightning.report.runs import chain
 from prerl_lightning.secrets import hide
@@ -292,6 +293,7 @@ def fit(
         made["precision"] = default_precision(
             configured.accelerator, objective._model, getattr(data.engine, "options", {}).get("dtype")
         )
+    check_bounds(SimpleNamespace(seed=seed), "fit", {"seed": 0}, most={"seed": 2**32 - 1})
     L.seed_everything(seed, workers=True, verbose=False)
     observe_ranks(watchdog.observe)
     shown = {k: v for k, v in made.items() if k not in ("logger", "callbacks", "default_root_dir")}
@@ -304,15 +306,16 @@ def fit(
         runs = L.Trainer(**made, callbacks=[*lives, _KeepSettings(configuration), *ours])
     except Exception as error:  # Lightning raises many kinds
         raise refusals.of_lightning(error, vars(configured)) from error
-    share_version(runs.loggers)
     check_monitors(runs, chain, data)
     data.check(objective, runs, "fit")
     keeps = next(iter(callbacks_of(runs, RunCheckpoint)), RunCheckpoint())
     told = None if ckpt_path is None else str(ckpt_path)
-    found = resume.chosen(told, resume.runs_of(runs), objective, keeps.monitor, keeps.mode, True)
+    folders = resume.folders_of(runs, keeps.dirpath)
+    found = resume.chosen(told or requeued(folders[0]), folders, objective, keeps.monitor, keeps.mode, True)
     if found is not None and resume.is_file(found):
         resume.compare(found, configuration, allow_changes)
     folder: Path | None = None
+    share_version(runs.loggers)  # as late as can be: another run may start beside this one
     try:
         with no_folder_of_a_refusal(runs):
             runs.fit(objective, datamodule=data, ckpt_path=found, weights_only=True)
@@ -329,7 +332,7 @@ def fit(
             watchdog.finish(60.0)
         signals.restore()
     assert folder is not None  # there is a logger
-    return load_run(folder)
+    return Run(read_begun(folder))  # one that was resumed at its end has no rows of its own
 
 
 def _in_a_notebook() -> bool:

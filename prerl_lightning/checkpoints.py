@@ -5,6 +5,7 @@ A folder holds ``meta.pt``, the checkpoint with sharded tensors on the meta devi
 a file a rank with the tensors, each by its place in the checkpoint: ``state_dict.policy.model...``.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from io import BufferedWriter, BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -55,6 +56,15 @@ def _reason(error: BaseException) -> BaseException:
     return error
 
 
+def lock(file: IO[Any], how: int = fcntl.LOCK_EX) -> None:
+    """Where the file system knows locks: without, `sweep` may not tell a write that is under way from what is left."""
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+
+
 class WholeFileIO(TorchCheckpointIO):
     """Writes a checkpoint tensor by tensor into a file beside its place. Lightning's own makes a second copy in memory
     and a third in the temporary folder. Reads folders too. Remote paths are left to Lightning's.
@@ -75,7 +85,7 @@ class WholeFileIO(TorchCheckpointIO):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with new.open("wb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # see sweep
+                lock(file)  # see sweep
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -111,7 +121,7 @@ class _Writer(dcp.FileSystemWriter):
             remove(folder)
             folder.mkdir(parents=True, exist_ok=True)
             self.file = (folder / META).open("wb")
-            fcntl.flock(self.file, fcntl.LOCK_EX)  # see sweep
+            lock(self.file)  # see sweep
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:

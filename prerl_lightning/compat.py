@@ -114,11 +114,6 @@ def requeue_signal(trainer: L.Trainer) -> int | None:
     return cast(int, environment.requeue_signal or signal.SIGUSR1)
 
 
-def requeue_path(trainer: L.Trainer) -> str:
-    """A checkpoint there is what a requeued job goes on from, unasked."""
-    return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
-
-
 def registry_name(ckpt_path: str) -> str | None:
     """NAME or NAME:VERSION of Lightning's ``registry:NAME[:version:VERSION]``; None: it is no such. Lightning itself
     takes any of several checkpoints in the folder that it downloads to, and goes on without litmodels."""

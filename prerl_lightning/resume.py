@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from prerl_lightning import checkpoints
 from prerl_lightning.callbacks.saving import kept_best
+from prerl_lightning.callbacks.watcher import runs_folder
 from prerl_lightning.checkpoints import damage
 from prerl_lightning.compat import registry_name
 from prerl_lightning.data.module import RolloutDataModule
@@ -83,10 +85,10 @@ def _written(config: Any) -> Any:
     return found
 
 
-def runs_of(trainer: L.Trainer) -> Path:
-    """The folder of all runs of its name."""
-    root = Path(getattr(trainer.logger, "save_dir", None) or trainer.default_root_dir)
-    return root / str(getattr(trainer.logger, "name", "") or "")
+def folders_of(trainer: L.Trainer, dirpath: str | os.PathLike[str] | None) -> list[Path]:
+    """That of all runs of its name, and ``checkpoint.dirpath``."""
+    own = [Path(dirpath).expanduser()] if dirpath and "://" not in str(dirpath) else []
+    return [runs_folder(trainer), *own]
 
 
 def is_file(ckpt_path: str | None) -> bool:
@@ -95,27 +97,33 @@ def is_file(ckpt_path: str | None) -> bool:
 
 
 def chosen(
-    ckpt_path: str | None, runs: Path, objective: BaseObjective, monitor: str | None, mode: str, weights_only: bool
+    ckpt_path: str | None,
+    folders: Sequence[Path],
+    objective: BaseObjective,
+    monitor: str | None,
+    mode: str,
+    weights_only: bool,
 ) -> str | None:
     """The checkpoint that ``last``, ``auto`` (``last`` if there is one, else none), ``best``, a path or
     ``registry:NAME[:version:VERSION]`` names, looked through on the first rank.
 
     Args:
-        runs: the folder of all runs of this name.
+        folders: of all runs of this name, and where else this one's checkpoints go.
         objective: whose policy it is to be.
         monitor: of the best; None: the one that the run had.
 
     Raises:
         InputError: there is none, or it is damaged, of another model, or holds more than ``weights_only`` lets in.
     """
-    newest_of_all = ckpt_path in ("last", "auto")
-    # the ranks that this process starts take the same, without reading it through once more
-    told = None if first_rank() else os.environ.get(RESUMED_FROM)
+    newest_of_all, runs = ckpt_path in ("last", "auto"), folders[0]
+    # the ranks that this process starts take the same, without reading it through once more; of this fit, and no former
+    of_runs, _, same = os.environ.get(RESUMED_FROM, "").partition("\n")
+    told = None if first_rank() or of_runs != str(runs) else same
     if newest_of_all:
         if told is None:
-            none = ckpt_path == "auto" and not any(runs.glob("**/last.ckpt"))
-            told = "" if none else str(newest(runs))
-        os.environ[RESUMED_FROM], ckpt_path = told, told or None
+            none = ckpt_path == "auto" and not lasts(folders)
+            told = "" if none else str(newest(folders))
+        os.environ[RESUMED_FROM], ckpt_path = f"{runs}\n{told}", told or None
         log.info("Resuming from %s" if told else "A new run: there is no last.ckpt below %s", told or runs)
     elif ckpt_path and (name := registry_name(ckpt_path)) is not None:
         if told is None and not first_rank():
@@ -123,9 +131,10 @@ def chosen(
                 f"--ckpt_path: {ckpt_path}: ranks that prerl has not started cannot share a download. "
                 "Download it first, and give the file."
             )
-        ckpt_path = os.environ[RESUMED_FROM] = told or str(downloaded(name, runs / "registry"))
+        ckpt_path = told or str(downloaded(name, runs / "registry"))
+        os.environ[RESUMED_FROM] = f"{runs}\n{ckpt_path}"
     elif ckpt_path == "best":
-        ckpt_path = best(runs, monitor, mode, weights_only)
+        ckpt_path = best(folders, monitor, mode, weights_only)
     if not is_file(ckpt_path):
         return ckpt_path
     path = Path(str(ckpt_path))
@@ -220,30 +229,46 @@ def load(path: str, weights_only: bool = True) -> dict[str, Any]:
         raise InputError(f"--ckpt_path: {path} is no training checkpoint: {in_one_line(error)}") from error
 
 
-def newest(folder: Path) -> Path:
+def lasts(folders: Iterable[Path]) -> list[Path]:
+    """Each run's last.ckpt below, the newest first; last.ckpt.old where a kill has left that alone."""
+    found = _by_age(folders, "last.ckpt", "last.ckpt.old")
+    return [path for path in found if path.suffix != ".old" or not path.with_suffix("").exists()]
+
+
+def _by_age(folders: Iterable[Path], *names: str) -> list[Path]:
+    """The newest first. Files come and go under a run that is alive, and links may lead nowhere."""
+    ages: dict[Path, float] = {}
+    for path in (path for folder in folders for name in names for path in folder.glob(f"**/{name}")):
+        with suppress(OSError):
+            ages[path] = path.stat().st_mtime
+    return sorted(ages, key=ages.__getitem__, reverse=True)
+
+
+def newest(folders: Sequence[Path]) -> Path:
     """The last.ckpt of all runs below: a resumed run gets a folder of its own, so that no log is overwritten. If it is
     not whole, the newest checkpoint that is."""
-
-    def by_age(name: str) -> list[Path]:
-        return sorted(folder.glob(f"**/{name}"), key=lambda p: p.stat().st_mtime, reverse=True)
-
-    lasts = by_age("last.ckpt") or by_age("last.ckpt.old")
-    if not lasts:
+    runs = folders[0]
+    if not (found := lasts(folders)):
+        if not runs.is_dir():
+            beside = [p.name for p in runs.parent.iterdir() if p.is_dir()] if runs.parent.is_dir() else []
+            names = f": there are {', '.join(sorted(beside))}" if beside else ""
+            raise InputError(f"--ckpt_path: there is no folder {runs}{names}. Give the run's --name, or leave it out.")
         raise InputError(
-            f"--ckpt_path: there is no last.ckpt below {folder}: no run there has come to its first checkpoint "
+            f"--ckpt_path: there is no last.ckpt below {runs}: no run there has come to its first checkpoint "
             "(checkpoint.every_n_train_steps: 20 unless given). Leave --ckpt_path out to start anew."
         )
     files: dict[int, Path] = {}  # of several names of one, the first
-    for path in [lasts[0], *by_age("*.ckpt")]:
-        files.setdefault(path.stat().st_ino, path)
+    for path in [found[0], *_by_age(folders, "*.ckpt")]:
+        with suppress(OSError):
+            files.setdefault(path.stat().st_ino, path)
     for path in files.values():
         problem = damage(path)
         if problem is None:
-            for run in _newer_without(folder, path):
+            for run in _newer_without(runs, path):
                 log.warning("%s is newer, and has no checkpoint: %s.", run, read_begun(run).status()[1])
             return path
         log.warning("%s is %s. The newest before it that is whole is taken.", path, problem)
-    raise InputError(f"--ckpt_path: none of the checkpoints below {folder} is whole. Leave it out to start anew.")
+    raise InputError(f"--ckpt_path: none of the checkpoints below {runs} is whole. Leave it out to start anew.")
 
 
 def _newer_without(folder: Path, path: Path) -> list[Path]:
@@ -252,9 +277,9 @@ def _newer_without(folder: Path, path: Path) -> list[Path]:
     return [run for run in began if last_written(run, True) > path.stat().st_mtime and not any(run.rglob("*.ckpt"))]
 
 
-def best(folder: Path, monitor: str | None, mode: str, weights_only: bool = True) -> str:
+def best(folders: Sequence[Path], monitor: str | None, mode: str, weights_only: bool = True) -> str:
     """The best of the newest run below, and of those that it was resumed from."""
-    last = newest(folder)
+    last = newest(folders)
     checkpoint = load(str(last), weights_only)
     if monitor is None:  # that of the run
         judged = [state for state in checkpoint.get("callbacks", {}).values() if state.get("best_k_models")]
@@ -276,7 +301,13 @@ def compare(path: str, present: Mapping[str, Any], allow_changes: bool, weights_
     Raises:
         InputError: one of it orders the data otherwise or gives a step another meaning, and ``allow_changes`` is False.
     """
-    found = load(path, weights_only).get("configuration")
+    checkpoint = load(path, weights_only)
+    if "optimizer_states" not in checkpoint:
+        raise InputError(
+            f"--ckpt_path: {path} has no optimizer state (checkpoint.save_weights_only), and cannot be resumed from. "
+            "Start a new run from its weights: `prerl export` makes a folder of them, for model.init_args.model."
+        )
+    found = checkpoint.get("configuration")
     if found is None:
         log.warning("%s holds no configuration that the present one could be compared with.", path)
         return

@@ -20,6 +20,7 @@ import prerl_lightning.strategies  # noqa: F401  (registers fsdp2)
 from prerl_lightning import refusals, resume, shipped
 from prerl_lightning.callbacks.monitors import check_monitors
 from prerl_lightning.callbacks.reincarnation import PolicyReincarnation
+from prerl_lightning.callbacks.requeue import requeued
 from prerl_lightning.callbacks.watcher import callbacks_of
 from prerl_lightning.compat import accept_lit_logger, observe_ranks, share_version, whole_numbers_first
 from prerl_lightning.data.module import RolloutDataModule
@@ -174,7 +175,6 @@ class PrerlCLI(LightningCLI):
             trainer = self._instantiate_trainer({**config, **kwargs}, extra)
         except Exception as error:  # Lightning raises many kinds
             raise refusals.of_lightning(error, vars(self._get(self.config, "trainer"))) from error
-        share_version(trainer.loggers)
         return trainer
 
     def after_instantiate_classes(self) -> None:
@@ -187,8 +187,11 @@ class PrerlCLI(LightningCLI):
             check_monitors(self.trainer, [self.model, *lives], self.datamodule)
         self.datamodule.check(self.model, self.trainer, self.subcommand)  # before a logger makes its folder
         checkpoint = subconfig["checkpoint"]
+        folders, told = resume.folders_of(self.trainer, checkpoint.dirpath), subconfig.get("ckpt_path")
+        if self.subcommand == "fit":
+            told = told or requeued(folders[0])
         subconfig["ckpt_path"] = resume.chosen(
-            *(subconfig.get("ckpt_path"), resume.runs_of(self.trainer), self.model),
+            *(told, folders, self.model),
             *(checkpoint.monitor, checkpoint.mode, self.weights_only),
         )
         if self.subcommand == "fit" and resume.is_file(subconfig["ckpt_path"]):
@@ -196,6 +199,7 @@ class PrerlCLI(LightningCLI):
             resume.compare(subconfig["ckpt_path"], present, self.allow_changes, self.weights_only)
 
     def _run_subcommand(self, subcommand: str) -> None:
+        share_version(self.trainer.loggers)  # as late as can be: another run may start beside this one
         with no_folder_of_a_refusal(self.trainer):
             super()._run_subcommand(subcommand)
 

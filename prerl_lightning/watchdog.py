@@ -60,7 +60,7 @@ class Watchdog:
 
     def __init__(self) -> None:
         self.children: Sequence[subprocess.Popen] = ()
-        self.on_end: Callable[[str], None] = lambda why: None
+        self.on_end: Callable[[str], None] = _nothing
         self.mend = MEND
         self.warn_after, self.end_after = 120.0, 600.0
         self._table: mmap.mmap | None = None
@@ -109,7 +109,7 @@ class Watchdog:
 
     def close(self) -> None:
         """This rank is through."""
-        self.mend = MEND
+        self.mend, self.on_end = MEND, _nothing  # which holds the run
         if self._table is not None:
             self._table[self._place(self._local_rank)] = bytes(ROW.size)
             self._table = None
@@ -133,11 +133,14 @@ class Watchdog:
     def _watch(self, table: mmap.mmap) -> None:
         moved: dict[int, tuple[tuple[int, ...], float]] = {}  # by local rank: what it last told, since when
         gone: dict[int, float] = {}  # since when
-        warned = False
+        warned, before = False, time.monotonic()
         while self._table is table:
             self._tell()
             time.sleep(BEAT)
             rows, now = self._rows(), time.monotonic()
+            if now - before > STALE:  # it was this process that stood still, as a job that is suspended does
+                moved.clear()
+            before = now
             for i, row in rows.items():
                 if i not in moved or moved[i][0] != row[2:]:
                     moved[i] = (row[2:], now)
@@ -253,6 +256,10 @@ class Watchdog:
                 os.kill(row.pid, signal.SIGKILL)
         sys.stdout.flush()
         os._exit(status)
+
+
+def _nothing(why: str) -> None:
+    pass
 
 
 def _status(child: int) -> int:

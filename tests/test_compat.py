@@ -23,7 +23,6 @@ from prerl_lightning.compat import (
     accept_lit_logger,
     note_stops,
     observe_ranks,
-    requeue_path,
     requeue_signal,
     share_version,
     whole_numbers_first,
@@ -90,7 +89,7 @@ def test_lightning_still_asks_its_connector_for_signal_handlers():
     assert "dist.broadcast(" in inspect.getsource(_SignalConnector._sigterm_notifier_fn)
 
 
-def test_slurm_s_requeue_is_still_where_requeue_path_has_it():
+def test_slurm_s_requeue_is_still_asked_for_by_a_signal():
     trainer = quiet_trainer()
     trainer.strategy  # noqa: B018
     assert requeue_signal(trainer) is None
@@ -100,8 +99,6 @@ def test_slurm_s_requeue_is_still_where_requeue_path_has_it():
     assert requeue_signal(trainer) == signal.SIGUSR1
     trainer._accelerator_connector.cluster_environment = SLURMEnvironment(auto_requeue=False)
     assert requeue_signal(trainer) is None
-    assert requeue_path(trainer).endswith("hpc_ckpt_1.ckpt")
-    assert "self._hpc_resume_path" in inspect.getsource(type(trainer._checkpoint_connector)._parse_ckpt_path)
 
 
 def test_lightning_s_launcher_still_asks_for_an_observer_by_its_name():

@@ -158,7 +158,7 @@ def registry(tmp_path, monkeypatch):
 
 def chosen(ckpt_path, runs):
     objective = SimpleNamespace(model_name="embedded", lora=None)
-    return resume.chosen(ckpt_path, runs, objective, None, "max", True)
+    return resume.chosen(ckpt_path, [runs], objective, None, "max", True)
 
 
 def test_a_checkpoint_of_the_registry(registry, tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_the_registry(registry, tmp_path, monkeypatch):
     assert chosen("registry:me/space/model:version:v2", tmp_path).endswith("registry/me_space_model_v2/a/last.ckpt")
     # a rank that this process started takes the same; of another's nobody knows
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv(resume.RESUMED_FROM, first)
+    monkeypatch.setenv(resume.RESUMED_FROM, f"{tmp_path}\n{first}")
     assert chosen("registry:me/space/model", tmp_path) == first
     assert registry == ["me/space/model", "me/space/model:v2"]
     monkeypatch.delenv(resume.RESUMED_FROM)

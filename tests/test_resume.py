@@ -206,7 +206,7 @@ def test_another_configuration_is_refused_and_listed(here, refused):
 @pytest.mark.parametrize("key", [*CHANGES, "lives.2.at_step", "lives.2.successor.init_args.kl_coefficient"])
 def test_each_of_these_alone_is_refused(killed, tmp_path, key):
     before = load(killed / BEFORE_2)["configuration"]
-    torch.save({"configuration": before}, tmp_path / "alone.ckpt")
+    torch.save({"optimizer_states": [], "configuration": before}, tmp_path / "alone.ckpt")
     present = deepcopy(before)
     compare(str(tmp_path / "alone.ckpt"), present, allow_changes=False)
     place = present
@@ -231,7 +231,7 @@ def test_an_argument_that_is_newer_than_the_checkpoint(killed, tmp_path):
         (life["init_args"]["successor"]["init_args"], "entropy_coefficient"),
     ):
         del place[name]
-    torch.save({"configuration": before}, tmp_path / "older.ckpt")
+    torch.save({"optimizer_states": [], "configuration": before}, tmp_path / "older.ckpt")
     compare(str(tmp_path / "older.ckpt"), present, allow_changes=False)
     present["data"]["refill"] = 2
     with pytest.raises(InputError, match=r"data\.refill: 0 in the checkpoint, 2 now"):
@@ -248,7 +248,7 @@ def test_lives_are_compared_by_their_steps(tmp_path):
         return {"model": {}, "data": {}, "trainer": {"callbacks": lives}}
 
     path = str(tmp_path / "any.ckpt")
-    torch.save({"configuration": configuration(3, 8)}, path)
+    torch.save({"optimizer_states": [], "configuration": configuration(3, 8)}, path)
     compare(path, configuration(8, 3), allow_changes=False)
     with pytest.raises(InputError, match=r"lives\.3\.at_step: 8 in the checkpoint, 9 now"):
         compare(path, configuration(9, 3), allow_changes=False)
@@ -260,7 +260,7 @@ def test_last_is_the_newest_file(tmp_path):
         path.parent.mkdir(parents=True)
         torch.save({}, path)
         os.utime(path, (10**9 - age, 10**9 - age))
-    assert newest(tmp_path) == paths[0]
+    assert newest([tmp_path]) == paths[0]
 
 
 def test_last_says_which_newer_run_has_no_checkpoint(tmp_path, caplog):
@@ -274,7 +274,7 @@ def test_last_says_which_newer_run_has_no_checkpoint(tmp_path, caplog):
     path.parent.mkdir()
     torch.save({}, path)
     os.utime(path, (time.time() - 60,) * 2)
-    assert newest(tmp_path) == path
+    assert newest([tmp_path]) == path
     (said,) = (record.getMessage() for record in caplog.records)
     assert said == (
         f"{tmp_path / 'version_2'} is newer, and has no checkpoint: killed at step 7 of 50: its process is gone and "
@@ -292,14 +292,14 @@ def test_last_falls_back_to_what_is_whole(tmp_path, caplog):
     flip(folder / "last.ckpt")
     (folder / "step=4.ckpt").write_bytes(b"")
     os.utime(folder / "step=4.ckpt", (10**9 - 1, 10**9 - 1))
-    assert newest(tmp_path) == folder / "step=2.ckpt"
+    assert newest([tmp_path]) == folder / "step=2.ckpt"
     said = [record.getMessage() for record in caplog.records]
     assert [line.partition(" is ")[0] for line in said] == [str(folder / name) for name in ("last.ckpt", "step=4.ckpt")]
     assert "damaged: the checksum of " in said[0]
     assert " is empty." in said[1]
     (folder / "step=2.ckpt").write_bytes(b"nothing")
     with pytest.raises(InputError, match="none of the checkpoints below"):
-        newest(tmp_path)
+        newest([tmp_path])
 
 
 def flip(path):

@@ -85,8 +85,8 @@ def test_the_report_tells_the_rules_apart(tmp_path):
     cells = [re.sub("<.*?>", "", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", table)]
     assert cells == [
         "1\u00d74 \u2192 4 a response",
-        "5\u00d70.3 \u2192 1.5 a response",
-        "5\u00d70.05 \u2192 0.25 a response",
+        "5\u00d7 [2.5, 10]0.3 \u2192 1.5 a response",
+        "5\u00d7 [2.5, \u221e]0.05 \u2192 0.25 a response",
     ]
     assert "Pieces by SEAL's label a held-out response" in unescape(table)
     own = tables.thought_table([group], phrases)

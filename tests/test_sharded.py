@@ -141,7 +141,7 @@ def test_a_folder_that_is_not_whole_is_seen_and_last_falls_back(written, caplog)
         spoil()
         assert re.search(words, checkpoints.damage(written) or ""), words
         caplog.clear()
-        assert resume.newest(written.parents[1]) == older
+        assert resume.newest([written.parents[1]]) == older
         assert f"{written} is " in caplog.text
     assert not (written / "ran").exists()
 
@@ -152,7 +152,7 @@ def test_what_a_kill_left_of_a_folder_is_swept(written):
     (folder / "step=3.ckpt.new").mkdir()
     shutil.copytree(written, folder / "step=4.ckpt.new")
     written.rename(folder / "last.ckpt.old")  # between two names
-    assert resume.newest(folder) == folder / "last.ckpt.old"
+    assert resume.newest([folder]) == folder / "last.ckpt.old"
     with (folder / "step=4.ckpt.new" / "meta.pt").open("rb") as living:
         fcntl.flock(living, fcntl.LOCK_EX)
         checkpoints.sweep(folder)

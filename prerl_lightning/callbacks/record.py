@@ -20,7 +20,7 @@ from prerl_lightning.compat import is_trial
 from prerl_lightning.errors import InputError, RunError
 from prerl_lightning.objectives.base import PolicyModule
 from prerl_lightning.report import process
-from prerl_lightning.secrets import hide_in_command
+from prerl_lightning.secrets import hide_in_command, hide_in_text
 from prerl_lightning.watchdog import watchdog
 
 log = logging.getLogger(__name__)
@@ -91,13 +91,17 @@ class RunRecord(L.Callback):
 
     def _end(self, trainer: L.Trainer, status: str, error: str | None = None, stopped: str | None = None) -> None:
         if self.record.get("status") == "running":
+            error = None if error is None else hide_in_text(error)
             self._note(status=status, error=error, stopped=stopped, ended=_now(), warnings=_warnings(trainer))
 
     def _note(self, **values: Any) -> None:
         """What has changed since the start, such as a life that ended ahead of its time."""
         if self.path is not None and self.record | values != self.record:
             self.record |= values
-            self._write()
+            try:
+                self._write()
+            except OSError as error:  # what ends the run, or a step, says more
+                log.warning("%s could not be written: %s", self.path, error)
 
     def _write(self) -> None:
         assert self.path is not None

@@ -22,6 +22,7 @@ from prerl_lightning import checkpoints, hub
 from prerl_lightning.budget import GIB, ModelShape, checkpoint_bytes
 from prerl_lightning.callbacks.monitors import check_monitor
 from prerl_lightning.callbacks.requeue import requeue
+from prerl_lightning.callbacks.watcher import runs_folder
 from prerl_lightning.checkpoints import NotWritten, WholeFileIO
 from prerl_lightning.compat import all_callbacks, is_trial, requeue_signal, validation_follows
 from prerl_lightning.errors import InputError, RunError, check_bounds
@@ -224,10 +225,11 @@ class RunCheckpoint(ModelCheckpoint):
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         if isinstance(exception, Interrupted):
             last = self.last_model_path or str(trainer.ckpt_path or "")
-            goes_on = f"The checkpoint: {last}; --ckpt_path last goes on from there." if last else "No checkpoint."
+            old = f", of step {self._last_global_step_saved or self._resumed_at}" if self._is_news(trainer) else ""
+            goes_on = f"The checkpoint: {last}{old}; --ckpt_path last goes on from there." if last else "No checkpoint."
             log.info("%s: stopped at step %d. %s", exception, trainer.global_step, goes_on)
             if last and exception.number == requeue_signal(trainer):
-                requeue(trainer, last)
+                requeue(trainer, last, runs_folder(trainer))
         super().on_exception(trainer, pl_module, exception)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

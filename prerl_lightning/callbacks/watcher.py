@@ -41,6 +41,12 @@ def callbacks_of(trainer: L.Trainer, kind: type[Kind]) -> list[Kind]:
     return [c for c in all_callbacks(trainer) if isinstance(c, kind)]
 
 
+def runs_folder(trainer: L.Trainer) -> Path:
+    """Of all runs of its name."""
+    root = Path(getattr(trainer.logger, "save_dir", None) or trainer.default_root_dir).expanduser()
+    return root / str(getattr(trainer.logger, "name", "") or "")
+
+
 def run_folder(trainer: L.Trainer) -> Path | None:
     """Where metrics.csv is; without a CSVLogger, where the first logger's checkpoints go; None without a logger.
     Collective: all ranks have to call it."""
@@ -57,5 +63,5 @@ def run_folder(trainer: L.Trainer) -> Path | None:
 def append_lines(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """As JSON, one a line."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / name).open("a", encoding="utf-8") as file:
+    with (folder / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

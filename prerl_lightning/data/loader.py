@@ -14,7 +14,7 @@ def shuffled(prompts: Sequence[Prompt], seed: int, epoch: int) -> Tensor:
     """(P,) places of the prompts of an epoch."""
     if isinstance(prompts, MixedPrompts):
         return prompts.order(seed, epoch)
-    return torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return torch.randperm(len(prompts), generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
 
 
 class PromptLoader:

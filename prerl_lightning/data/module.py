@@ -156,10 +156,10 @@ class RolloutDataModule(Sets, L.LightningDataModule):
 
     def _check_shares(self, trainer: L.Trainer, stage: str) -> None:
         """Of no whole batch: Lightning refuses them when the engine has started, or trains on nothing."""
-        sizes = {"train": len(self._prompts["train"]) // self.prompts_per_step} if stage == "fit" else {}
-        if "val" in self._prompts:
-            sizes["test" if stage == "test" else "val"] = -(-len(self._prompts["val"]) // self.val_batch)
-        for key, batches in sizes.items():
+        sizes = [("train", len(self._prompts["train"]) // self.prompts_per_step)] if stage == "fit" else []
+        held_out = "test" if stage == "test" else "val"
+        sizes += [(held_out, -(-len(self._prompts[key]) // self.val_batch)) for key in self.held_out]
+        for key, batches in sizes:
             share = getattr(trainer, f"limit_{key}_batches")
             if isinstance(share, float) and share > 0 and int(batches * share) < 1:
                 raise InputError(

@@ -5,9 +5,10 @@ from numbers import Real
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from prerl_lightning.errors import InputError
+from prerl_lightning.errors import InputError, RunError
 from prerl_lightning.objectives import lives
 from prerl_lightning.objectives.evaluations import Evaluations
 from prerl_lightning.objectives.interruptions import Interruptions
@@ -28,10 +29,19 @@ class Row:
         self.values: dict[str, float] = {}
 
     def write(self, trainer: L.Trainer) -> None:
+        """Raises RunError where it cannot be written."""
         values, self.values = self.values, {}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-            logger.save()
+        try:
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step)
+                logger.save()
+        except OSError as error:  # a run that nobody sees is not worth its time
+            if isinstance(logger, CSVLogger):
+                logger.experiment.metrics.clear()  # else Lightning fails once more, as it closes it, and hides this
+            raise RunError(
+                f"Step {trainer.global_step}: the row of {type(logger).__name__} could not be written ({error}). "
+                "Checkpoints are as they were: make room, and --ckpt_path last goes on."
+            ) from error
 
 
 class RunState(L.LightningModule):

@@ -72,8 +72,8 @@ def test_one_process(tmp_path, alone):
     run.environment |= {**slurm, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     assert run.suffer(Fault("step 8", (USR1,))) == 128 + USR1, run.output
     assert (tmp_path / "asked").read_text() == "requeue 77\n"
-    (hpc,) = run.folder.glob("hpc_ckpt_*.ckpt")
-    assert f"SLURM requeues job 77, which goes on from {hpc}" in run.output
+    assert "SLURM requeues job 77, which goes on from " in run.output
+    assert not list(run.folder.glob("hpc_ckpt_*.ckpt"))  # which Lightning would give to any later job here
     assert run.end(run.start(resume=False)) == 0, run.output
     assert "step 9/" not in run.output
     assert "held out    avg@2" in run.output
