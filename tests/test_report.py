@@ -132,7 +132,7 @@ def test_the_thought_table_is_of_one_source_which_it_names(tmp_path):
         runs.append(read_run(folder))
     (group,) = compare.group(runs)
     html = tables.thought_table([group], ["transition", "subgoal"])
-    assert cells(html) == ['<span title="step 10">2\u00d7</span><small>1 of 3 runs</small>']
+    assert cells(html) == ['<span title="step 10">2\u00d7 (1 of 3 runs)</span>']
     assert "Thoughts a held-out response" in html
     assert "as of subgoal" in html
     assert "metrics.csv: val/thoughts/transition_ratio<" in html
@@ -146,7 +146,6 @@ def test_the_thought_table_is_of_one_source_which_it_names(tmp_path):
 
 
 def test_a_ratio_of_rare_thoughts_is_said_as_such(tmp_path):
-    """With an interval over held-out problems: in four of them five times as many thoughts, in four as many."""
     run = write_run(tmp_path / "a" / "version_0", steps=10, switch=0)
     values = {0: (0.05, 1.0, 0.22), 10: (0.34, 6.8, 0.64)}
     rows = [{"val/step": s, "val/thoughts/wait": n, "val/thoughts/wait_ratio": r, "val/avg@8": v} for s, (n, r, v) in
@@ -159,16 +158,41 @@ def test_a_ratio_of_rare_thoughts_is_said_as_such(tmp_path):
     ]
     thoughts = ("thoughts", "wait 0.05 -> 0.34 a response (x 6.8)")
     assert words.moved(group.runs[0]) == [("held out", "avg@8 0.22 -> 0.64"), thoughts]
-    eight: dict[str, object] = {"k": 8, "rows": list(range(8)), "score": [4.0] * 8, "right": [4] * 8}
-    lines = [{"step": s, **eight, "thoughts": {"wait": [1 + s // 2.5] * 4 + [1] * 4}} for s in (0, 10)]
-    (run / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 1, "rows": 3}]))
-    (group,) = compare.group([read_run(run)])
-    (cell,) = cells(tables.thought_table([group], ["wait"]))
-    low, high = map(float, re.search(r"6\.8\u00d7 \[(.*), (.*)\]", cell).groups())
-    assert 1 <= low < 3 < high <= 5
-    assert tables.bootstrapped([(1, 3)] * 4) == (3, 3)
     write_metrics(run, [{"optim/step": 1, "reward/mean": 0.5}, rows[0]])
     assert words.moved(read_run(run)) == []
+
+
+def ratio_run(folder, seed, ratio, interval, start=2):
+    """A run's validations at steps 0 and 10: ``wait`` in each of four problems' answers, so many times as often."""
+    write_run(folder, steps=10, switch=0, seed=seed)
+    ends = {f"val/thoughts/wait_ratio/{end}": value for end, value in zip(("low", "high"), interval, strict=False)}
+    rows = [{"val/step": 0, "val/thoughts/wait": start, "val/thoughts/wait_ratio": 1.0}]
+    rows.append({"val/step": 10, "val/thoughts/wait": start * ratio, "val/thoughts/wait_ratio": ratio} | ends)
+    write_metrics(folder, [{"optim/step": 10, "reward/mean": 0.5}, *rows])
+    four: dict[str, object] = {"k": 1, "rows": [0, 1, 2, 3], "score": [1] * 4, "right": [1] * 4}
+    lines = [{"step": s, **four, "thoughts": {"wait": [n] * 4}} for s, n in ((0, start), (10, start * ratio))]
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"), [((1.259, 2.58), " [1.26, 2.58]"), ((0.94,), " [0.94, \u221e]"), ((), "")]
+)
+def test_the_interval_of_a_ratio_is_the_columns(tmp_path, interval, said):
+    """And none beside it of the page's own."""
+    (group,) = compare.group([ratio_run(tmp_path / "a", 0, 1.5, interval)])
+    html = tables.thought_table([group], ["wait"])
+    assert cells(html) == [f'<span title="step 10">1.5\u00d7{said}</span><small>2 → 3 a response</small>']
+    assert "[ ]: one run&#x27;s 95 % interval over problems" in html
+    assert ("val/thoughts/wait_ratio, of each /low and /high<" in html) == bool(interval)
+
+
+def test_the_ratio_of_several_runs_has_their_range(tmp_path):
+    """As their accuracy and the figure's band have; intervals over problems are of one run."""
+    runs = [ratio_run(tmp_path / "a" / f"version_{i}", i, ratio, (1.0, 9.0)) for i, ratio in enumerate((1.5, 2.5))]
+    (group,) = compare.group(runs)
+    (cell,) = cells(tables.thought_table([group], ["wait"]))
+    assert cell == '<span title="step 10">2\u00d7 (1.5 to 2.5)</span><small>2 → 4 a response</small>'
 
 
 def test_alignment_by_life(tmp_path):
@@ -204,6 +228,30 @@ def test_alignment_by_position_probability_and_length(tmp_path):
     data, _ = payload.payload(compare.group([run]), drawn, [])
     assert data["runs"][0]["points"][0] == [5, 0.9, 0, 24]
     assert data["figures"]["cosine-length"]["kind"] == "lengths"
+
+
+def test_a_part_of_responses_says_of_how_many_tokens_it_is(tmp_path):
+    """One of three responses has a likely token, and it is the only one."""
+    folder = write_run(tmp_path / "a", steps=10)
+    columns = {"alignment/position/1_of_2": 0.3, "alignment/probability/0.9_to_0.99": 0.5}
+    write_metrics(folder, [{"optim/step": 10, "reward/mean": 0.5} | columns])
+    line = {"step": 10, "cosine": 0.4, "reward": 1, "position": {"1_of_2": {"tokens": 6, "cosine": 0.2}}}
+    line["probability"] = {"0_to_0.5": {"tokens": 8, "cosine": 0.1}}
+    likely = line | {"position": {"1_of_2": {"tokens": 7, "cosine": 0.5}}}
+    likely["probability"] = {"0.9_to_0.99": {"tokens": 1, "cosine": 0.5}, "0_to_0.5": {"tokens": 5, "cosine": 0.3}}
+    whole = {"step": 10, "cosine": 0.4, "reward": 1, "position": {"1_of_2": "odd"}, "probability": {}}
+    (folder / "alignment.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (line, likely, line, whole)))
+    run = read_run(folder)
+    (group,) = compare.group([run])
+    assert rows(tables.part_table([group])) == [
+        ["a", "position", "1 of 2", "3 of 4", "6.3", "0.3000.200 to 0.500"],
+        ["a", "probability", "0 to 0.5", "3 of 3", "7.0", "0.1670.100 to 0.300"],
+        ["a", "probability", "0.9 to 0.99", "1 of 3", "1.0", "0.5000.500 to 0.500"],
+    ]
+    assert "alignment.jsonl: position, probability" in page([run])
+    notes = {f.key: f.note for f in figures([run])}
+    assert notes["cosine-probability"] == "p(y_t | x, y_<t); of how many tokens: the table below"
+    assert tables.part_table([replace(group, runs=(replace(run, alignment=()),))]) == ""
 
 
 def test_alignment_says_of_how_many_responses_it_is(tmp_path):

@@ -176,20 +176,45 @@ def test_a_fall_is_headlined(tmp_path):
 
 def test_a_group_is_described_by_its_longest_run(tmp_path):
     """Of three seeds the first failed at step 8, before the reincarnation."""
-    folders = [write_run(tmp_path / "dsrl" / f"version_{s}", seed=s, steps=60 if s else 8) for s in range(3)]
-    (group,) = [compare.Group("dsrl", tuple(map(read_run, folders)), {})]
+    folders = [write_run(tmp_path / "dsrl" / "version_0", steps=8, status="failed", error="no")]
+    folders += [write_run(tmp_path / "dsrl" / f"version_{s}", seed=s, steps=60) for s in (1, 2)]
+    group = compare.Group("dsrl", tuple(map(read_run, folders)), {})
     assert group.longest.folder == folders[1]
     lead = headline.lead([group], group)
     assert "with NSR-PreRL for 10 steps and then, reincarnated, with GRPO for 50 steps" in lead
-    # (2 * 60 + 8) * 256 / 3
-    assert "60 steps and, in the mean of the runs, 10,923 responses took" in lead
+    assert "60 steps and 15,360 responses each took 2 min 3 s on Testium, 2 cores, 23.4 GiB (2 of 3 runs)." in lead
     text = re.sub("<.*?>", "", " ".join(cells(tables.thought_table([group], ["transition"]))))
-    assert text.startswith("1.25\u00d7 (1.25 to 1.25) → 2.5\u00d7 (2.5 to 2.5)0.2 → 0.25 → 0.5 a response; 2 of 3 runs")
+    some = "; 2 of 3 runs"
+    assert text.startswith(f"1.25\u00d7 (1.25 to 1.25{some}) → 2.5\u00d7 (2.5 to 2.5{some})0.2 → 0.25 → 0.5 a response")
     assert "NSR-PreRL → GRPO" in headline.overview([group])
     failed = write_run(tmp_path / "x" / "version_0", steps=3, switch=0)
     late = write_run(tmp_path / "x" / "version_1", steps=60)
     mixed = compare.Group("x", (read_run(failed), read_run(late)), {})
     assert compare.baseline([group, mixed]) is group  # its longest run is no GRPO throughout
+
+
+def test_a_run_that_did_not_finish_is_no_part_of_what_a_setting_takes(tmp_path):
+    """It died in its first step, or its fifth; nor is its last accuracy beside a finished run's. Where none finished,
+    those count that began."""
+    died = write_run(tmp_path / "t1" / "version_0", steps=20, status="failed", error="no")
+    write_metrics(died, [{"val/step": 0, "val/avg@8": 0.2}])
+    late = write_run(tmp_path / "t1" / "version_1", steps=5, status="interrupted")
+    done = write_run(tmp_path / "t1" / "version_2", steps=20, stopped="accuracy")
+    beside = write_run(tmp_path / "t2" / "version_0", steps=20)
+    died, late, done, beside = map(read_run, (died, late, done, beside))
+    two, other = compare.Group("t1", (died, done), {}), compare.Group("t2", (beside,), {})
+    taken = (20, 20 * 256, 2.0 * 20 + 3)
+    assert (
+        words.totals(two) == words.totals(compare.Group("t1", (died, late, done), {})) == words.totals(other) == taken
+    )
+    html = headline.overview([two, other])
+    assert [row[-2:] for row in rows(html)] == [["5,1201 of 2 runs", "43 s1 of 2 runs"], ["5,120", "43 s"]]
+    assert "of the runs that finished; where none did, of those with a step" in html
+    assert "of the runs that finished" not in headline.overview([compare.Group("t1", (done,), {}), other])
+    assert headline.tiles(two).count("; 1 of 2 runs") == 2
+    assert words.totals(compare.Group("t1", (died, late), {})) == (5, 5 * 256, 2.0 * 5 + 3)
+    assert words.totals(compare.Group("t1", (died,), {})) == (0, 0, 0)
+    assert compare.last_differences(other, two) == [0.0]
 
 
 def test_first_and_last_are_of_one_step(tmp_path):

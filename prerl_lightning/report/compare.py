@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +28,13 @@ class Group:
     def longest(self) -> Run:
         """The run with the most steps: it stands for the group where one has to."""
         return max(self.runs, key=lambda run: run.steps)
+
+    @property
+    def counted(self) -> tuple[Run, ...]:
+        """Those that totals are of: the finished ones, where there are none those with a step, and else all. What the
+        others took says when they ended, not what the setting takes."""
+        finished = tuple(run for run in self.runs if run.status()[0] in ("finished", "stopped"))
+        return finished or tuple(run for run in self.runs if run.steps) or self.runs
 
     @property
     def accuracy(self) -> str | None:
@@ -215,8 +222,9 @@ def sooner(base: Group, other: Group) -> list[Sooner]:
 
 
 def last_differences(base: Group, other: Group) -> list[float]:
-    """Of the last held-out accuracies, ``other``'s less the baseline's, of each seed that both have."""
-    mine, theirs = _by_seed(other), _by_seed(base)
+    """Of the last held-out accuracies, ``other``'s less the baseline's, of each seed of which both have a run that
+    counts (`Group.counted`)."""
+    mine, theirs = (_by_seed(replace(group, runs=group.counted)) for group in (other, base))
     ends = [[of[seed].curve for of in (mine, theirs)] for seed in sorted(mine.keys() & theirs.keys())]
     return [a[max(a)] - b[max(b)] for a, b in ends if a and b]
 
@@ -227,7 +235,7 @@ def _by_seed(group: Group) -> dict[int, Group]:
     for run in group.runs:
         if run.seed is not None and run.accuracy == group.accuracy:
             found.setdefault(run.seed, []).append(run)
-    return {seed: Group(group.name, tuple(runs), group.settings) for seed, runs in found.items()}
+    return {seed: replace(group, runs=tuple(runs)) for seed, runs in found.items()}
 
 
 def _pair(base: Group, other: Group, goal: float) -> Pair:

@@ -119,11 +119,13 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
     chosen = tuple((column.removeprefix("val/"), column) for column in accuracies)
     layers = [c.removeprefix(LAYERS) for c in sorted(there) if c.startswith(LAYERS)]
     parts = [
-        sorted((c.removeprefix(p) for c in there if c.startswith(p)), key=_numbers) for p in (POSITION, PROBABILITY)
+        sorted((c.removeprefix(p) for c in there if c.startswith(p)), key=numbers) for p in (POSITION, PROBABILITY)
     ]
     order = {name: i for i, name in enumerate(("embedding", "first", "middle", "last", "head"))}
     thirds = {name: f"{name} third of the layers" for name in ("first", "middle", "last")}
     measured = _measured(runs)
+    parted = any(line.get("position") or line.get("probability") for run in runs for line in run.alignment)
+    over = "; of how many tokens: the table below" if parted else ""
     likelihoods = {n for run in runs if isinstance(n := inside(run.config, "alignment").get("likelihoods"), int)}
     part = likelihoods.pop() if len(likelihoods) == 1 else "some"
     passes = sorted((int(c.removeprefix("rollout/pass@")), c) for c in there if c.startswith("rollout/pass@"))
@@ -153,9 +155,10 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
         *(Figure(f"layer-{n}", "alignment", f"Cosine: {thirds.get(n, n)}", (("", LAYERS + n),))
           for n in sorted(layers, key=lambda n: (order.get(n, 9), n))),
         Figure("cosine-position", "alignment", "Cosine by position in the response",
-               tuple((n.replace("_", " "), f"{POSITION}{n}") for n in parts[0]), note="stretches of equal length"),
+               tuple((n.replace("_", " "), f"{POSITION}{n}") for n in parts[0]),
+               note=f"stretches of equal length{over}"),
         Figure("cosine-probability", "alignment", "Cosine by the tokens' probability",
-               tuple((n.replace("_", " "), f"{PROBABILITY}{n}") for n in parts[1]), note="p(y_t | x, y_<t)"),
+               tuple((n.replace("_", " "), f"{PROBABILITY}{n}") for n in parts[1]), note=f"p(y_t | x, y_<t){over}"),
         Figure("cosine-points", "alignment", "Cosine of single responses", kind="points",
                note="one dot a response measured; filled: right, open: wrong"),
         Figure("cosine-length", "alignment", "The same, by response length", kind="lengths", note="tokens"),
@@ -201,7 +204,7 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
     return [*found, *(Figure(f"other-{c}", "other", c, (("", c),)) for c in rest)]
 
 
-def _numbers(name: str) -> list[float]:
+def numbers(name: str) -> list[float]:
     """0.5_to_0.9 is [0.5, 0.9]."""
     return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", name)]
 

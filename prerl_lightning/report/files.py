@@ -123,6 +123,11 @@ def is_measured(line: Mapping[str, Any]) -> bool:
     return isinstance(line.get("step"), int) and is_number(line.get("cosine")) and is_number(line.get("reward"))
 
 
+def is_part(value: Mapping[str, Any]) -> bool:
+    """Of a measured response: it has a number of tokens and a cosine."""
+    return is_number(value.get("tokens")) and is_number(value.get("cosine"))
+
+
 def is_held_out(line: Mapping[str, Any]) -> bool:
     """It has a step, k, and as many scores and counts of right samples as rows; so have the families it counts."""
     rows, thoughts = line.get("rows"), line.get("thoughts", {})

@@ -97,11 +97,13 @@ def _story(group: Group) -> str:
     text = f"The model {escape(words.model(run))} was trained with {how}{f' on {escape(data)}' if data else ''}."
     where = words.machine(run)
     if run.steps:
-        mean = ", in the mean of the runs," if len({r.steps for r in group.runs}) > 1 else ""
-        each = " each" if len(group.runs) > 1 and not mean else ""
+        runs = group.counted
+        mean = ", in the mean of the runs," if len({r.steps for r in runs}) > 1 else ""
+        each = " each" if len(runs) > 1 and not mean else ""
+        some = words.part_of(group, len(runs))
         text += (
             f" {words.steps(steps)} and{mean} {responses:,.0f} responses{each} took "
-            f"{words.duration(seconds)}{f' on {escape(where)}' if where else ''}."
+            f"{words.duration(seconds)}{f' on {escape(where)}' if where else ''}{f' ({some})' if some else ''}."
         )
     return text
 
@@ -133,8 +135,10 @@ def tiles(group: Group) -> str:
             detail += f"; {kind} {' → '.join(around)}"
         cells.append((name, " <i>→</i> ".join(_mean(values) for _, values in found), detail, f"metrics.csv: {column}"))
     steps, responses, seconds = words.totals(group)
-    cells.append(("Responses", f"{responses:,.0f}", f"in {words.steps(steps)}", "metrics.csv: rollout/responses"))
-    machine = words.machine(group.longest) or ""
+    some = words.part_of(group, len(group.counted))
+    taken = "; ".join(filter(None, [f"in {words.steps(steps)}", some]))
+    cells.append(("Responses", f"{responses:,.0f}", taken, "metrics.csv: rollout/responses"))
+    machine = "; ".join(filter(None, [words.machine(group.longest), some]))
     cells.append(("Wall time", words.duration(seconds), machine, "metrics.csv: time/since_start"))
     inner = "".join(
         tag("div", tag("dt", escape(name)) + tag("dd", value, class_="big") + tag("dd", escape(detail)), title=source)
@@ -162,7 +166,9 @@ def overview(groups: Sequence[Group]) -> str:
             cells.append(means + tag("small", escape(" → ".join(around))))
         steps, responses, seconds = words.totals(group)
         cells += [escape(chain(group.longest)), f"{len(group.runs)}", f"{steps:,}"]
-        rows.append([*cells, f"{responses:,.0f}", words.duration(seconds)])
+        some = words.part_of(group, len(group.counted))
+        small = tag("small", some) if some else ""
+        rows.append([*cells, f"{responses:,.0f}{small}", f"{words.duration(seconds)}{small}"])
     about = {
         "Model": [words.model(group.longest) for group in groups],
         "Data": [words.problems(group.longest, "train") or NONE for group in groups],
@@ -175,6 +181,10 @@ def overview(groups: Sequence[Group]) -> str:
     rows = [[*row, *(escape(values[i]) for values in own.values())] for i, row in enumerate(rows)]
     caption = "The settings: runs that differ in seeds alone are one. [ ]: 95 % interval; ( ): smallest to largest run"
     source = "metrics.csv: val/avg@K, reward/mean, rollout/responses, time/since_start; run.json; config.yaml"
+    if any(len(group.counted) < len(group.runs) for group in groups):
+        common.append(
+            "Steps, responses and wall time are of the runs that finished; where none did, of those with a step"
+        )
     return table(head, rows, caption, source) + (
         tag("p", escape(". ".join(common) + "."), class_="note") if common else ""
     )

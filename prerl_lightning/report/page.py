@@ -140,7 +140,7 @@ def _section(name: str, figures_html: str, flat: str, groups: Sequence[Group], b
     elif name == "sooner":
         before = tables.ratio_table(groups, base)
     elif name == "alignment":
-        before = tables.alignment_table(groups)
+        before, after = tables.alignment_table(groups), tables.part_table(groups)
     elif name == "time":
         before, after = background.time_table(groups), background.machines(groups)
     elif name == "configuration":

@@ -1,20 +1,18 @@
 """Tables that are made here, so that they are there without JavaScript: accuracy, steps to it, thoughts."""
 
 import math
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from prerl_lightning.report import compare, words
 from prerl_lightning.report.compare import Group
-from prerl_lightning.report.figures import columns_of
-from prerl_lightning.report.files import is_number
+from prerl_lightning.report.figures import columns_of, numbers
+from prerl_lightning.report.files import inside, is_number, is_part
 from prerl_lightning.report.html import NONE, TIMES, named, table, tag
 from prerl_lightning.report.payload import evenly
 from prerl_lightning.report.runs import objective
 
-RESAMPLES = 1000
 PAIRS = 8  # groups of which every pair is compared
 
 
@@ -107,6 +105,29 @@ def alignment_table(groups: Sequence[Group]) -> str:
     return table(["setting", "life", "cosine", "negative inner products"], rows, caption, source)
 
 
+def part_table(groups: Sequence[Group]) -> str:
+    """Of parts of single responses, where ``alignment.bins`` had them compared: over how many tokens a cosine is."""
+    rows = []
+    for group in groups:
+        lines = [line for run in group.runs for line in run.alignment]
+        for kind in ("position", "probability"):
+            able = [parts for line in lines if (parts := inside(line, kind))]
+            for name in sorted({name for parts in able for name in parts}, key=numbers):
+                found = [(part["tokens"], part["cosine"]) for parts in able if is_part(part := inside(parts, name))]
+                if found:
+                    tokens, cosines = zip(*found, strict=True)
+                    mean = f"{words.figure(math.fsum(cosines) / len(found))}{tag('small', words.spread(cosines))}"
+                    of = f"{len(found):,} of {len(able):,}"
+                    said = [kind, escape(name.replace("_", " ")), of, f"{math.fsum(tokens) / len(found):.1f}", mean]
+                    rows.append([named(groups, group), *said])
+    if not rows:
+        return ""
+    caption = "Parts of the responses measured: how many responses have such tokens, and how many each, in the mean"
+    head = ["setting", "by", "part", "responses", "tokens a response", "cosine"]
+    inner = table(head, rows, caption, "alignment.jsonl: position, probability")
+    return tag("details", tag("summary", "By position and probability: of how many tokens") + inner)
+
+
 def thought_table(groups: Sequence[Group], names: Sequence[str]) -> str:
     """Of families of phrases, or of SEAL's labels: ratios to step 0 at the end of each life but the last, and of the
     run, with what they are ratios of; all of one source, held-out responses where there are such ratios."""
@@ -126,53 +147,29 @@ def thought_table(groups: Sequence[Group], names: Sequence[str]) -> str:
     counted = "Pieces by SEAL's label" if shown[0].startswith("seal/") else "Thoughts"
     caption = (
         f"{counted} a {what} response over those at step 0: at the end of each life (the last {at} in it); mean over "
-        f"runs, [ ]: 95 % interval over problems, ( ): smallest to largest run; {NONE}: none at step 0"
+        f"runs, [ ]: one run's 95 % interval over problems, ( ): smallest to largest run; {NONE}: none at step 0"
         + (f", as of {', '.join(left)}" if left else "")
     )
     said = f"metrics.csv: {', '.join(f'{source}/{name}_ratio' for name in shown)}"
+    said += ", of each /low and /high" if any(f"{source}/{name}_ratio/low" in there for name in shown) else ""
     return table(["setting", *(escape(name.removeprefix("seal/")) for name in shown)], rows, caption, said)
 
 
 def _ratios(group: Group, column: str, ends: Sequence[int]) -> str:
-    """Ratio, interval and number of runs at each end; below, numbers a response from the start on."""
+    """Ratio, and what is around it, at each end; below, numbers a response from the start on."""
     curves = [run.column(column) for run in group.runs]
-    numbers = [run.column(column.removesuffix("_ratio")) for run in group.runs]
+    counts = [run.column(column.removesuffix("_ratio")) for run in group.runs]
     steps = [max((s for c in curves for s in c if s <= end), default=0) for end in ends]
-    said, counts = [], []
+    said: list[str] = []
     a_response: list[float] = []
     for step in (step for step in dict.fromkeys(steps) if step):
         ratios = [c[step] for c in curves if step in c]
-        interval = _interval(group, column, step, ratios)
-        said.append(f'<span title="step {step}">{math.fsum(ratios) / len(ratios):.3g}{TIMES}{interval}</span>')
-        counts.append(str(len(ratios)))
-        known = [(n[step], c[step]) for n, c in zip(numbers, curves, strict=True) if step in n and c.get(step)]
+        around = words.around(group, column, step, ratios, "{:.3g}".format)
+        ratio = f"{math.fsum(ratios) / len(ratios):.3g}{TIMES}"
+        said.append(tag("span", f"{ratio} {around}" if around else ratio, title=f"step {step}"))
+        known = [(n[step], c[step]) for n, c in zip(counts, curves, strict=True) if step in n and c.get(step)]
         if known:  # at the start it was the number over the ratio
             a_response += [] if a_response else [math.fsum(n / ratio for n, ratio in known) / len(known)]
             a_response.append(math.fsum(n for n, _ in known) / len(known))
-    some = f"{' → '.join(counts if len(set(counts)) > 1 else counts[:1])} of {len(curves)} runs"
-    below = [f"{' → '.join(f'{n:.2g}' for n in a_response)} a response"] if a_response else []
-    below += [some] if set(counts) - {str(len(curves))} else []
-    return f"{' → '.join(said)}{tag('small', '; '.join(below)) if below else ''}" if said else NONE
-
-
-def _interval(group: Group, column: str, step: int, ratios: Sequence[float]) -> str:
-    """95 % over held-out problems, where held_out.jsonl has them; else the range over several runs."""
-    family, held_out = column.removeprefix("val/thoughts/").removesuffix("_ratio"), column.startswith("val/")
-    by_problem: dict[int, list[float]] = {}  # row: thoughts at the start and at the step, over the runs
-    for run in group.runs if held_out else ():
-        lines = {step: line for step, line in run.held_out.items() if family in line.get("thoughts", {})}
-        for i, at in enumerate((0, step)) if {0, step} <= lines.keys() else ():
-            for row, number in zip(lines[at]["rows"], lines[at]["thoughts"][family], strict=True):
-                by_problem.setdefault(row, [0.0, 0.0])[i] += number
-    if by_problem:
-        low, high = bootstrapped(list(by_problem.values()))
-        return f" [{low:.2g}, {high:.2g}]"
-    return f" ({min(ratios):.3g} to {max(ratios):.3g})" if len(ratios) > 1 else ""
-
-
-def bootstrapped(pairs: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """95 % interval, over problems, of the second numbers' sum over the first ones'."""
-    drawn = random.Random(0)
-    sums = [[math.fsum(v) for v in zip(*drawn.choices(pairs, k=len(pairs)), strict=True)] for _ in range(RESAMPLES)]
-    ratios = sorted(b / a if a else math.inf for a, b in sums)
-    return ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES)]
+    below = tag("small", f"{' → '.join(f'{n:.2g}' for n in a_response)} a response") if a_response else ""
+    return " → ".join(said) + below if said else NONE

@@ -1,7 +1,7 @@
 """Numbers and runs in words, for the page and the terminal."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from prerl_lightning.report.compare import Group, Sooner
 from prerl_lightning.report.figures import families
@@ -138,14 +138,22 @@ def ends(group: Group, column: str) -> list[tuple[int, list[float]]]:
     return [(s, [c[s] for c in curves if s in c]) for s in sorted({min(steps), max(steps)})] if steps else []
 
 
-def around(group: Group, column: str, step: int, values: list[float]) -> str:
+def part_of(group: Group, number: int) -> str:
+    """1 of 2 runs; nothing where all are meant."""
+    return f"{number} of {len(group.runs)} runs" if number < len(group.runs) else ""
+
+
+def around(
+    group: Group, column: str, step: int, values: Sequence[float], shown: Callable[[float], str] = figure
+) -> str:
     """How far values lie apart: one run's 95 % interval, several runs' range; and how many of the runs they are of."""
-    some = f"{len(values)} of {len(group.runs)} runs" if len(values) < len(group.runs) else ""
+    some = part_of(group, len(values))
     if len(values) > 1:
-        return f"({spread(values)}{f'; {some}' if some else ''})"
+        return f"({shown(min(values))} to {shown(max(values))}{f'; {some}' if some else ''})"
     run = next(r for r in group.runs if step in r.column(column))
     low, high = (run.column(f"{column}/{end}").get(step) for end in ("low", "high"))
-    known = f"[{figure(low)}, {figure(high)}]" if low is not None and high is not None else ""
+    # an interval without an upper end has no /high in the file
+    known = f"[{shown(low)}, {'∞' if high is None else shown(high)}]" if low is not None else ""
     return " ".join(part for part in (known, f"({some})" if some else "") if part)
 
 
@@ -179,7 +187,8 @@ def moved(run: Run) -> list[tuple[str, str]]:
 
 
 def totals(group: Group) -> tuple[int, float, float]:
-    """Steps, the most of its runs; responses and seconds, means over its runs."""
-    responses = [max(run.samples_seen.values()) for run in group.runs]
-    seconds = [max(run.seconds.values()) for run in group.runs]
-    return group.longest.steps, math.fsum(responses) / len(responses), math.fsum(seconds) / len(seconds)
+    """Of the runs that count (`Group.counted`): steps, the most; responses and seconds, means."""
+    runs = group.counted
+    responses = math.fsum(max(run.samples_seen.values()) for run in runs)
+    seconds = math.fsum(max(run.seconds.values()) for run in runs)
+    return max(run.steps for run in runs), responses / len(runs), seconds / len(runs)
