@@ -1,16 +1,21 @@
 """All that touches what Lightning does not promise. tests/test_compat.py fails where a release changes it."""
 
+import csv
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import or_
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.strategies.launchers import subprocess_script as fabric_subprocess_script
 from lightning.pytorch.loggers import CSVLogger, LitLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -145,6 +150,28 @@ def observe_ranks(observe: Callable[..., None]) -> None:
     nothing."""
     for script in (subprocess_script, fabric_subprocess_script):
         cast(Any, script)._launch_process_observer = observe
+
+
+class _WholeWriter(ExperimentWriter):
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path, new = Path(self.metrics_file_path), Path(f"{self.metrics_file_path}.new")
+        with path.open(newline="") as before, new.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=fieldnames)
+            writer.writeheader()
+            writer.writerows(csv.DictReader(before))
+        os.replace(new, path)
+
+
+class WholeCSVLogger(CSVLogger):
+    """Lightning's rewrites metrics.csv in place for a new column, where a kill or a full disk cuts it off."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            os.makedirs(self.root_dir, exist_ok=True)
+            self._experiment = _WholeWriter(log_dir=self.log_dir)
+        return self._experiment
 
 
 def share_version(loggers: Sequence[Logger]) -> None:

@@ -24,6 +24,7 @@ from prerl_lightning.callbacks.saving import ExportModel, RunCheckpoint
 from prerl_lightning.callbacks.thoughts import Thoughts
 from prerl_lightning.callbacks.watchdog import Watchdog
 from prerl_lightning.callbacks.weights import WeightChange
+from prerl_lightning.compat import WholeCSVLogger
 from prerl_lightning.errors import InputError
 from prerl_lightning.policy.model import load_config
 from prerl_lightning.signals import first_rank, signals
@@ -70,7 +71,7 @@ def run_logger(folder: str | None, name: str) -> CSVLogger:
     """runs/NAME/version_N/metrics.csv, of which a kill loses no row."""
     if os.path.isabs(name) or ".." in name.split("/"):
         raise InputError(f"name: {name} leads out of the folder of runs, which trainer.default_root_dir moves.")
-    return CSVLogger(os.path.expanduser(folder or "runs"), name=name, flush_logs_every_n_steps=1)
+    return WholeCSVLogger(os.path.expanduser(folder or "runs"), name=name, flush_logs_every_n_steps=1)
 
 
 # what loggers and we write before the first step

@@ -1,10 +1,12 @@
 """What this library uses of Lightning without a promise: one place, and this test for it."""
 
+import csv
 import inspect
 import signal
 from typing import Union
 
 import lightning as L
+import pytest
 from jsonargparse import ArgumentParser
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -20,6 +22,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from trainers import quiet_trainer
 
 from prerl_lightning.compat import (
+    WholeCSVLogger,
     accept_lit_logger,
     note_stops,
     observe_ranks,
@@ -87,6 +90,27 @@ def test_lightning_still_asks_its_connector_for_signal_handlers():
     assert "self._signal_connector.teardown()" in inspect.getsource(Trainer._teardown)
     # where it no longer does, Lightning's own may be used
     assert "dist.broadcast(" in inspect.getsource(_SignalConnector._sigterm_notifier_fn)
+
+
+def test_a_new_column_rewrites_no_file_in_place(tmp_path, monkeypatch):
+    """A full disk in the rewrite leaves the rows as they were."""
+    logger = WholeCSVLogger(tmp_path, name="", version="")
+    for step in range(3):
+        logger.log_metrics({"a": step}, step)
+        logger.save()
+    logger.log_metrics({"a": 3, "b": 1.0}, 3)
+    logger.save()
+    before = (tmp_path / "metrics.csv").read_text()
+    assert list(csv.DictReader(before.splitlines()))[-1] == {"a": "3", "b": "1.0", "step": "3"}
+
+    def full(self, rows):
+        raise OSError("No space left on device")
+
+    logger.log_metrics({"c": 1.0}, 4)
+    monkeypatch.setattr(csv.DictWriter, "writerows", full)
+    with pytest.raises(OSError, match="No space"):
+        logger.save()
+    assert (tmp_path / "metrics.csv").read_text() == before
 
 
 def test_slurm_s_requeue_is_still_asked_for_by_a_signal():

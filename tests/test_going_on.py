@@ -129,7 +129,7 @@ def test_what_a_row_cannot_be_written_to_ends_a_run_with_a_word(plainly, monkeyp
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("lightning.fabric.loggers.csv_logs._ExperimentWriter.save", full)
-    with pytest.raises(RunError, match=r"Step 1: the row of CSVLogger could not be written \(\[Errno 28\] No space"):
+    with pytest.raises(RunError, match=r"Step 1: the row of metrics.csv could not be written \(\[Errno 28\] No space"):
         plainly(2)
     assert json.loads(Path("runs/a/version_0/run.json").read_text())["status"] == "failed"
 

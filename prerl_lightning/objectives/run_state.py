@@ -36,10 +36,12 @@ class Row:
                 logger.log_metrics(values, step=trainer.global_step)
                 logger.save()
         except OSError as error:  # a run that nobody sees is not worth its time
+            name = type(logger).__name__
             if isinstance(logger, CSVLogger):
+                name = "metrics.csv"
                 logger.experiment.metrics.clear()  # else Lightning fails once more, as it closes it, and hides this
             raise RunError(
-                f"Step {trainer.global_step}: the row of {type(logger).__name__} could not be written ({error}). "
+                f"Step {trainer.global_step}: the row of {name} could not be written ({error}). "
                 "Checkpoints are as they were: make room, and --ckpt_path last goes on."
             ) from error
 
