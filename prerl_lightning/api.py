@@ -6,9 +6,10 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGINT
+from signal import SIGINT, getsignal, signal
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -315,14 +316,17 @@ def fit(
     if found is not None and resume.is_file(found):
         resume.compare(found, configuration, allow_changes)
     folder: Path | None = None
+    on_ctrl_c = getsignal(SIGINT)
     share_version(runs.loggers)  # as late as can be: another run may start beside this one
     try:
         with no_folder_of_a_refusal(runs):
             runs.fit(objective, datamodule=data, ckpt_path=found, weights_only=True)
         folder = run_folder(runs)
+        if signals.received == SIGINT:  # behind the last step, where nothing has asked for it
+            raise KeyboardInterrupt
     except SystemExit as ending:
         number = ending.number if isinstance(ending, Interrupted) else signals.received
-        if number == SIGINT:  # Lightning's ending of one that came at once is an exit, too
+        if number == SIGINT or isinstance(ending.__context__, KeyboardInterrupt):  # Lightning makes an exit of one
             raise KeyboardInterrupt from None
         raise
     finally:
@@ -331,6 +335,8 @@ def fit(
         if folder is None:  # else all ranks go on with the script
             watchdog.finish(60.0)
         signals.restore()
+        with suppress(ValueError):  # a thread may not
+            signal(SIGINT, on_ctrl_c)  # Lightning has it ignored from the first one on, as if the process ended
     assert folder is not None  # there is a logger
     return Run(read_begun(folder))  # one that was resumed at its end has no rows of its own
 

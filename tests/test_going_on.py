@@ -4,10 +4,14 @@ engine of plain words."""
 import errno
 import gc
 import json
+import os
+import signal
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 from commands import environment_kept
 from plain_engine import PlainEngine
@@ -132,6 +136,38 @@ def test_what_a_row_cannot_be_written_to_ends_a_run_with_a_word(plainly, monkeyp
     with pytest.raises(RunError, match=r"Step 1: the row of metrics.csv could not be written \(\[Errno 28\] No space"):
         plainly(2)
     assert json.loads(Path("runs/a/version_0/run.json").read_text())["status"] == "failed"
+
+
+class Interrupts(L.Callback):
+    def __init__(self, hook):
+        self.hook = hook
+
+    def setup(self, trainer, module, stage):
+        if self.hook == "setup":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_train_end(self, trainer, module):
+        if self.hook == "end":
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("hook", ["setup", "end"])
+def test_ctrl_c_ends_a_script_wherever_it_comes(plainly, hook):
+    """Lightning makes an exit of the one, and nobody asked for the other: the script went on with its next fit."""
+    with pytest.raises(KeyboardInterrupt):
+        plainly(1, callbacks=[Interrupts(hook)])
+
+
+def test_shares_of_time_are_of_all_of_it(plainly):
+    """The last step's watchers were in the sum and not in the whole."""
+    run = plainly(1, callbacks=[Slow()])
+    assert run.metrics["time/since_start"].max() >= run.metrics["time/watchers"].sum() >= 0.5
+
+
+class Slow(prerl.Watcher):
+    def watch(self, trainer, module):
+        time.sleep(0.5)
+        return {}
 
 
 def test_a_fit_holds_no_model_behind_its_end(plainly, model_folder):

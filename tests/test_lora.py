@@ -233,6 +233,14 @@ def test_peft_and_transformers_read_the_folder(run, tmp_path, model_folder):
 # ---------------------------------------------------------------------- what is refused
 
 
+def test_an_adapter_s_folder_is_no_model(run, tmp_path):
+    export(run[1], tmp_path / "model", torch.float32)
+    with pytest.raises(
+        InputError, match="adapter' holds adapters alone. Give the whole model; a run's is model, beside"
+    ):
+        Policy.from_pretrained(str(tmp_path / "adapter"))
+
+
 def test_checkpoints_of_other_runs_are_refused(run, tmp_path, model_folder):
     out, _ = run
     model, path = model_folder("llama-tied"), out / "step=1.ckpt"

@@ -221,6 +221,7 @@ def test_a_predecessor_is_looked_for_beside_the_run_first(tmp_path, monkeypatch)
         (str(tmp_path / "runs/dsrl/version_0/checkpoints/last.ckpt"), tmp_path / "runs/dsrl/version_0"),
         ("/gone/runs/dsrl/version_0/checkpoints/last.ckpt", run.with_name("version_0")),
         ("/gone/runs/other/version_0/checkpoints/last.ckpt", None),
+        ("/gone/runs/before/version_0/checkpoints/last.ckpt", run.with_name("version_0")),  # renamed
     ):
-        (run / "run.json").write_text(json.dumps({"resumed_from": source}))
+        (run / "run.json").write_text(json.dumps({"name": "before", "resumed_from": source}))
         assert _predecessor(run) == expected, source

@@ -207,6 +207,8 @@ class PolicyModule(BaseObjective, RunState):
         """Callbacks have recorded theirs by now, in steps too whose own figures ``log_every_n_steps`` leaves out."""
         if self.row.values:
             self.record({"optim/step": self.trainer.global_step, "time/watchers": self.watched_seconds})
+            if "time/since_start" in self.row.values:  # with what they have taken
+                self.row.values["time/since_start"] += self.watched_seconds
             self.row.write(self.trainer)
         self.interruptions.agree(self.trainer)
 

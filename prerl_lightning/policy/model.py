@@ -91,6 +91,8 @@ def _load(loader: Any, model: str, **options: Any) -> Any:
 
 def _existing(model: str) -> str:
     path = model_path(model)
+    if (Path(path).expanduser() / "adapter_config.json").is_file():
+        raise InputError(f"model: {model!r} holds adapters alone. Give the whole model; a run's is model, beside it.")
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not (Path(path).expanduser() / "config.json").is_file():
         raise InputError(

@@ -113,15 +113,16 @@ def _with_predecessor(run: Run, earlier: Run) -> Run:
 
 def _predecessor(folder: Path) -> Path | None:
     """Of .../version_0/checkpoints/last.ckpt, which run.json names. A relative path is tried from above the run's
-    folder, the nearest first; of an absolute one that is gone, because runs were moved, the folder beside this one."""
-    source = read_info(folder)[0].get("resumed_from")
+    folder, the nearest first; of an absolute one that is gone, as runs were moved or renamed, that beside it."""
+    info = read_info(folder)[0]
+    source = info.get("resumed_from")
     if not source:
         return None
     before, here = Path(source).parent.parent, folder.resolve()
     if not before.is_absolute():
         candidates = [base / before for base in here.parents]
     else:
-        moved = [here.parent / before.name] if before.parent.name == here.parent.name else []
+        moved = [here.parent / before.name] if before.parent.name in (here.parent.name, info.get("name")) else []
         candidates = [before, *moved]
     for found in candidates:
         if found.name and (found / "metrics.csv").is_file() and found.resolve() != here:
