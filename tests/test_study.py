@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from prerl_lightning.report import compare
 from prerl_lightning.report.reading import read_run
 from prerl_lightning.report.runs import Run
 from prerl_lightning.study import check, command, schedule
+from prerl_lightning.study import record as record_module
 from prerl_lightning.study.design import Measure, arguments, identity, read_study
 from prerl_lightning.study.measures import Curve, draws, measure, steps_to, target
 from prerl_lightning.study.plan import Plan
@@ -44,10 +46,15 @@ def write_study(folder, claims=(CLAIM,), name="s.yaml", **changes):
     return folder / name
 
 
+FACT = {"families": ["reflection"], "max_steps": 60, "evaluated": 10, "val": True, "samples": 8, "alignment": True}
+
+
 @pytest.fixture
 def studied(tmp_path, monkeypatch):
-    """A function that reads a study of these changes, from an empty folder that is the present one."""
+    """A function that reads a study of these changes, from an empty folder that is the present one. Its arms are no
+    whole configurations: `FACT` is what the command hears of each."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "facts", lambda commands: dict.fromkeys(commands, FACT))
     return lambda **changes: read_study(write_study(Path("."), **changes))
 
 
@@ -142,9 +149,6 @@ def test_an_arm_that_prerl_fit_refuses(tmp_path):
         check.accepted(placed)
 
 
-FACT = {"families": ["reflection"], "max_steps": 60, "evaluated": 10, "val": True, "samples": 8, "alignment": True}
-
-
 @pytest.mark.parametrize(
     ("of", "fact", "words"),
     [
@@ -163,6 +167,46 @@ def test_a_claim_on_what_its_runs_will_not_have(studied, of, fact, words):
     with pytest.raises(InputError, match=rf"claims\[(0|1)\]\.measure: .*{words}.* \(arms\.(grpo|dsrl)\)"):
         check.check_claims(study, found)
     check.check_claims(studied(), {"arms.grpo": FACT, "arms.dsrl": FACT})
+
+
+def made_all(study):
+    for runs in Plan(study).compared().values():
+        for run in runs:
+            made(run)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["runs to make", "nothing to run"])
+@pytest.mark.parametrize("flags", [["--dry_run"], ["--no_runs"], []], ids=" ".join)
+def test_claims_are_checked_with_and_without_runs_to_make(studied, flags, there):
+    study = studied(claims=[claim(measure={"thoughts": {"family": "transitions"}})])
+    if there:
+        made_all(study)
+    with pytest.raises(InputError, match="no family 'transitions' is counted"):
+        command.study(["s.yaml", *flags])
+    assert not Path("runs/study/s/study.json").exists()
+
+
+def test_a_dry_run_asks_prerl_fit(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    shutil.copy(Path(__file__).parent / "study_run.yaml", "tiny.yaml")
+    arms = {"grpo": {"config": "tiny.yaml"}, "dsrl": {"config": "tiny.yaml", "set": {"trainer.max_step": 8}}}
+    write_study(Path("."), arms=arms)
+    with pytest.raises(InputError, match=r"arms\.dsrl: prerl fit refuses it: .*trainer\.max_step\b"):
+        command.study(["s.yaml", "--dry_run"])
+    assert "s: parsing 2 configurations as prerl fit does" in caplog.text
+
+
+def test_what_was_checked_is_not_checked_again(studied, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "facts", lambda commands: asked.append(1) or dict.fromkeys(commands, FACT))
+    studied()
+    for flag, total in (("--dry_run", 1), ("--no_runs", 2), ("--dry_run", 2), ("--no_runs", 2)):
+        command.study(["s.yaml", flag])
+        assert len(asked) == total, flag
+    studied(claims=[claim(margin=2.0)])
+    command.study(["s.yaml", "--dry_run"])
+    assert len(asked) == 3
 
 
 # ---- which runs
@@ -305,9 +349,7 @@ def test_tuning_at_unequal_numbers_of_points_is_shown(studied, capsys):
         study = studied(tuning=TUNING | {"grid": of_grid})
         for run in Plan(study).tuning():
             made(run)
-        for runs in Plan(study).compared().values():
-            for run in runs:
-                made(run)
+        made_all(study)
         command.study(["s.yaml"])
         page = Path("runs/study/s/study.html").read_text()
         for text in (capsys.readouterr().out, page):
@@ -355,9 +397,7 @@ def test_a_changed_claim_is_shown_on_the_page(studied, capsys):
     study = studied()
     command.study(["s.yaml", "--no_runs"])
     assert "incomplete: dsrl seed 0: not begun" in capsys.readouterr().out
-    for arm in ("grpo", "dsrl"):
-        for seed in (0, 1, 2):
-            made(planned(study, arm, seed))
+    made_all(study)
     command.study(["s.yaml"])
     assert "before any run was finished" in capsys.readouterr().out
     studied(claims=[claim(margin=1.5)])
@@ -368,6 +408,66 @@ def test_a_changed_claim_is_shown_on_the_page(studied, capsys):
     page = Path("runs/study/s/study.html").read_text()
     assert "claim sooner changed" in page
     assert all(f'id="{part}"' in page for part in ("verdicts", "ratios", "registration", "accuracy", "samples"))
+
+
+def test_a_dry_run_says_what_would_be_recorded(studied, capsys):
+    claims = [claim(), claim(name="same"), claim(name="gone")]
+    study, path = studied(claims=claims), Path("runs/study/s/study.json")
+
+    def listed():
+        """The lines about claims and the design, by their start."""
+        command.study(["s.yaml", "--dry_run"])
+        lines = capsys.readouterr().out.splitlines()
+        return {" ".join(line.split()[:2]): line for line in lines if line.startswith(("claim", "design", "removed"))}
+
+    new = "(would be recorded: registered now, before any run was finished)"
+    assert all(line.endswith(new) for line in listed().values())
+    assert not Path("runs").exists()
+    command.study(["s.yaml", "--no_runs"])
+    made_all(study)
+    before = path.read_bytes()
+    studied(claims=[claim(says="Others.", margin=1.5), claims[1], claim(name="new")], seeds=[0, 1])
+    found = listed()
+    assert found["claim sooner:"].endswith("(would be recorded: CHANGED now, after 4 runs were finished)")
+    assert found["claim new:"].endswith("(would be recorded: ADDED now, after 4 runs were finished)")
+    assert found["design arms,"].endswith("(would be recorded: CHANGED now, after 4 runs were finished)")
+    assert "(registered 2" in found["claim same:"]
+    assert found["removed claim"].endswith("claim gone")
+    assert path.read_bytes() == before
+    command.study(["s.yaml"])
+    capsys.readouterr()
+    assert not any("would be" in line for line in listed().values())
+    studied(claims=claims)
+    assert "(would be recorded: registered 2" in (back := listed()["claim sooner:"])
+    assert back.endswith("; changed after that, and put back as it was now, after 6 runs were finished)")
+
+
+@pytest.mark.parametrize(
+    ("margins", "said"),  # of each call's file, None: without the claim, and with so many runs finished
+    [
+        ([(1.0, 0), (2.0, 4), (1.0, 4)], r"registered T0, before any .*; changed .* as it was T2, after 4 runs were"),
+        ([(1.0, 0), (None, 2), (1.0, 3)], r"registered T0, before any .*; removed .* as it was T2, after 3 runs were"),
+        ([(1.0, 1), (2.0, 1), (1.0, 2)], r"registered T0, after 1 run was .*; changed .* as it was T2, after 2 runs"),
+        # to what was never registered, or no longer when the first run was finished
+        ([(1.0, 0), (2.0, 2), (3.0, 3), (2.0, 4)], r"CHANGED T3, after 4 runs were finished"),
+        ([(1.0, 0), (2.0, 0), (3.0, 2), (1.0, 4)], r"CHANGED T3, after 4 runs were finished"),
+        ([(1.0, 0), (2.0, 0), (3.0, 2), (2.0, 4)], r"registered T1, before any .*; changed .* as it was T3, after 4"),
+        ([(1.0, 0), (2.0, 2), (1.0, 3), (2.0, 4)], r"CHANGED T3, after 4 runs were finished"),
+        ([(1.0, 0), (2.0, 2), (1.0, 3), (2.0, 4), (1.0, 5)], r"registered T0, .*; changed .* as it was T4, after 5"),
+    ],
+)
+def test_a_claim_put_back_is_as_registered_again(studied, monkeypatch, margins, said):
+    path = Path("study.json")
+    for call, (margin, done) in enumerate(margins):
+        monkeypatch.setattr(record_module, "_now", lambda call=call: f"2026-11-27T0{call}:00:00+00:00")
+        record = Record(path)
+        other = [] if margin is None else [claim(name="other", margin=margin)]
+        record.register(studied(claims=[CLAIM, *other]), list("abcde"[:done]))
+        record.write()
+    found = re.sub(r"2026-11-27 0(\d):00 UTC", r"T\1", Record(path).standing("claim other"))
+    assert re.match(said, found), found
+    changes = [h["what"] for h in Record(path).data["history"] if h["what"].startswith("claim other ")]
+    assert len(changes) == len(margins) - 1 - any(margin is None for margin, _ in margins)
 
 
 # ---- measures

@@ -1,6 +1,6 @@
 """``prerl study STUDY.yaml``: the runs that its claims need, and a verdict for each claim.
 
-    prerl study configs/study/paper_claims.yaml --dry_run     # which runs there are and which are missing
+    prerl study configs/study/paper_claims.yaml --dry_run     # checks it; what would be made and recorded
     prerl study configs/study/paper_claims.yaml
 
 The same command goes on where it was stopped or killed, makes failed runs again, and takes finished ones as they are.
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 def _arguments() -> ArgumentParser:
     parser = ArgumentParser("prerl study", description="Runs arms over seeds and judges the claims of a YAML file.")
     parser.add_argument("study", metavar="STUDY.yaml")
-    parser.add_argument("--dry_run", action="store_true", help="list runs and claims; nothing is run or written")
+    parser.add_argument("--dry_run", action="store_true", help="check and list, without a run or a file")
     parser.add_argument("--no_runs", action="store_true", help="start no run: study.json and the page of what there is")
     return parser
 
@@ -46,15 +46,16 @@ def study(args: Sequence[str]) -> list[Verdict]:
     places = slots(design.jobs)
     plan = Plan(design)
     record = Record(plan.root / design.name / "study.json")
-    if own.dry_run:
-        _list(plan, record)
-        return []
     check_figures()
-    complete = all(plan.compared().values()) and all(plan.status(run).finished for run in plan.all())
-    if not own.no_runs and not complete and record.data.get("checked") != design.digest:
-        check_claims(design, facts(_commands(design)))
+    if record.data.get("checked") != design.digest:  # also with nothing to run: its claims are registered
+        commands = _commands(design)
+        log.info("%s: parsing %d configurations as prerl fit does: some seconds", design.name, len(commands))
+        check_claims(design, facts(commands))
         record.data["checked"] = design.digest
-    record.register(design, _finished(plan))
+    recorded = record.register(design, _finished(plan), own.dry_run)
+    if own.dry_run:
+        _list(plan, record, recorded)
+        return []
     record.write(name=design.name, file=str(design.file))
 
     def ended(_: Planned) -> None:
@@ -163,8 +164,8 @@ def _with_mean(arm: str, values: list[float | None]) -> str:
     return f"{arm} ({figure(mean(known))})" if known else arm
 
 
-def _list(plan: Plan, record: Record) -> None:
-    """What would be done, for --dry_run."""
+def _list(plan: Plan, record: Record, recorded: Sequence[str]) -> None:
+    """What would be done, for --dry_run. ``recorded``: what `Record.register` returned."""
     for run in {run.folder: run for run in plan.all()}.values():
         found = plan.status(run)
         what = {"finished": "is there", "unfinished": "goes on", "none": "to make"}[found.state]
@@ -172,6 +173,13 @@ def _list(plan: Plan, record: Record) -> None:
     for arm, runs in plan.compared().items():
         if not runs:
             print(f"to choose {arm}: its {len(plan.study.seeds)} compared runs follow the tuning")
+
+    def standing(what: str) -> str:
+        return f"{'would be recorded: ' if what in recorded else ''}{record.standing(what)}"
+
     for claim in plan.study.claims:
-        entry = record.data["registration"].get(f"claim {claim.name}")
-        print(f"claim     {claim.name}: {claim.says} ({record.standing(f'claim {claim.name}') if entry else 'new'})")
+        print(f"claim     {claim.name}: {claim.says} ({standing(f'claim {claim.name}')})")
+    print(f"design    arms, seeds and tuning ({standing('design')})")
+    for what in recorded:
+        if what not in record.data["registration"]:
+            print(f"removed   {what}")

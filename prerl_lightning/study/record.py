@@ -17,7 +17,8 @@ class Record:
 
     ``registration`` holds, for each claim and for the design (arms, files, settings, seeds, tuning), what was last
     written, its SHA-256, since when, and how many runs of the study were finished then; ``history`` holds what it
-    replaced. ``finished``: the folders of all runs that ever were, also of an earlier design.
+    replaced or removed. What is put back as it was keeps its time, and says since when it stands ``again``.
+    ``finished``: the folders of all runs that ever were, also of an earlier design.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,32 +32,37 @@ class Record:
                     f"{path} cannot be read: {error}. Restore it, or move it away to register anew."
                 ) from None
 
-    def register(self, study: Study, finished: Collection[str]) -> None:
-        """``finished``: folders of its runs that are. Registers what the file says and is not registered yet."""
+    def register(self, study: Study, finished: Collection[str], dry_run: bool = False) -> list[str]:
+        """Register what the file says and is not registered; returns the names of what is new, another or removed.
+
+        ``finished``: folders of its runs that are. ``dry_run``: the time is left open, and `write` must not follow.
+        """
         self.finish(finished)
         registered: dict[str, Any] = self.data["registration"]
         said = {f"claim {claim.name}": claim.registered for claim in study.claims} | {"design": study.registered}
-        now, done = _now(), len(self.data["finished"])
-        for name in [n for n in registered if n not in said]:
-            self.data["history"].append({"what": f"{name} removed", "time": now, "runs_finished": done,
-                                         "before": registered.pop(name)})  # fmt: skip
+        now = {"time": None if dry_run else _now(), "runs_finished": len(self.data["finished"])}
+        gone = [name for name in registered if name not in said]
+        for name in gone:
+            self.data["history"].append({"what": f"{name} removed", **now, "before": registered.pop(name)})
+        other = {n: c for n, c in said.items() if n not in registered or registered[n]["sha256"] != digest(c)}
         anew = not registered
-        for name, canonical in said.items():
-            before = registered.get(name)
-            if before and before["sha256"] == digest(canonical):
-                continue
-            entry = {
-                "sha256": digest(canonical),
-                "said": hide(json.loads(canonical)),
-                "time": now,
-                "runs_finished": done,
-            }
+        for name, canonical in other.items():
+            before, counts = registered.get(name), self._that_counts(name)
+            if counts and counts["sha256"] == digest(canonical):
+                kind, again = "put back", {"again": {**now, "was": "changed" if before else "removed"}}
+                registered[name] = counts | again
+            else:
+                kind, how = "changed", {"changed": True} if before else {} if anew else {"added": True}
+                registered[name] = {"sha256": digest(canonical), "said": hide(json.loads(canonical)), **now, **how}
             if before:
-                kept = {"what": f"{name} changed", "time": now, "runs_finished": done, "before": before}
-                self.data["history"].append(kept)
-                # by what was known when it became another, the first time that something was
-                entry["changed"] = True
-            registered[name] = entry | ({} if before or anew else {"added": True})
+                self.data["history"].append({"what": f"{name} {kind}", **now, "before": before})
+        return [*other, *gone]
+
+    def _that_counts(self, name: str) -> dict[str, Any] | None:
+        """What ``name`` was when the first run was finished, or, of what was written down later, at first."""
+        entries = [one["before"] for one in self.data["history"] if one["what"].startswith(f"{name} ")]
+        entries += [self.data["registration"][name]] if name in self.data["registration"] else []
+        return next((one for one in reversed(entries) if not one["runs_finished"]), entries[0] if entries else None)
 
     def finish(self, folders: Collection[str]) -> None:
         self.data["finished"] = sorted({*self.data["finished"], *folders})
@@ -75,11 +81,17 @@ class Record:
 
 def standing(entry: Mapping[str, Any]) -> str:
     """ "registered 2026-11-26 00:43 UTC, before any run was finished"."""
-    done, time = entry["runs_finished"], f"{entry['time'][:10]} {entry['time'][11:16]} UTC"
-    if not done:
-        return f"registered {time}, before any run was finished"
-    how = "CHANGED" if entry.get("changed") else "ADDED" if entry.get("added") else "registered"
-    return f"{how} {time}, after {done} run{'s were' if done > 1 else ' was'} finished"
+    flag = "CHANGED" if entry.get("changed") else "ADDED" if entry.get("added") else "registered"
+    said = f"{flag if entry['runs_finished'] else 'registered'} {_when(entry)}"
+    again = entry.get("again")
+    return f"{said}; {again['was']} after that, and put back as it was {_when(again)}" if again else said
+
+
+def _when(entry: Mapping[str, Any]) -> str:
+    done, time = entry["runs_finished"], entry["time"]
+    at = "now" if time is None else f"{time[:10]} {time[11:16]} UTC"
+    runs = f"after {done} run{'s were' if done > 1 else ' was'}" if done else "before any run was"
+    return f"{at}, {runs} finished"
 
 
 def _now() -> str:
