@@ -2,6 +2,7 @@
 at once, and the documentation is built without torch."""
 
 import ast
+import builtins
 import inspect
 import re
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.Assign | ast.AnnAssign
 FOREIGN = ("abc", "collections", "torch", "typing")  # packages whose bases bring no arguments of ours
@@ -27,35 +29,47 @@ class Argument:
 
 
 @dataclass(frozen=True)
+class Method:
+    """Of a base, one that has or is free to be written, or what a record has beside its fields. ``called``: its
+    signature; ``text``: the first paragraph."""
+
+    called: str
+    how: Literal["to write", "may be written", "method", "property"]
+    text: str
+
+
+@dataclass(frozen=True)
 class Entry:
-    """``text``: the docstring but for its arguments. ``unread``: bases whose source is not to be found."""
+    """``home``: where it is defined. ``text``: the docstring; of a class without its arguments. ``unread``: bases whose
+    source is not to be found."""
 
     name: str
     path: str
+    home: str
     is_class: bool
     text: str
     arguments: tuple[Argument, ...] = ()
+    methods: tuple[Method, ...] = ()
     unread: tuple[str, ...] = ()
 
 
 def read(path: str) -> Entry | None:
     """Of a class or function by import path, re-exported ones too; None: there is no source of such."""
-    module, _, name = path.rpartition(".")
-    found = _definition(module, name) if module else None
-    home, node = found or ("", None)
+    module, node = _definition(path) or ("", None)
     if not isinstance(node, ast.ClassDef | ast.FunctionDef):
         return None
-    text = _sections(ast.get_docstring(node) or "")[0]
+    name, home, text = path.rpartition(".")[2], f"{module}.{node.name}", ast.get_docstring(node) or ""
     if isinstance(node, ast.FunctionDef):
-        return Entry(name, path, False, text)
+        return Entry(name, path, home, False, text)
     unread: list[str] = []
-    arguments = _arguments(home, node, unread)
-    return Entry(name, path, True, text, tuple(arguments.values()), tuple(unread))
+    arguments = tuple(_arguments(module, node, unread).values())
+    methods = sorted(_methods(node), key=lambda method: method.how != "to write")
+    return Entry(name, path, home, True, _sections(text)[0], arguments, tuple(methods), tuple(unread))
 
 
 def constant(module: str, name: str) -> ast.expr:
     """The value that a module gives a name, as a tree."""
-    found = _definition(module, name)
+    found = _definition(f"{module}.{name}")
     if found is None or not isinstance(found[1], ast.Assign | ast.AnnAssign) or found[1].value is None:
         raise KeyError(f"{module} has no {name}")
     return found[1].value
@@ -100,23 +114,56 @@ def _lines(module: str) -> list[bytes]:
 
 
 @cache
-def _definition(module: str, name: str) -> tuple[str, Definition] | None:
-    """The module and the statement that a module's name comes from."""
-    source = _source(module)
-    if source is None:
-        return None
-    for node in source[1].body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+def _imports(module: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """Those of its source, then those of the stub beside it, which has the names of a lazy package."""
+    file, source = _file(module), _source(module)
+    trees = [source[1]] if source else []
+    if file is not None and (stub := file.with_suffix(".pyi")).is_file():
+        trees.append(ast.parse(stub.read_text(encoding="utf-8")))
+    return tuple(n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom))
+
+
+@cache
+def _definition(path: str) -> tuple[str, Definition] | None:
+    """The module and the statement that a name comes from, through whatever imports it or gives it another name."""
+    seen = set()
+    while path not in seen:
+        seen.add(path)
+        module, _, name = path.rpartition(".")
+        node = _statement(module, name)
+        other = getattr(node, "value", None)
+        if node is not None and not isinstance(other, ast.Name | ast.Attribute):
             return module, node
+        path = _path(module, ast.unparse(other)) if other else _imported(module, name)
+    return None
+
+
+def _statement(module: str, name: str) -> Definition | None:
+    source = _source(module)
+    for node in source[1].body if source else ():
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            return node
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if isinstance(node, ast.Assign | ast.AnnAssign) and any(getattr(t, "id", "") == name for t in targets):
-            return module, node
-    for each in ast.walk(source[1]):
-        if isinstance(each, ast.ImportFrom):
-            for alias in each.names:
-                if (alias.asname or alias.name) == name and (origin := _origin(module, each)) != module:
-                    return _definition(origin, alias.name)
+            return node
     return None
+
+
+def _path(module: str, name: str) -> str:
+    """Of what a name, dotted or not, stands for in a module."""
+    return f"{module}.{name}" if _statement(module, name) else _imported(module, name)
+
+
+def _imported(module: str, name: str) -> str:
+    """Likewise, by imports alone; what is not imported is the module's own."""
+    first, dot, rest = name.partition(".")
+    for node in _imports(module):
+        for alias in node.names:
+            if (alias.asname or alias.name.partition(".")[0]) == first:
+                package = f"{_origin(module, node)}." if isinstance(node, ast.ImportFrom) else ""
+                known = alias.name if package or alias.asname else first  # `import a.b` names a
+                return f"{package}{known}{dot}{rest}"
+    return f"{module}.{name}"
 
 
 def _origin(module: str, node: ast.ImportFrom) -> str:
@@ -128,30 +175,19 @@ def _origin(module: str, node: ast.ImportFrom) -> str:
     return ".".join([*parts[: -node.level], *([node.module] if node.module else [])])
 
 
-def _named(module: str, node: ast.expr) -> tuple[str, Definition] | None:
-    """Of ``Name`` or ``alias.Name``."""
-    if isinstance(node, ast.Name):
-        return _definition(module, node.id)
-    source = _source(module)
-    if isinstance(node, ast.Attribute) and source is not None:
-        package = ast.unparse(node.value)
-        for each in ast.walk(source[1]):
-            for alias in each.names if isinstance(each, ast.Import) else ():
-                if (alias.asname or alias.name) == package:
-                    return _definition(alias.name, node.attr)
-    return None
-
-
 def _bases(module: str, node: ast.ClassDef, unread: list[str]) -> Iterator[tuple[str, ast.ClassDef]]:
     """The class, then its bases, in the order of depth."""
     yield module, node
     for base in node.bases:
-        found = _named(module, base)
-        if found is not None and isinstance(found[1], ast.ClassDef):
-            if found[0].partition(".")[0] not in FOREIGN:
-                yield from _bases(found[0], found[1], unread)
-        elif found is None and ast.unparse(base).rpartition(".")[2] not in ("ABC", "object", "Generic", "Module"):
-            unread.append(ast.unparse(base))
+        name = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
+        path = _path(module, name)
+        if path.partition(".")[0] in FOREIGN or hasattr(builtins, name):
+            continue
+        found = _definition(path)
+        if found is None:
+            unread.append(name)
+        elif isinstance(found[1], ast.ClassDef) and found[0].partition(".")[0] not in FOREIGN:
+            yield from _bases(found[0], found[1], unread)
 
 
 # ---------------------------------------------------------------------- arguments
@@ -171,13 +207,18 @@ def _arguments(module: str, node: ast.ClassDef, unread: list[str]) -> dict[str, 
                 found.setdefault(name, argument)
             if init.args.kwarg is None:
                 break
-        elif any("dataclass" in ast.unparse(d) for d in each.decorator_list):
+        elif _is_record(each):
             found |= _of_fields(home, each, texts)
     return found
 
 
 def _init(node: ast.ClassDef) -> ast.FunctionDef | None:
-    return next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    named = {n.name: n for n in node.body if isinstance(n, ast.FunctionDef)}
+    return named.get("__init__", named.get("__new__"))
+
+
+def _is_record(node: ast.ClassDef) -> bool:
+    return any("dataclass" in ast.unparse(d) for d in node.decorator_list)
 
 
 def _of_signature(module: str, owner: str, init: ast.FunctionDef, texts: dict[str, str]) -> dict[str, Argument]:
@@ -225,7 +266,7 @@ def _type(module: str, node: ast.expr | None) -> str:
         return ""
 
     def spelled(match: re.Match[str]) -> str:
-        found = _definition(module, match[0])
+        found = _definition(f"{module}.{match[0]}")
         value = found[1].value if found and isinstance(found[1], ast.Assign) else None
         text = ast.unparse(value) if value is not None else ""
         return text if text.startswith("Literal[") else match[0]
@@ -233,6 +274,51 @@ def _type(module: str, node: ast.expr | None) -> str:
     text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ast.unparse(node)
     text = re.sub(r"(?<![\w.'])[A-Z]\w*\b(?!')", spelled, text)
     return re.sub(r"Literal\[([^\]]*)\]", lambda match: match[1].replace(", ", " | "), text)
+
+
+# ---------------------------------------------------------------------- methods
+
+
+def _methods(node: ast.ClassDef) -> Iterator[Method]:
+    """In its own body. Of a base what does nothing by itself may be written, too: it is empty, or gives something in
+    which none of its arguments occurs."""
+    methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+    is_base = any(map(_is_missing, methods))
+    for each in methods:
+        text = (ast.get_docstring(each) or "").partition("\n\n")[0]
+        marks = {ast.unparse(d).rpartition(".")[2] for d in each.decorator_list}
+        is_property = bool(marks & {"property", "cached_property"})
+        public = text and not each.name.startswith("_")
+        if _is_missing(each):
+            yield Method(_called(each, is_property), "to write", text)
+        elif public and is_base and _does_nothing(each):
+            yield Method(_called(each, is_property), "may be written", text)
+        elif public and _is_record(node):
+            yield Method(_called(each, is_property), "property" if is_property else "method", text)
+
+
+def _is_missing(node: ast.FunctionDef) -> bool:
+    abstract = any(ast.unparse(d).rpartition(".")[2] == "abstractmethod" for d in node.decorator_list)
+    return abstract or [ast.unparse(each) for each in _body(node)] == ["raise NotImplementedError"]
+
+
+def _does_nothing(node: ast.FunctionDef) -> bool:
+    names = {n.id for each in _body(node) for n in ast.walk(each) if isinstance(n, ast.Name)}
+    given = {arg.arg for arg in (*node.args.args, *node.args.kwonlyargs)}
+    return all(isinstance(each, ast.Return | ast.Pass) for each in _body(node)) and not names & given
+
+
+def _body(node: ast.FunctionDef) -> list[ast.stmt]:
+    """Without docstring and ``...``."""
+    return [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+
+
+def _called(node: ast.FunctionDef, is_property: bool) -> str:
+    gives = ast.unparse(node.returns).strip("'") if node.returns is not None else ""
+    if is_property:
+        return f"{node.name}: {gives}"
+    arguments = re.sub(r"^(self|cls)(, )?", "", ast.unparse(node.args))
+    return f"{node.name}({arguments})" + (f" -> {gives}" if gives else "")
 
 
 # ---------------------------------------------------------------------- docstrings

@@ -8,6 +8,7 @@ words of their docstrings; the documentation's reference of every key is made of
     prerl help rloo                      # a configuration that is shipped; evaluate: a command's options
     prerl help rollout/entropy           # a column of metrics.csv
     prerl help my_module.MyObjective     # a class of your own, by its path
+    prerl help ProblemSet                # what one of your own derives from, or is handed
 """
 
 import ast
@@ -20,7 +21,7 @@ from functools import cache
 from importlib import import_module
 
 from prerl_lightning import shipped
-from prerl_lightning.docstrings import Argument, Entry, constant, read
+from prerl_lightning.docstrings import Argument, Entry, Method, constant, read
 from prerl_lightning.errors import ArgumentParser, InputError, nearest
 from prerl_lightning.metrics.glossary import Column, column, glossary
 from prerl_lightning.terminal import printable_lines
@@ -28,7 +29,7 @@ from prerl_lightning.terminal import printable_lines
 OURS = "prerl_lightning"
 REWARDS = f"{OURS}.rewards"
 OBJECTIVES = f"{OURS}.objectives"
-POLICY_MODULE = f"{OBJECTIVES}.PolicyModule"
+POLICY_MODULE = f"{OURS}.PolicyModule"
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 
 # what LightningCLI has at a configuration's top level, and what stands below `data`
@@ -79,12 +80,13 @@ TITLES = {
     "problems": ("Problem sets", "data.train: {{class_path: {}, init_args: {{...}}}}"),
     "terms": ("Terms", "model: {{class_path: Objective, init_args: {{terms: [{{space: ..., ...}}]}}}}"),
     "axes": ("Choices along the axes", "{{class_path: {}, init_args: {{...}}}}, or its name alone"),
-    "bases": ("To derive from, for an axis of your own", "its import path"),
+    "bases": ("To derive from, for an axis of your own", "from {} import {}"),
     "adapters": ("Adapters", "model.init_args.lora: {{...}}"),
     "engines": ("Engines", "data.engine: {{class_path: {}, init_args: {{...}}}}"),
     "rewards": ("Rewards", "data.reward: {}"),
     "callbacks": ("Callbacks", "trainer.callbacks: [{{class_path: {}, init_args: {{...}}}}]"),
     "strategies": ("Strategies", "trainer.strategy: {}"),
+    "own": ("For other code of your own: what it derives from or is handed", "from {} import {}"),
 }
 
 # the module of each axis of a term, and its classes; and what follows the entropy
@@ -103,6 +105,14 @@ BASES = {
     "aggregations": ("Aggregation",),
     "token_weights": ("Weight",),
     "coefficients": ("Coefficient",),
+}
+CODE = ("bases", "own")  # kinds of what is no part of a configuration
+# by the kind beside which the documentation has them
+OWN = {
+    "problems": {name: f"{OURS}.{name}" for name in ("ProblemSet", "Problem")},
+    "engines": {"Engine": f"{OURS}.Engine"},
+    "rewards": {"Score": f"{REWARDS}.Score"},
+    "callbacks": {name: f"{OURS}.{name}" for name in ("Watcher", "Rollout", "Prompt", "Response")},
 }
 
 
@@ -139,6 +149,7 @@ def topics() -> Mapping[str, Mapping[str, str]]:
             "PolicyReincarnation.until": f"{OBJECTIVES}.until.Until",
         },
         "strategies": {"fsdp2": f"{OURS}.strategies.FSDP2Strategy"},
+        "own": {"PolicyModule": POLICY_MODULE} | {name: path for of in OWN.values() for name, path in of.items()},
     }
 
 
@@ -216,17 +227,20 @@ def _about(topic: str) -> Iterator[str]:
         return _argument(Argument(topic, type_, default, text, ""), "")
     if topic == "metrics":
         return (line for of_group in glossary().items() for line in _group(*of_group))
-    if (found := column(topic)) is not None:
-        return _column(found)
+    if (of_metrics := column(topic)) is not None:
+        return _column(of_metrics)
     for called, (name, path, kind) in _classes().items():
-        if _folded(called) == _folded(topic):
+        if _folded(called) == _folded(topic) and not (kind == "own" and any(_arguments_named(topic))):  # engine
             return _entry(entry(path), name, kind)
     if files := [name for name in shipped.names() if _folded(topic) in (_folded(name), _folded(_last(name, "/")))]:
         return (line for name in files for line in _configuration(name))
     if matches := list(_arguments_named(topic)):
         return _in_places(matches)
-    if "." in topic and read(topic) is not None:
-        return _entry(entry(topic), topic, "objectives" if _is_objective(topic) else "")
+    if (found := read(topic if "." in topic else f"{OURS}.{topic}")) is not None:
+        for name, path, kind in _classes().values():
+            if _last(path) == _last(found.home) and entry(path).home == found.home:
+                return _entry(entry(path), name, kind)
+        return _entry(found, topic, "objectives" if _is_objective(found) else "")
     if matches := list(_arguments_given(topic)):
         return _in_places(matches)
     names = [*(_last(name, "/") for name in shipped.names()), *(name for of in _commands() for name in of)]
@@ -274,6 +288,9 @@ def _entry(found: Entry, name: str, kind: str) -> Iterator[str]:
     for argument in found.arguments:
         yield ""
         yield from _argument(argument, "  ")
+    for method in found.methods if kind in ("", *CODE) else ():
+        yield ""
+        yield from _method(method, "  ")
     below = [topic for of_kind in topics().values() for topic in of_kind if topic.startswith(f"{name}.")]
     if below:
         yield ""
@@ -289,6 +306,11 @@ def _argument(argument: Argument, indent: str) -> Iterator[str]:
     default = "required" if argument.default is None else f"default {argument.default}"
     yield from _wrapped(f"{argument.name}    {argument.type or 'any'}, {default}", indent, indent + "    ")
     yield from _prose(argument.text, indent + "    ")
+
+
+def _method(method: Method, indent: str) -> Iterator[str]:
+    yield from _wrapped(f"{method.how}    {method.called}", indent, indent + "    ")
+    yield from _prose(method.text, indent + "    ")
 
 
 def _group(group: str, of_group: tuple[str, tuple[Column, ...]]) -> Iterator[str]:
@@ -339,15 +361,17 @@ def page(kind: str) -> str:
     if kind == "objectives":
         base = entry(POLICY_MODULE)
         lines = [*_section(base, "What all objectives take", "", base.arguments), ""]
-    for name, path in topics()[kind].items():
-        if path != TRAINER:
-            found = entry(path)
-            own = [a for a in found.arguments if a.owner not in _bases()]
-            lines += [*_section(found, name, usage(found, name, kind), own), ""]
+    shown = [(name, path, kind) for name, path in topics()[kind].items() if path != TRAINER]
+    for name, path, of in [*shown, *((name, path, "own") for name, path in OWN.get(kind, {}).items())]:
+        found = entry(path)
+        own = [a for a in found.arguments if a.owner not in _bases()]
+        lines += [*_section(found, name, usage(found, name, of), own, found.methods if of in CODE else ()), ""]
     return "\n".join(lines)
 
 
-def _section(found: Entry, name: str, how: str, arguments: Sequence[Argument]) -> Iterator[str]:
+def _section(
+    found: Entry, name: str, how: str, arguments: Sequence[Argument], methods: Sequence[Method] = ()
+) -> Iterator[str]:
     yield from (f"## {name}", "")
     if how:
         yield from (f"`{how}`", "")
@@ -355,14 +379,19 @@ def _section(found: Entry, name: str, how: str, arguments: Sequence[Argument]) -
         yield from (_marked(block), "")
     for argument in arguments:
         yield from _item(argument)
+    for method in methods:
+        yield from _defined(f"`{method.called}` ({method.how})", method.text)
 
 
 def _item(argument: Argument) -> Iterator[str]:
-    """In a list of definitions."""
     default = "required" if argument.default is None else f"`{argument.default}`"
-    yield f"`{argument.name}` ({f'`{argument.type}`' if argument.type else 'any'}, {default})"
-    first, *more = _blocks(argument.text) or [""]
-    yield f": {_marked(first)}".rstrip()
+    return _defined(f"`{argument.name}` ({f'`{argument.type}`' if argument.type else 'any'}, {default})", argument.text)
+
+
+def _defined(what: str, text: str) -> Iterator[str]:
+    """In a list of definitions; one of nothing is a paragraph."""
+    first, *more = _blocks(text) or [""]
+    yield from (what, f": {_marked(first)}") if first else (what,)
     yield from (line for block in more for line in ("", f"  {_marked(block)}"))
     yield ""
 
@@ -390,6 +419,9 @@ def usage(found: Entry, name: str, kind: str) -> str:
     """How it stands in a configuration, in one line of YAML; nothing for a kind that is not known."""
     if not kind:
         return ""
+    if kind in CODE:
+        module, _, last = found.path.rpartition(".")
+        return TITLES[kind][1].format(module, last)
     if kind == "rewards":
         return (
             f"data.reward: {{class_path: {found.path}, init_args: {{...}}}}"
@@ -425,8 +457,8 @@ def _all(module: str) -> list[str]:
     return [str(name) for name in ast.literal_eval(constant(module, "__all__"))]
 
 
-def _is_objective(path: str) -> bool:
-    return any(argument.owner in _bases() for argument in entry(path).arguments)
+def _is_objective(found: Entry) -> bool:
+    return any(argument.owner in _bases() for argument in found.arguments)
 
 
 @cache

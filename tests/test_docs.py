@@ -194,6 +194,48 @@ def test_python(page, before, text, here):
         exec(code, {"__name__": "documentation"})
 
 
+def test_the_successor_that_is_shown_is_the_overlay():
+    of_the_guide = (yaml.safe_load(text) for page, text in YAMLS if page.endswith("guides/objectives.md"))
+    (callbacks,) = (found["trainer"]["callbacks"] for found in of_the_guide if "trainer" in found)
+    successor = callbacks[0]["init_args"]["successor"]
+    assert successor["init_args"].pop("lr")
+    assert successor == yaml.safe_load((ROOT / "configs" / "objectives" / "gspo.yaml").read_text())["model"]
+
+
+def test_the_embedded_models_are_where_the_guide_says():
+    from prerl_lightning.policy.model import EMBEDDED, model_path
+
+    text = (ROOT / "docs" / "guides" / "own-task.md").read_text()
+    for name in EMBEDDED:
+        assert f"`{Path(model_path(name)).relative_to(ROOT).as_posix()}`" in text
+
+
+def test_the_modules_that_processes_import_for_a_reward_load_no_torch(here):
+    code = "import sys, my_rewards, my_problems; assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=here)
+
+
+def test_the_set_of_one_s_own_trains(here):
+    """Two steps of the embedded model."""
+    from plain_engine import PlainEngine
+
+    import prerl_lightning as prerl
+
+    (here / "sums.txt").write_text("".join(f"{a}+{a + 1}-{a}={a + 1}\n" for a in range(10, 18)))
+    problems = importlib.import_module("my_problems").Sums("sums.txt")
+    data = prerl.RolloutDataModule(
+        train=problems,
+        prompts_per_step=4,
+        sampling=prerl.Sampling(group_size=2, max_new_tokens=16),
+        verification=prerl.Verification(workers=0),
+        engine=PlainEngine(),
+    )
+    run = prerl.fit(prerl.GRPO(model="embedded-sums", lr=3e-4), data, max_steps=2, name="own_set")
+    assert len(run.metrics) == 2
+    assert problems[1].prompt == "11+12-11=?\n"
+    assert problems.reward("", "11+12=23;23-11=12#12", problems[1].ground_truth, {"truncated": False}) == 1
+
+
 @pytest.mark.parametrize("page", ["trl", "verl"])
 def test_our_names_beside_theirs_are_ours(page):
     text = (ROOT / "docs" / "coming-from" / f"{page}.md").read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prerl_lightning import manual
+from prerl_lightning import docstrings, manual
 from prerl_lightning.docstrings import read
 from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.glossary import column, glossary
@@ -27,6 +27,7 @@ def show(capsys, *topic) -> str:
 def test_help_is_answered_without_what_is_heavy():
     code = (
         "import sys; from prerl_lightning.cli import main; main(['help', 'GRPO']); main(['help', 'data']); "
+        "[main(['help', name]) for name in ('ProblemSet', 'Life', 'prerl_lightning.Watcher')]; "
         "assert not {'torch', 'lightning', 'vllm', 'transformers'} & set(sys.modules), 'heavy'"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -45,9 +46,9 @@ def test_what_is_read_is_what_python_sees(topic):
     if not inspect.isclass(there):
         return
     seen: dict[str, inspect.Parameter] = {}
-    for base in there.__mro__:
-        if "__init__" in vars(base):
-            parameters = inspect.signature(base.__init__).parameters.values()
+    for base in there.__mro__[:-1]:
+        if maker := vars(base).get("__init__", vars(base).get("__new__")):
+            parameters = inspect.signature(maker).parameters.values()
             kinds = {p.kind for p in parameters}
             seen |= {p.name: p for p in list(parameters)[1:] if p.name not in seen}
             if inspect.Parameter.VAR_KEYWORD not in kinds:
@@ -56,7 +57,7 @@ def test_what_is_read_is_what_python_sees(topic):
     assert {a.name for a in found.arguments} == seen.keys()
     for argument in found.arguments:
         default = seen[argument.name].default
-        assert argument.text, argument
+        assert argument.text or topic == "Prompt", argument
         assert argument.type, argument
         assert (argument.default is None) == (default is inspect.Parameter.empty), argument
         try:
@@ -153,6 +154,133 @@ def test_a_class_of_one_s_own(capsys, tmp_path, monkeypatch):
         assert "beta float, default 0.5 of mine. pretrain_coefficient float, default 0.01" in found
         assert "kl_coefficient float, default 0.0 of a KL penalty" in found
     assert show(capsys, "mine.reward") == "mine.reward A word."
+
+
+@pytest.mark.parametrize(
+    ("imports", "base"),
+    [
+        ("from prerl_lightning import PolicyModule", "PolicyModule"),
+        ("from prerl_lightning import PolicyModule as Base", "Base"),
+        ("import prerl_lightning as prerl", "prerl.PolicyModule"),
+        ("import prerl_lightning", "prerl_lightning.PolicyModule"),
+        ("import prerl_lightning.objectives", "prerl_lightning.objectives.PolicyModule"),
+        ("import prerl_lightning as prerl", "prerl.objectives.PolicyModule"),
+        ("from prerl_lightning import objectives", "objectives.PolicyModule"),
+        ("from prerl_lightning import objectives as o", "o.base.PolicyModule"),
+    ],
+)
+def test_a_base_is_found_however_it_is_imported(imports, base, capsys, tmp_path, monkeypatch):
+    """The lazy package's names too, which stand in its stub alone."""
+    (tmp_path / "own.py").write_text(f"{imports}\n\n\nclass Mine({base}):\n    '''What it is.'''\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for of_a_module in (docstrings._file, docstrings._source, docstrings._imports, docstrings._definition):
+        of_a_module.cache_clear()
+    found = show(capsys, "own.Mine")
+    assert found.startswith("own.Mine model: {class_path: own.Mine, init_args: {...}} What it is. model str | None")
+    assert "could not be read" not in found
+
+
+def test_the_objective_of_the_example(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(PACKAGE / "examples" / "own_task"))
+    assert read("objective.DrGRPO").unread == ()
+    assert "lr float, default 1e-6" in show(capsys, "objective.DrGRPO")
+
+
+def test_every_name_of_a_lazy_package_is_found():
+    stubs = list(PACKAGE.rglob("__init__.pyi"))
+    assert len(stubs) > 5
+    for stub in stubs:
+        package = ".".join(stub.parent.relative_to(PACKAGE.parent).parts)
+        for name in re.findall(r" as (\w+)$", stub.read_text(), re.M):
+            there = getattr(importlib.import_module(package), name)
+            found = read(f"{package}.{name}")
+            assert found is not None, name
+            assert found.home == f"{there.__module__}.{there.__qualname__}"
+
+
+def test_a_topic_by_a_path_of_its_own(capsys):
+    assert show(capsys, "prerl_lightning.Watcher") == show(capsys, "Watcher")
+    assert show(capsys, "prerl_lightning.callbacks.watcher.Watcher") == show(capsys, "Watcher")
+    assert show(capsys, "prerl_lightning.Sampling") == show(capsys, "data.sampling")
+    assert show(capsys, "prerl_lightning.GRPO") == show(capsys, "GRPO")
+    assert show(capsys, "Life") == show(capsys, "prerl_lightning.Life") == show(capsys, "PolicyReincarnation")
+    assert show(capsys, "load_run").startswith("load_run ")  # what one imports is a topic, listed or not
+
+
+def test_what_code_of_one_s_own_derives_from_or_is_handed(capsys):
+    found = show(capsys, "ProblemSet")
+    assert found.startswith("ProblemSet from prerl_lightning import ProblemSet A sized, indexable set of problems.")
+    assert "to write __len__() -> int to write __getitem__(index: int) -> Problem may be written reward: " in found
+    assert found.endswith("may be written load() -> None Open the source and check it.")
+    assert "__iter__" not in found  # there already
+    found = show(capsys, "Problem")
+    assert "row int, required the row's number in its source" in found
+    assert "extra Mapping[str, Any], default {} any further columns" in found
+    found = show(capsys, "Watcher")
+    assert "to write watch(trainer: L.Trainer, module: PolicyModule) -> dict[str, float] Metrics of the step" in found
+    assert "on_train_batch_end" not in found
+    found = show(capsys, "Engine")
+    assert "to write update_weights(named_weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None" in found
+    assert "may be written sizes(shape: ModelShape, config: PretrainedConfig, total: int | None) -> EngineSize" in found
+    found = show(capsys, "Rollout")
+    assert "lengths Tensor, required (N,) int64, tokens of each response." in found
+    assert "property responses: tuple[Response, ...] One by one, as views." in found
+    assert "method losses(loss: Tensor" in show(capsys, "Tokens")
+    assert "token_ids tuple[int, ...], required" in show(capsys, "Prompt")
+    assert "truncated bool, required the length limit ended it." in show(capsys, "Response")
+    found = show(capsys, "Score")
+    assert "answer str | None, default None as compared with the ground truth" in found
+    assert "could not be read" not in found  # float
+    assert "lr float, default 1e-6" in show(capsys, "PolicyModule")
+    assert "from prerl_lightning.objectives.advantages import Advantage" in show(capsys, "Advantage")
+    assert "to write" not in show(capsys, "Files") + show(capsys, "VLLMEngine")
+
+
+def test_the_methods_of_a_base_are_those_that_it_has_abstract_and_those_that_do_nothing(tmp_path, monkeypatch):
+    (tmp_path / "judges.py").write_text(
+        "class Judge:\n"
+        "    def score(self, text: str) -> float:\n        '''A number.'''\n        raise NotImplementedError\n"
+        "    def close(self):\n        '''Let go.'''\n"
+        "    def limit(self, n: int = 3) -> 'int':\n        '''Of all.'''\n        return LIMIT\n"
+        "    def twice(self, n):\n        '''Uses its argument.'''\n        return 2 * n\n"
+        "    def run(self):\n        '''Does something.'''\n        print()\n"
+        "class Mine(Judge):\n"
+        "    def close(self):\n        '''Nothing to close.'''\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = [(method.how, method.called) for method in read("judges.Judge").methods]
+    assert found == [
+        ("to write", "score(text: str) -> float"),
+        ("may be written", "close()"),
+        ("may be written", "limit(n: int=3) -> int"),
+    ]
+    assert read("judges.Mine").methods == ()
+
+
+def test_a_key_s_name_is_the_key_and_not_the_class_of_this_name(capsys):
+    for name, said in {"engine": "data: engine Engine | None", "prompt": "Files: prompt str, default"}.items():
+        assert show(capsys, name).startswith(said)
+    assert show(capsys, "rollout").startswith("Rollout from prerl_lightning")
+
+
+def test_a_function_s_arguments_are_said(capsys):
+    found = show(capsys, "prerl_lightning.evaluate")
+    assert "Args: - model: Hugging Face folder or hub id" in found
+
+
+def test_two_modules_that_import_a_name_from_each_other_have_none(tmp_path, monkeypatch):
+    (tmp_path / "ping.py").write_text("from pong import Thing\n")
+    (tmp_path / "pong.py").write_text("from ping import Thing\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert read("ping.Thing") is None
+
+
+def test_the_documentation_has_them_beside_what_they_belong_to():
+    assert "## ProblemSet\n\n`from prerl_lightning import ProblemSet`" in manual.page("problems")
+    assert "`__len__() -> int` (to write)\n" in manual.page("problems")
+    assert "## Watcher" in manual.page("callbacks")
+    assert "## Engine" in manual.page("engines")
+    assert "## Score" in manual.page("rewards")
 
 
 @pytest.mark.parametrize(
