@@ -76,7 +76,8 @@ class ModelShape:
         InputError: it has not the layers that ``lora`` targets."""
         config = deepcopy(config.get_text_config())
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            # as `policy.model.load_model` has it, whatever its files are in
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
         def known(*names: str, default: int = 0) -> int:  # the largest, where layers differ
             value: Any = next((v for v in (getattr(config, name, None) for name in names) if v), default)

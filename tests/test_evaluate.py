@@ -23,6 +23,7 @@ from prerl_lightning.data.tasks.sums import ArithmeticProblems
 from prerl_lightning.errors import InputError
 from prerl_lightning.evaluation import command, compare, evaluate, read_results
 from prerl_lightning.evaluation.devices import ranks_on
+from prerl_lightning.evaluation.files import ResultFile
 from prerl_lightning.evaluation.measures import measures
 from prerl_lightning.evaluation.weights import checkpoint_weights
 from prerl_lightning.metrics.intervals import interval
@@ -129,6 +130,7 @@ def test_a_checkpoint_s_weights_are_those_evaluated(whole, tmp_path, refused):
         (["evaluate"], "give --model and --data"),
         (["evaluate", "--model", "embedded", "--data", "math600"], "'math600' is none of"),
         (["evaluate", "--model", "embedded", "--data", "amc23=nowhere.parquet"], "nowhere.parquet: no such file"),
+        (["evaluate", "--model", "embedded", "--data", "amc23,aime24", "--data", "amc23=b"], "a set is given twice"),
         (["evaluate", "--model", "embedded", "--data", "amc23", "--k", "0"], "--k: 0 is below 1"),
         (["evaluate", "--model", "embedded", "--data", "amc23", "--devices", "0"], "--devices: 0 is below 1"),
         (["compare", "nowhere", "nowhere"], "nowhere: no such folder"),
@@ -183,6 +185,57 @@ def test_from_python(model_folder, tmp_path, monkeypatch):
     data.engine.start(model, 0, Place())
     with pytest.raises(InputError, match="has been started"):
         evaluate(model, {"mine": ArithmeticProblems("held_out", 4)}, datamodule=data)
+
+
+def test_sets_are_evaluated_together_or_one_after_the_other(model_folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prerl"])
+    (tmp_path / "c.yaml").write_text(
+        "model: {class_path: GRPO}\n"
+        "data: {engine: {class_path: plain_engine.PlainEngine, init_args: {limit: 200}}, verification: {workers: 0}, "
+        "sampling: {max_new_tokens: 4}, train: {class_path: ArithmeticProblems}}"
+    )
+    (tmp_path / "set.jsonl").write_text(
+        "".join(json.dumps({"question": f"{i}+1", "problem": f"{i}+1", "answer": i + 1}) + "\n" for i in range(2))
+    )
+
+    def run(out, *sets):
+        given = [word for name in sets for word in ("--data", f"{name}=set.jsonl")]
+        options = ["--config=c.yaml", "--model", model_folder("llama-untied"), "--style=plain", "--no_greedy", "--k=2"]
+        return command.evaluate([*options, *given, "--out", out])
+
+    def summary(out):
+        return json.loads((tmp_path / out / "summary.json").read_text())
+
+    both = run("both", "amc23", "aime24")
+    assert list(both) == ["amc23", "aime24"]
+    run("after", "aime24")
+    (tmp_path / "after" / "foreign.jsonl").write_text("{}\n")
+    assert list(run("after", "amc23")) == ["amc23"]
+    assert summary("after") == summary("both") == both
+    file = tmp_path / "after" / "aime24.jsonl"
+    first, *lines = file.read_text().splitlines(keepends=True)
+    for text, why in (
+        (first + lines[0], "1 of 2 problems are done"),
+        (first.replace('"weights": [', '"weights": ["other", ') + "".join(lines), "made with another weights"),
+    ):
+        file.write_text(text)
+        run("after", "aime25")
+        assert summary("after").keys() == {"amc23", "aime25"}
+        assert f"aime24.jsonl is left out of summary.json: {why}" in caplog.text
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {"amc23.jsonl", "aime24.jsonl", "summary.json"}
+
+
+def test_a_file_that_is_begun_is_gone_on_with(tmp_path):
+    """Settings are compared as the file has them; a kill within the first line leaves nothing to go on with."""
+    settings = {"k": 2, "sampling": {"stop_token_ids": (5,)}}
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"settings": {"k"')
+    ResultFile(file, settings).append([{"row": 3}])
+    assert read_results(file) == ({"k": 2, "sampling": {"stop_token_ids": [5]}}, [{"row": 3}])
+    assert ResultFile(file, settings).records == {3: {"row": 3}}
+    with pytest.raises(InputError, match=r"sampling: .*\[5\]\} there, .*\[6\]\} here"):
+        ResultFile(file, settings | {"sampling": {"stop_token_ids": (6,)}})
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,8 @@ def test_copies_are_folded(tmp_path, caplog):
         ("nonsense", "line 1: not JSON"),
         ('[{"prompt": "x",\n "answer": 1}', "line 1: not JSON"),
         ('{\n"prompt": "x"\n}', "one JSON object over several lines"),
+        ('{"prompt": "x", "answer": 1}\n' + "[" * 100_000, "line 2: too many lists or objects within each other"),
+        ("[" * 100_000 + "\n", "line 1: too many lists or objects within each other"),
         (b"PAR1 and no more", "cannot be read"),
         (b'{"prompt": "\xff", "answer": 1}', "line 1: not JSON"),
     ],
@@ -313,6 +315,30 @@ def test_what_a_library_logs_of_a_damaged_file_is_said_once(tmp_path):
     finally:
         log.removeHandler(watch)
     assert not said
+
+
+def test_a_column_that_is_there_twice(tmp_path):
+    """Of which the last would win; those without a name are a spreadsheet's empty ones."""
+    text("prompt,answer,answer\n1+1,2,3\n", tmp_path / "rows.csv")
+    with pytest.raises(InputError, match=r"rows\.csv: it has the column 'answer' more than once"):
+        Files(str(tmp_path / "rows.csv")).load()
+    text("prompt,answer,,\n1+1,2,,\n", tmp_path / "rows.csv")
+    problems = Files(str(tmp_path / "rows.csv"))
+    problems.load()
+    assert problems[0].ground_truth == "2"
+
+
+def test_a_nested_column_that_is_null(tmp_path):
+    rows = [
+        {"q": "x", "ans": {"final": {"values": ["1"]}}},
+        {"q": "y", "ans": {"final": None}},
+        {"q": "z", "ans": None},
+    ]
+    for number, name in ((1, "ans.final"), (2, "ans")):
+        path = parquet(tmp_path / f"{number}.parquet", [rows[0], rows[number]])
+        problems = Files(str(path), prompt="q", answer="ans.final.values[0]", max_unusable=0)
+        with pytest.raises(InputError, match=rf"row 1: 'ans.final.values\[0\]' is missing: '{name}' is null"):
+            problems.load()
 
 
 def test_a_csv_of_another_separator(tmp_path):

@@ -103,6 +103,20 @@ def test_what_goes_along(here, tmp_path):
     assert "num_nodes" not in arguments["command"]
 
 
+def test_links_go_along_by_their_names(here, tmp_path):
+    """Within this folder or out of it, and a link to a folder above its place is left out."""
+    (tmp_path / "far" / "x").mkdir(parents=True)
+    (tmp_path / "far" / "x" / "config.json").write_text("{}")
+    (tmp_path / "far" / "x" / "around").symlink_to(tmp_path / "far")
+    (here / "models").mkdir()
+    (here / "models" / "x").symlink_to(tmp_path / "far" / "x")
+    (here / "models" / "data").symlink_to(here / "data")
+    given = ["--data.val_more=models/data/other.jsonl", "--model.init_args.model=models/x"]
+    along = contents(asked("--studio=s", "--config=my.yaml", *given)[1])
+    assert {"models/x/config.json", "models/data/other.jsonl", "data/held_out.jsonl"} <= along.keys()
+    assert [name for name in along if "around" in name] == []
+
+
 def test_machines_and_their_variables(here):
     given = ["--num_machines=2", "--folder=/teamspace/shared", "--interruptible", "--source=https://git.org/me/fork"]
     _, arguments = asked("--image=me/prerl", "--path_mappings=/runs=bucket:a/b", *given, *GIVEN)
@@ -187,6 +201,40 @@ def test_a_dry_run(here, recorded, monkeypatch, capfd):
     prerl.write_text("#!/bin/sh\necho prerl: error: lr: no such key >&2; exit 2\n")
     with pytest.raises(InputError, match=r"lr: no such key\nprerl job: its script ends with 2 here; nothing was sent"):
         command.job(given)
+
+
+def test_a_dry_run_s_script_in_a_file(here, recorded, monkeypatch, capfd):
+    prerl, read = recorded
+    monkeypatch.setattr(sys, "executable", str(prerl.parent / "python"))
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    given = ["--machine=H1000", "--studio=s", "--name=try", *GIVEN, "--dry_run"]
+    command.job([*given, "--script=job.sh"])
+    out = capfd.readouterr().out
+    assert "set -eu" not in out
+    assert "Whether there is a machine H1000 was not looked at: lightning-sdk is not installed here." in out
+    assert "PRERL_DRY_RUN=FOLDER sh job.sh does that again" in out
+    assert (here / "job.sh").read_text() == asked("--studio=s", *GIVEN)[1]["command"]
+    environment = os.environ | {"PRERL_DRY_RUN": str(here / "there"), "PATH": f"{prerl.parent}:{os.environ['PATH']}"}
+    subprocess.run(["sh", "job.sh"], env=environment, check=True)
+    assert read()[1] == here / "there" / "try"
+    with pytest.raises(InputError, match=r"--script: nowhere/job\.sh: No such file"):
+        command.job([*given, "--script=nowhere/job.sh"])
+
+
+def test_what_is_kept_keeps_its_times_and_links(here, recorded, tmp_path):
+    """By times a checkpoint is the newest."""
+    prerl, _ = recorded
+    kept = tmp_path / "shown" / "try" / "try"
+    kept.mkdir(parents=True)
+    (kept / "a.ckpt").write_text("weights")
+    (kept / "last.ckpt").hardlink_to(kept / "a.ckpt")
+    os.utime(kept / "a.ckpt", (1e9, 1e9))
+    text = asked("--studio=s", *GIVEN)[1]["command"].replace("/teamspace/jobs", str(tmp_path / "shown"))
+    environment = os.environ | {"PRERL_DRY_RUN": str(tmp_path), "PATH": f"{prerl.parent}:{os.environ['PATH']}"}
+    subprocess.run(["sh", "-c", text], env=environment, check=True)
+    made = tmp_path / "try"
+    assert (made / "a.ckpt").stat().st_mtime == 1e9
+    assert (made / "a.ckpt").samefile(made / "last.ckpt")
 
 
 def run(words, folder, code=None):

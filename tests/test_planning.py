@@ -225,6 +225,33 @@ def test_a_plan_of_the_demo_on_this_cpu(of, capsys):
     assert "buckets" in Memory(replace(found.setup, strategy="ddp")).phases["training"]
 
 
+def test_a_plan_takes_the_keys_of_a_run(of, capsys, refused):
+    """Of files and keys the later wins, as in a run."""
+    later = of("data: {prompts_per_step: 4}")[-1]
+    keys = ["--data.sampling.group_size", "2", "--trainer.precision", "bf16-mixed", "--data.prompts_per_step=8"]
+    planning.plan([*keys, "--config", "dsrl.yaml", "--config", later, "--data.sampling.max_new_tokens=10", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["precision"], found["step"]["group"]) == ("bf16-mixed", 8)
+    assert found["step"]["sampled_tokens"] == 4 * 8 * 10
+    planning.plan([f"--config={DSRL}", *keys, "--json"])
+    found = json.loads(capsys.readouterr().out)["step"]
+    assert (found["prompts"], found["group"]) == (8, 2)
+    assert "Did you mean response_tokens?" in refused("plan", f"--config={DSRL}", "--response_token=3")
+    assert "prerl plan: give --config FILE" in refused("plan", "--gpu=H100")
+
+
+@pytest.mark.parametrize("base", ["float32", "bfloat16"])
+def test_a_frozen_base_is_reckoned_in_what_it_rests_in(of, tmp_path, base):
+    """Which is not what the model's files are in."""
+    lora = f"model: {{class_path: NSRPreRL, init_args: {{lora: {{base: {base}}}}}}}"
+    files = of(f"{lora}\ntrainer: {{precision: bf16-mixed}}", "SmolLM2-135M")
+    config = json.loads((tmp_path / "SmolLM2-135M" / "config.json").read_text())
+    (tmp_path / "SmolLM2-135M" / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    shape = Asked.of_files(files, on_gpu=False).shape
+    norms = 576 * (2 * 30 + 1)
+    assert shape.frozen_bytes == (4 * shape.parameters if base == "float32" else 2 * (shape.parameters + norms))
+
+
 def test_an_engine_whose_share_holds_no_sequence_is_refused(of):
     """Engines go over no several GPUs, however many there are."""
     run = Asked.of_files(of(f"data: {{{LONG}}}\ntrainer: {{strategy: fsdp2}}", "Qwen3-32B"), on_gpu=True)

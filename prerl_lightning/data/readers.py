@@ -256,15 +256,22 @@ def at(row: Any, name: str, path: Sequence[str | int]) -> Any:
     if isinstance(row, dict) and name in row:
         return row[name]
     value = row
-    for step in path:
+    for depth, step in enumerate(path):
         if isinstance(step, int):
             fine = isinstance(value, Sequence) and not isinstance(value, str) and -len(value) <= step < len(value)
         else:
             fine = isinstance(value, Mapping) and step in value
+        if not fine and value is None and depth:
+            raise Unusable(f"{name!r} is missing: {_path(path[:depth])!r} is null.")
         if not fine:
             raise Unusable(f"no column {name!r}; {described(row)}")
         value = value[step]
     return value
+
+
+def _path(path: Sequence[str | int]) -> str:
+    """What `steps` takes apart."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
 
 
 def described(row: Any) -> str:

@@ -17,6 +17,7 @@ import re
 import sys
 from abc import abstractmethod
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -92,6 +93,8 @@ class Lines(Rows):
             return json.loads(str(self.buffer[self.starts[line] : self.ends[line]], "utf-8"))
         except ValueError as error:
             raise InputError(f"{self.path}, line {line + 1}: not JSON ({error}).") from None
+        except RecursionError:
+            raise InputError(f"{self.path}, line {line + 1}: too many lists or objects within each other.") from None
 
 
 class Table(Rows):
@@ -229,7 +232,7 @@ def _json(path: Path, buffer: Buffer) -> Rows:
     except InputError as not_lines:  # an array that is printed over several lines
         try:
             first = json.loads(str(buffer[lines.starts[0] :], "utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise not_lines from None
     if not isinstance(first, list):
         raise InputError(f"{path}: one JSON object over several lines; give an array of rows, or a row a line.")
@@ -250,6 +253,8 @@ def _csv(path: Path, buffer: Buffer) -> Rows:
         raise InputError(
             f"{path}: its only column is {names[0]!r}. A CSV's separator is a comma here, not {other[0]!r}."
         )
+    if twice := [name for name, times in Counter(names).items() if name and times > 1]:
+        raise InputError(f"{path}: it has the column {twice[0]!r} more than once. Rename or remove one.")
     return Listed(rows)
 
 

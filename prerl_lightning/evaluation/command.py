@@ -30,12 +30,15 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
     own, rest = evaluate_arguments().parse_known_args(args)
     if own.endpoint and (not own.model or own.ckpt_path):
         raise InputError("--endpoint: give --model as the server calls it, and no --ckpt_path.")
-    sets = named_sets(own.data, own.limit, own.style) if own.data else None
+    named = [name for given in own.data for name in given.split(",")]
+    sets = named_sets(named, own.limit, own.style) if named else None
+    if sets and len(sets) < len(named):
+        raise InputError(f"--data: of {', '.join(named)} a set is given twice. Give each once.")
     rest = refusals.checked(rest, vars(own))
     if not refusals.config_files(rest):
-        if not own.model or not own.data:
+        if not own.model or not named:
             raise InputError("prerl evaluate: give --model and --data, or the --config of a run.")
-        name = own.data.split(",")[0].partition("=")[0]
+        name = named[0].partition("=")[0]
         made = ["--model=GRPO", "--data.engine=VLLMEngine", "--data.train=NamedProblems"]
         rest = [*made, f"--data.train.init_args.name={name}", *rest]
     if own.endpoint:
@@ -85,8 +88,11 @@ def evaluate_arguments() -> ArgumentParser:
     parser.add_argument("--ckpt_path", help="a training checkpoint whose weights to take; needs its run's --config")
     parser.add_argument(
         "--data",
+        action="append",
+        default=[],
         metavar="SET[=FILE],...",
-        help=f"of {', '.join(SETS)}, each from the hub or a FILE; default: the configuration's held-out sets",
+        help=f"of {', '.join(SETS)}, each from the hub or a FILE; repeatable; default: the configuration's held-out "
+        "sets",
     )
     parser.add_argument("--limit", type=int, help="use the first so many problems of each named set")
     parser.add_argument("--style", choices=("chat", "plain"), default="chat", help="plain: for base models")

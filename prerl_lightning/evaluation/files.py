@@ -2,12 +2,14 @@
 
 A problem's line is written as soon as its batch is verified, so that a killed evaluation goes on behind the last whole
 one; since a sample's seed depends on its problem alone, it ends as if it had never stopped.
+
+FOLDER/summary.json has the measures of all sets that are whole there.
 """
 
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +36,9 @@ class ResultFile:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         self.records: dict[int, Record] = {}
-        if path.is_file() and path.stat().st_size:
-            found, there, whole = _read(path)
+        settings = json.loads(json.dumps(settings))  # as they are read: a tuple is a list there
+        if lines := _whole_lines(path) if path.is_file() else []:
+            found, there = _parsed(path, lines)
             changed = [k for k in settings if found.get(k) != settings[k]]
             differing = [
                 "other prompts" if k == "prompts" else f"{k}: {found.get(k)} there, {settings[k]} here" for k in changed
@@ -46,9 +49,10 @@ class ResultFile:
                     "--out, or delete it."
                 )
             self.records = {r["row"]: r for r in there}
-            os.truncate(path, whole)  # a kill may have left half a line
+            os.truncate(path, sum(map(len, lines)))  # a kill may have left half a line
             log.info("%s: going on behind %d problems", path.name, len(there))
         else:
+            path.write_bytes(b"")  # likewise of the first line
             self._write([{"settings": settings}])
 
     def append(self, records: Sequence[Record]) -> None:
@@ -83,25 +87,53 @@ def read_results(path: str | Path) -> tuple[dict[str, Any], list[Record]]:
     Raises:
         InputError: there is no such file, or it is another.
     """
-    settings, records, _ = _read(Path(path))
-    return settings, records
-
-
-def _read(path: Path) -> tuple[dict[str, Any], list[Record], int]:
-    """Settings, records, and the bytes that whole lines take."""
+    path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
+    return _parsed(path, _whole_lines(path))
+
+
+def _whole_lines(path: Path) -> list[bytes]:
     lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
+    return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
+
+
+def _parsed(path: Path, lines: Sequence[bytes]) -> tuple[dict[str, Any], list[Record]]:
     try:
         first, *records = map(json.loads, lines)
-        return first["settings"], records, sum(map(len, lines))
+        return first["settings"], records
     except (ValueError, KeyError, TypeError):
         raise InputError(
             f"{path} is no result of prerl evaluate. A run is evaluated first: prerl evaluate --config "
             "RUN/config.yaml --model RUN/model --out FOLDER"
         ) from None
+
+
+def whole_sets(
+    folder: Path, settings: Mapping[str, Any], but: Collection[str] = ()
+) -> Iterator[tuple[str, list[Record]]]:
+    """Names and records of the sets in ``folder``, ``but`` for these, that have all their problems and these settings;
+    of those that have not the log says so."""
+    for path in sorted(folder.glob("*.jsonl")):
+        try:
+            there, found = read_results(path)
+        except InputError:  # a file of another kind
+            continue
+        if there.get("set") in but:
+            continue
+        other = [key for key, value in settings.items() if there.get(key) != value]
+        if other or len(found) < there["problems"]:
+            why = f"made with another {other[0]}" if other else f"{len(found)} of {there['problems']} problems are done"
+            log.warning("%s is left out of summary.json: %s", path.name, why)
+        else:
+            yield there["set"], found
+
+
+def write_summary(folder: Path, measures: Mapping[str, Mapping[str, float]]) -> None:
+    """Of each set, whole or not at all."""
+    new = folder / "summary.json.new"
+    new.write_text(json.dumps(dict(sorted(measures.items())), indent=1) + "\n")
+    os.replace(new, folder / "summary.json")
 
 
 def records(samples: "Sequence[Group]", greedy: "Sequence[Group]") -> list[Record]:

@@ -1,6 +1,5 @@
 """k samples of every problem of some sets, verified, and what they come to."""
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from prerl_lightning.data.named import named_sets
 from prerl_lightning.data.problems import ProblemSet
 from prerl_lightning.errors import InputError
 from prerl_lightning.evaluation.devices import ranks_on
-from prerl_lightning.evaluation.files import ResultFile, records
+from prerl_lightning.evaluation.files import ResultFile, records, whole_sets, write_summary
 from prerl_lightning.evaluation.measures import measures
 from prerl_lightning.evaluation.weights import checkpoint_weights, fingerprint
 from prerl_lightning.metrics.evaluation import answer_number
@@ -47,10 +46,10 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """avg@k, pass@k, maj@k and greedy accuracy with 95 % intervals.
 
-    All samples are in FOLDER/SET.jsonl (evaluation/files.py), the returned measures in FOLDER/summary.json. An
-    evaluation that was cut off goes on where it stopped, and ends with the same digits, whatever the number of ranks:
-    each has an engine and a share of every batch, and all return the measures, which rank 0 has written. The engine is
-    freed at the end.
+    All samples are in FOLDER/SET.jsonl (evaluation/files.py), the returned measures in FOLDER/summary.json, beside
+    those of sets that were evaluated into the same folder before, of the same weights. An evaluation that was cut off
+    goes on where it stopped, and ends with the same digits, whatever the number of ranks: each has an engine and a
+    share of every batch, and all return the measures, which rank 0 has written. The engine is freed at the end.
 
     Args:
         model: Hugging Face folder or hub id, or ``embedded``; with ``endpoint`` as the server calls it.
@@ -118,10 +117,13 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     ways = {key: datamodule.held_out_sampling(problems) for key, problems in sets.items()}
     files: dict[str, ResultFile] = {}  # rank 0's
+    of_model = {
+        "model": model,
+        "weights": [endpoint] if endpoint else fingerprint(checkpoint or model_path(model)),
+    }
     for key, encoded in prompts.items() if place.rank == 0 else ():
         settings = {
-            "model": model,
-            "weights": [endpoint] if endpoint else fingerprint(checkpoint or model_path(model)),
+            **of_model,
             "set": key,
             "problems": len(encoded),
             "prompts": answer_number(repr([p.token_ids for p in encoded])),
@@ -161,7 +163,8 @@ def evaluate(
                 pool.close()
         found = {key: measures(list(file.records.values())) for key, file in files.items()}
         if files:
-            (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+            others = {key: measures(of_set) for key, of_set in whole_sets(folder, of_model, but=files)}
+            write_summary(folder, others | found)
         found = _of_first([found])
     finally:
         engine.stop()

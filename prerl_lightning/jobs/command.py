@@ -1,7 +1,7 @@
 """``prerl job``: `prerl fit` on machines of Lightning AI, resumed by itself when they are taken away.
 
     prerl job --config my.yaml --machine H100 --studio my-studio --interruptible
-    prerl job --config my.yaml --machine H100 --studio my-studio --dry_run
+    prerl job --config my.yaml --machine H100 --studio my-studio --dry_run --script job.sh
 
 What is sent is one script for a shell: the set-up of `make`, the configuration files and what they name of this folder,
 and ``prerl fit --ckpt_path auto`` in the job's own folder. It runs as far as the parsed configuration here before it is
@@ -40,9 +40,17 @@ def job(args: Sequence[str]) -> None:
     machine = _machine(own.machine, needed=not own.dry_run)
     arguments = of_job(own, rest)
     _try(arguments["command"])
+    if own.script:
+        try:
+            Path(own.script).write_text(arguments["command"], encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--script: {own.script}: {error.strerror}.") from None
     if own.dry_run:
-        print("\n".join(_listed(arguments)))
-        print("Run here as far as `prerl fit --print_config`, without the set-up; nothing was sent.")
+        print("\n".join(_listed(arguments, own.script)))
+        if machine is None:
+            print(f"Whether there is a machine {own.machine} was not looked at: lightning-sdk is not installed here.")
+        again = f"PRERL_DRY_RUN=FOLDER sh {own.script} does that again" if own.script else "--script FILE has it alone"
+        print(f"Run here as far as `prerl fit --print_config`, without the set-up ({again}); nothing was sent.")
         return
     sent = send({**arguments, "machine": machine})
     if sent.name != own.name:
@@ -89,6 +97,7 @@ def _parser() -> ArgumentParser:
     )
     add("--no_reuse_snapshot", action="store_true", help="take the Studio as it is now, which takes longer to start")
     add("--dry_run", action="store_true", help="print what would be sent")
+    add("--script", metavar="FILE", help="write the script there; a dry run then leaves it out of what it prints")
     return parser
 
 
@@ -193,15 +202,15 @@ def send(arguments: Mapping[str, Any]) -> Any:
         raise InputError(f"prerl job: not sent: {said[:300]} If it does not know you: lightning-sdk login") from None
 
 
-def _listed(arguments: Mapping[str, Any]) -> Iterator[str]:
-    """What would be sent; of variables the names alone."""
+def _listed(arguments: Mapping[str, Any], script_file: str | None) -> Iterator[str]:
+    """What would be sent; of variables the names alone, of a script that is in a file that."""
     width = max(map(len, arguments)) + 2
     for name, value in arguments.items():
         if name == "env":
             value = ", ".join(f"{variable} (of this shell)" for variable in value) or None
         if name != "command" and value is not None:
             yield f"{name:{width}}{value}"
-    yield f"{'command':{width}}\n{arguments['command']}"
+    yield f"{'command':{width}}" + (script_file or f"\n{arguments['command']}")
 
 
 def _follow_up(sent: Any, own: argparse.Namespace) -> Iterator[str]:

@@ -5,6 +5,7 @@ import ast
 import glob
 import gzip
 import io
+import os
 import re
 import sys
 import tarfile
@@ -93,7 +94,9 @@ def _add(files: dict[str, Path], place: Path, path: Path) -> str:
 
 
 def add_all(files: dict[str, Path], given: str, key: str) -> None:
-    here, top = Path.cwd(), Path(given).resolve()
+    here, top = Path.cwd(), Path(os.path.abspath(given))  # with its links: the machine looks for it by this name
+    if not top.is_relative_to(here):
+        top = top.resolve()
     if not top.exists():
         raise InputError(f"{key}: {given}: no such file or folder.")
     if not top.is_relative_to(here):
@@ -101,9 +104,17 @@ def add_all(files: dict[str, Path], given: str, key: str) -> None:
             f"{key}: {given} is not below this folder, {here}. Start prerl job above it, or give its place on the "
             "machine, which begins with /."
         )
-    for path in [top] if top.is_file() else sorted(p for p in top.rglob("*") if p.is_file()):
-        if "__pycache__" not in path.parts:
-            _add(files, path.relative_to(here), path)
+    for path in _below(top):
+        _add(files, path.relative_to(here), path)
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """A file, or the files in a folder; of a link what it leads to."""
+    if path.is_file():
+        yield path
+    elif path.is_dir() and path.name != "__pycache__" and path.resolve() not in map(Path.resolve, path.parents):
+        for inside in sorted(path.iterdir()):
+            yield from _below(inside)
 
 
 def _add_module(files: dict[str, Path], name: str) -> None:

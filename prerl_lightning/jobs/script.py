@@ -48,7 +48,8 @@ KEPT = """
 kept=/teamspace/jobs/{name}/{name}
 if [ ! -e "$work" ] && [ -d "$kept" ]; then
   echo "[job] goes on from the files in $kept"
-  cp -r "$kept" "$work"
+  # with their times, by which the newest checkpoint is found
+  cp -a "$kept" "$work"
 fi
 """
 MACHINES = """

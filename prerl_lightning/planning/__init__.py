@@ -2,7 +2,7 @@
 model's config.json alone: no weights, no data, no GPU.
 
     prerl plan --config my.yaml
-    prerl plan --config my.yaml --gpu H100 --devices 8
+    prerl plan --config my.yaml --gpu H100 --devices 8 --data.sampling.group_size 4
     prerl plan --config my.yaml --gpu A100 --response_tokens 900 --json
 
 Memory by rank, phase and part; tokens, FLOPs and traffic of a step, about how long one takes, and what that assumes;
@@ -14,10 +14,9 @@ import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prerl_lightning import shipped
+from prerl_lightning import refusals
 from prerl_lightning.errors import ArgumentParser, InputError
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ PROMPT = 512  # tokens, where nothing says
 LABELS = {
     "program": "Python, torch, vLLM",
     "reserved": "CUDA, NCCL, reserve",
-    "weights": "weights, fp32",
+    "weights": "weights",
     "gradients": "gradients",
     "moments": "Adam's moments",
     "copies": "reference, values",
@@ -48,9 +47,9 @@ def _arguments() -> ArgumentParser:
     parser = ArgumentParser(
         "prerl plan",
         description="What a run needs, from its configuration and the model's config.json alone.",
-        epilog="Exit status: 0: it fits; 1: it does not; 2: wrong arguments.",
+        epilog="All else is as for prerl fit: --config FILE, --KEY VALUE. Exit status: 0: it fits; 1: it does not; 2: "
+        "wrong arguments.",
     )
-    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="as for prerl fit")
     parser.add_argument("--devices", type=int, metavar="N", help="ranks of all nodes; default: the configuration's")
     parser.add_argument("--gpu", metavar="CARD", help="such as H100, A100, L4; default: this host's CPU")
     parser.add_argument(
@@ -72,21 +71,20 @@ def plan(args: Sequence[str]) -> None:
     Raises:
         InputError: the configuration, the card or the model is none that can be planned for.
     """
-    own = _arguments().parse_args(args)
+    own, rest = _arguments().parse_known_args(args)
     for key in ("devices", "response_tokens", "prompt_tokens"):
         if (value := getattr(own, key)) is not None and value < 1:
             raise InputError(f"prerl plan: --{key} {value}: give 1 or more.")
     logging.getLogger("prerl_lightning").setLevel(logging.WARNING)
-    own.config = [shipped.path(file) for file in own.config]
-    for file in own.config:
-        if not Path(file).is_file():
-            raise InputError(f"prerl plan: --config {file}: no such file.{shipped.hint(file)}")
+    rest = refusals.checked(rest, vars(own))
+    if not refusals.config_files(rest):
+        raise InputError("prerl plan: give --config FILE.")
     from prerl_lightning.planning.parts import Asked, planned
     from prerl_lightning.planning.work import card
 
     if own.gpu:
         card(own.gpu)  # before the configuration is read
-    run = Asked.of_files(own.config, on_gpu=bool(own.gpu))
+    run = Asked.of_arguments(rest, on_gpu=bool(own.gpu))
     found = planned(run, own.gpu, own.devices, own.prompt_tokens, own.response_tokens)
     print(json.dumps(as_json(found), indent=1) if own.json else "\n".join(lines(found)))
     if not found.fits:

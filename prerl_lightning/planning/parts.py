@@ -146,6 +146,12 @@ class Asked:
 
     @classmethod
     def of_files(cls, files: Sequence[str], on_gpu: bool) -> "Asked":
+        return cls.of_arguments([f"--config={file}" for file in files], on_gpu)
+
+    @classmethod
+    def of_arguments(cls, args: Sequence[str], on_gpu: bool) -> "Asked":
+        """Those of `prerl fit`."""
+
         class Parts(RunParts):
             def before_instantiate_classes(self) -> None:
                 trainer = self._get(self.config, "trainer")
@@ -157,8 +163,7 @@ class Asked:
                     trainer.precision = "bf16-mixed"
                 super().before_instantiate_classes()
 
-        args = [*(f"--config={file}" for file in files), "--trainer.logger=false", "--seed_everything=false"]
-        return cls.of(Parts.run(["fit", *args]))
+        return cls.of(Parts.run(["fit", *args, "--trainer.logger=false", "--seed_everything=false"]))
 
     @cached_property
     def shape(self) -> ModelShape:
