@@ -235,9 +235,7 @@ def test_peft_and_transformers_read_the_folder(run, tmp_path, model_folder):
 
 def test_an_adapter_s_folder_is_no_model(run, tmp_path):
     export(run[1], tmp_path / "model", torch.float32)
-    with pytest.raises(
-        InputError, match=r"adapter' holds adapters alone\. Give the whole model"
-    ):
+    with pytest.raises(InputError, match=r"adapter' holds adapters alone\. Give the whole model"):
         Policy.from_pretrained(str(tmp_path / "adapter"))
 
 
