@@ -5,12 +5,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import cache, reduce
 from operator import or_
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import lightning as L
+from jsonargparse import _typehints
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.strategies.launchers import subprocess_script as fabric_subprocess_script
 from lightning.pytorch.loggers import CSVLogger, LitLogger, Logger, TensorBoardLogger
@@ -21,6 +22,7 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.model_registry import _determine_model_name, _is_registry
 
+from prerl_lightning import manual
 from prerl_lightning.errors import InputError
 
 # what Lightning's connectors set on a Trainer, of which its class says nothing
@@ -150,6 +152,15 @@ def observe_ranks(observe: Callable[..., None]) -> None:
     nothing."""
     for script in (subprocess_script, fabric_subprocess_script):
         cast(Any, script)._launch_process_observer = observe
+
+
+@cache
+def accept_short_names() -> None:
+    """Of rewards, as the classes of this package go by theirs: those the parser finds by their bases, and imports both
+    by this function."""
+    paths, plain = manual.topics()["rewards"], _typehints.import_object
+    parser = cast(Any, _typehints)
+    parser.import_object = lambda name, *args, **options: plain(paths.get(name, name), *args, **options)
 
 
 class _WholeWriter(ExperimentWriter):

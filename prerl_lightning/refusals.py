@@ -4,15 +4,17 @@ What torch has to be imported for is imported where a message needs it: most are
 """
 
 import inspect
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from prerl_lightning import manual, rewards, shipped
+from prerl_lightning import manual, shipped
 from prerl_lightning.errors import InputError, in_one_line, nearest
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ OURS_OF = {
     **dict.fromkeys(("epsilon_high", "clip_ratio_high"), "model.init_args.clip_high"),
     **dict.fromkeys(("max_grad_norm", "grad_clip"), "model.init_args.gradient_clip"),
     "lr_scheduler_type": "model.init_args.lr_schedule",
-    "peft_config": "model.init_args.lora",
+    **{"peft_config": "model.init_args.lora", "target_modules": "model.init_args.lora.targets"},
+    **{"lora_rank": "model.init_args.lora.rank", "lora_alpha": "model.init_args.lora.alpha"},
     "vllm_gpu_memory_utilization": "data.engine.init_args.gpu_memory_utilization",
     **dict.fromkeys(("eval_steps", "test_freq"), "trainer.val_check_interval"),
     **dict.fromkeys(("save_steps", "save_freq"), "checkpoint.every_n_train_steps"),
@@ -43,6 +46,12 @@ OURS_OF = {
     "model_name_or_path": "model.init_args.model",
     "output_dir": "trainer.default_root_dir",
 }
+# and what there is not, with why
+NOT_HERE = dict.fromkeys(
+    ("tensor_parallel_size", "tensor_model_parallel_size", "vllm_tensor_parallel_size", "pipeline_parallel_size"),
+    "An engine has one GPU here; trainer.devices is the number of ranks, which are data parallel.",
+)
+RUN_HERE = {"trainer.precision": ("32-true", "bf16-mixed")}  # of more that the key's type takes
 VERL = ("actor_rollout_ref", "algorithm", "critic", "custom_reward_function", "reward_model")  # the tops of its tree
 # of jsonargparse's messages: what stands around the reason
 _AROUND = re.compile(r"$|Does not validate|Subtypes:|Errors:|Expected a path but|Given value")
@@ -61,13 +70,15 @@ def checked(args: Sequence[str], own: Iterable[str] = ()) -> list[str]:
         InputError: what need not be parsed for: a file is none, an option is no key.
     """
     args = shipped.in_arguments(args)
-    for file in config_files(args):
-        check_file(file)
+    trees = [check_file(file) for file in config_files(args)]
     known = {*manual.options(), *own, "help", "print_config"}
     for arg in args:
         key = arg[2:].partition("=")[0].rstrip("+") if arg.startswith("--") else ""
         if key and not _is_key(key, known):
             raise InputError(f"{key}: there is no such key.{_near_key(key, [*known])}")
+    for tree in [*trees, *_trees(args)]:
+        for key, value in _settings(tree):
+            _check_setting(key, value)
     return args
 
 
@@ -104,10 +115,11 @@ class Once(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def check_file(file: str) -> None:
-    """Raises InputError for a configuration file that is none. Remote ones are the parser's to read."""
+def check_file(file: str) -> Mapping[str, Any]:
+    """What it holds; of a remote one nothing, which is the parser's to read. Raises InputError for what is no
+    configuration."""
     if "://" in file:
-        return
+        return {}
     path = Path(file)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else f"no such file (looked for from {Path.cwd()})"
@@ -125,6 +137,103 @@ def check_file(file: str) -> None:
     if not isinstance(found, Mapping):
         what = "it is empty" if found is None else "it holds no keys"
         raise InputError(f"--config: {file}: {what}. A configuration has keys such as model, data and trainer.")
+    return found
+
+
+# ---------------------------------------------------------------------- values that stand for something else here
+
+
+def _trees(args: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """What each option of a command line gives, as YAML."""
+    for arg, following in zip(args, [*args[1:], ""], strict=False):
+        key, is_one, text = arg.partition("=")
+        if key.startswith("--") and (text := text if is_one else following):
+            try:
+                yield {key[2:].rstrip("+"): yaml.safe_load(text)}
+            except (yaml.YAMLError, ValueError):  # a date of no day
+                yield {key[2:].rstrip("+"): text}
+
+
+def _settings(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All that a configuration gives, by dotted keys: mappings and lists, then what they hold. Of a class its name, by
+    the key at which it stands."""
+    yield key.removesuffix(".class_path"), tree
+    for name, held in tree.items() if isinstance(tree, Mapping) else ():
+        yield from _settings(held, f"{key}.{name}" if key else str(name))
+    for held in tree if isinstance(tree, list) else ():
+        yield from _settings(held, key)
+
+
+def _check_setting(key: str, value: Any) -> None:
+    """Raises InputError for null where there is no such, and by `MEANT`. The parser says less of these: of a file it
+    has read what is in it, and of null nothing."""
+    if value is None and (key in manual.KEYS or key.endswith(".init_args") or ("." in key and not _takes_none(key))):
+        raise InputError(f"{key}: null: leave it out.")
+    for pattern, kind, look in MEANT:
+        if isinstance(value, kind) and re.fullmatch(pattern, key) and (mend := look(value)):
+            raise InputError(f"{key}: {value}: {mend}")
+
+
+def _takes_none(key: str) -> bool:
+    """Or it is required, which the parser says, or stands below a class, whose own affair it is."""
+    option = manual.options().get(key)
+    return option is None or option.default in (None, "None") or bool(re.search(r"\b(None|Optional)\b", option.type))
+
+
+def _set_of(value: str) -> str:
+    """The mend, where a file, or the name of a set or of one on the hub, stands where a class belongs; else nothing."""
+    if value in manual.topics()["problems"]:
+        return ""
+    from prerl_lightning.data.named import SETS
+    from prerl_lightning.data.rows import COMPRESSED, KINDS
+
+    path = Path(value)
+    if value in SETS:
+        kind, argument = "NamedProblems", "name"
+    elif (path.suffix in (*KINDS, *COMPRESSED) and not _is_configuration(path)) or (value and path.is_dir()):
+        kind, argument = "Files", "path"
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", value) and path.suffix not in (".yaml", ".yml", ".json"):
+        kind, argument = "HubDataset", "name"
+    else:
+        return ""
+    return f"a set of problems is a class. Write {{class_path: {kind}, init_args: {{{argument}: {value}}}}}."
+
+
+def _is_configuration(path: Path) -> bool:
+    """A class may be given by a file, which may be JSON."""
+    return path.suffix == ".json" and path.is_file() and "class_path" in path.read_text(errors="replace")
+
+
+def _function_of(value: str) -> str:
+    """The mend, where a reward is given as verl's are, by its file, or as entry points are, with a colon."""
+    file, colon, function = value.partition(":")
+    if not colon and not file.endswith(".py"):
+        return ""
+    place = Path(os.path.relpath(Path(file).expanduser() if file.endswith(".py") else file.replace(".", "/")))
+    outside = place.parts[0] == ".."
+    module = place.stem if outside else ".".join(place.with_suffix("").parts)
+    mend = f", and put {place.parent.resolve()} into PYTHONPATH" if outside else ""
+    return f"a reward goes by its import path. Write {module}.{function or 'FUNCTION'}{mend}."
+
+
+def _overlay(folder: str, value: str) -> str:
+    """The mend, where the name of what a shipped configuration sets up stands where a class belongs."""
+    name = shipped.overlay(folder, value)
+    return f"a configuration that comes along sets it up. Write --config {name}.yaml." if name else ""
+
+
+def _off(value: int) -> str:
+    return "that is off in vLLM and verl; here 0 is. Write 0, or leave it out." if value == -1 else ""
+
+
+# by keys: the type of a value that is looked at, and what says the mend
+MEANT: tuple[tuple[str, type, Callable[[Any], str]], ...] = (
+    (r"data\.(train|val|val_more\.[^.]+)((\.init_args)?\.(sets\.[^.]+|problems))*", str, _set_of),
+    (r"data\.(.+\.)?(reward|val_reward|rewards(\.[^.]+)?)", str, _function_of),
+    (r"data\.(.+\.)?top_k", int, _off),
+    (r"trainer\.logger", str, partial(_overlay, "logger")),
+    (r"model", str, partial(_overlay, "objectives")),
+)
 
 
 # ---------------------------------------------------------------------- jsonargparse
@@ -154,7 +263,7 @@ def of_parser(message: str, dests: Iterable[str]) -> InputError:
     reason = next((r for r in reasons if r.startswith("Option '")), reasons[0] if reasons else message)
     given = re.search(r"(?:Given value|Got value|import path string): (.+)$", message, re.M)
     said = _said(".init_args.".join(keys), owner, reason, reasons, given[1] if given else "", [*dests])
-    return InputError(said.replace("terms.init_args.", "terms."))  # a Term stands there without a class_path
+    return InputError(re.sub(r"\b(terms|lora)\.init_args\.", r"\1.", said))  # they stand there without a class_path
 
 
 def _said(key: str, owner: str, reason: str, reasons: list[str], given: str, dests: list[str]) -> str:
@@ -174,42 +283,31 @@ def _said(key: str, owner: str, reason: str, reasons: list[str], given: str, des
         return f"{f'{key}.init_args.' if key else ''}{', '.join(missing)}: missing."
     if found := re.match(r"argument (?:--)?(\S+): (.+)", reason):
         return f"{found[1]}: {found[2]}."
-    if found := re.match(r"Expected a typing\.Literal\[(.+)\]", reason):
-        names = [name.strip().strip("'") for name in found[1].split(",")]
+    if names := RUN_HERE.get(key) or _choices(reason):
         return f"{key}: {given} must be one of {', '.join(names)}.{nearest(given, names)}"
-    file = re.match(r"Invalid content in sub-config file (.+?): |Config file loop detected: (.+?) ->", reason)
-    value = (
-        next(filter(None, file.groups())) if file else given or owner or reason.rpartition("import path format: ")[2]
-    )
-    if key.startswith(("data.train", "data.val")) and (mend := _set_of(value)):
-        return f"{key}: {value}: a set of problems is a class. {mend}"
     if "codec can't decode" in reason:
-        return f"{key}: it names a file that is no configuration, not even text. {_set_of('FILE.gz')}"
+        mend = "Write {class_path: Files, init_args: {path: FILE}}."
+        return f"{key}: it names a file that is no configuration, not even text. {mend}"
     if re.search(r"import path|No module named|has no attribute|import object|Import path", reason):
         why = "" if "import path string" in reason else f": {reason}"
         path = owner or given
         return f"{key}: {path} is not what can be imported here{why}.{_near_name(path)}"
     if found := re.match(r"Not a valid subclass of (\w+)", reason):
         return f"{key}: {given or owner or 'it'} is no {found[1]}. Give one by its class_path, or leave it out."
-    expected = [found[1] for r in reasons if (found := re.match(r"Expected an? (?:<class ')?([\w.]+)", r))]
     if reason.startswith("Expected a"):
-        words = dict.fromkeys(TYPES.get(name, name) for name in expected if name != "NoneType")
-        return f"{key}: {given} must be {' or '.join(words)}."
+        words = [word for r in reasons for word in (_choices(r) or _type(r))]
+        return f"{key}: {given} must be {' or '.join(dict.fromkeys(words))}."
     return f"{key}: {reason[:300]}" if key else reason[:300]
 
 
-def _set_of(value: str) -> str:
-    """The mend, where a file, or the name of a set or of one on the hub, stands where a class belongs; else nothing."""
-    from prerl_lightning.data.named import SETS
-    from prerl_lightning.data.rows import COMPRESSED, KINDS
+def _choices(reason: str) -> list[str]:
+    found = re.match(r"Expected a typing\.Literal\[(.+?)\]", reason)
+    return [name.strip().strip("'") for name in found[1].split(",")] if found else []
 
-    if value in SETS:
-        return f"Write {{class_path: NamedProblems, init_args: {{name: {value}}}}}."
-    if Path(value).suffix in (*KINDS, *COMPRESSED) or (value and Path(value).is_dir()):
-        return f"Write {{class_path: Files, init_args: {{path: {value}}}}}."
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", value):
-        return f"Write {{class_path: HubDataset, init_args: {{name: {value}}}}}."
-    return ""
+
+def _type(reason: str) -> list[str]:
+    found = re.match(r"Expected an? (?:<class ')?([\w.]+)", reason)
+    return [TYPES.get(found[1], found[1])] if found and found[1] != "NoneType" else []
 
 
 def _name(path: str) -> str:
@@ -224,8 +322,11 @@ def _arguments(path: str) -> list[str]:
 
 def here(name: str) -> str:
     """The end of a sentence, where a key is TRL's or verl's."""
-    if found := OURS_OF.get(name.rpartition(".")[2]):
+    last = name.rpartition(".")[2]
+    if found := OURS_OF.get(last):
         return f" Here that is {found}."
+    if why := NOT_HERE.get(last):
+        return f" {why}"
     return " That is verl's: docs/coming-from/verl.md has ours." if name.partition(".")[0] in VERL else ""
 
 
@@ -266,7 +367,7 @@ def _near_name(path: str) -> str:
     bases = (PolicyModule, ProblemSet, Engine, Advantage, Surrogate, Aggregation, Weight, Coefficient)
     found = {kind.__name__: kind.__name__ for base in bases for kind in _below(base)}
     found |= {kind.__name__: kind.__name__ for base in (L.Callback, Logger) for kind in _below(base)}
-    found |= {name: f"{rewards.__name__}.{name}" for name in rewards.__all__}
+    found |= {name: name for name in manual.topics()["rewards"]}
     found["LitLogger"] = "lightning.pytorch.loggers.LitLogger"  # no subclass: see compat.accept_lit_logger
     hint = nearest(_name(path), found)
     name = hint.removeprefix(" Did you mean ").removesuffix("?")

@@ -252,7 +252,8 @@ def newest(folders: Sequence[Path]) -> Path:
         if not runs.is_dir():
             beside = [p.name for p in runs.parent.iterdir() if p.is_dir()] if runs.parent.is_dir() else []
             names = f": there are {', '.join(sorted(beside))}" if beside else ""
-            raise InputError(f"--ckpt_path: there is no folder {runs}{names}. Give the run's --name, or leave it out.")
+            mend = "Give the run's --name, or leave --ckpt_path out to start anew."
+            raise InputError(f"--ckpt_path: there is no folder {runs}{names}. {mend}")
         raise InputError(
             f"--ckpt_path: there is no last.ckpt below {runs}: no run there has come to its first checkpoint "
             "(checkpoint.every_n_train_steps: 20 unless given). Leave --ckpt_path out to start anew."

@@ -22,7 +22,13 @@ from prerl_lightning.callbacks.monitors import check_monitors
 from prerl_lightning.callbacks.reincarnation import PolicyReincarnation
 from prerl_lightning.callbacks.requeue import requeued
 from prerl_lightning.callbacks.watcher import callbacks_of
-from prerl_lightning.compat import accept_lit_logger, observe_ranks, share_version, whole_numbers_first
+from prerl_lightning.compat import (
+    accept_lit_logger,
+    accept_short_names,
+    observe_ranks,
+    share_version,
+    whole_numbers_first,
+)
 from prerl_lightning.data.module import RolloutDataModule
 from prerl_lightning.errors import InputError, is_name, said_by_us
 from prerl_lightning.objectives import PolicyModule
@@ -65,6 +71,7 @@ class PrerlCLI(LightningCLI):
         observe_ranks(watchdog.observe)
         whole_numbers_first()
         accept_lit_logger()
+        accept_short_names()
         args = refusals.checked(args)
         cls.name = _run_name(refusals.config_files(args))
         return cls(

@@ -9,6 +9,7 @@ They lie in configs/ at the top of the repository; here is a link to it, which a
 
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from itertools import islice, takewhile
 from pathlib import Path
@@ -54,6 +55,12 @@ def in_arguments(args: Sequence[str], change: Callable[[str], str] = path) -> li
     return found
 
 
+def overlay(folder: str, word: str) -> str | None:
+    """The one of a folder that is called so: objectives/reinforce_pp of REINFORCE++, logger/wandb of WandB."""
+    known = {_folded(name): name for name in names() if name.startswith(f"{folder}/")}
+    return known.get(_folded(f"{folder}/{word}"))
+
+
 def hint(given: str) -> str:
     """For the end of a message that there is no such file."""
     return f" The shipped ones, which `prerl configs` lists, go by name.{_nearest(given)}"
@@ -94,6 +101,10 @@ def about(name: str, most: int | None = None) -> str:
 
 def _name(given: str) -> str:
     return given.removeprefix("configs/").removesuffix(".yaml")
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower().replace("+", "p"))
 
 
 def _nearest(given: str) -> str:

@@ -34,6 +34,9 @@ FILES = {
     "twice_below.yaml": "trainer:\n  max_steps: 3\n  max_steps: 5\n",
     "file": "x",
     "empty.jsonl": "",
+    "data/train.csv": "question,answer,note\n1,2,3\n",
+    "data.json": json.dumps([{"prompt": "2,3,4>9?", "answer": "9"}]),
+    "problems.json": json.dumps({"class_path": "CountdownProblems", "init_args": {"split": "train", "size": 16}}),
     "array.jsonl": "[1, 2]\n",
     "rewards_here.py": "number = 3\n",
     "objectives_here.py": "from prerl_lightning.objectives import GRPO\n\n"
@@ -138,9 +141,31 @@ CASES = [
     ("--data.engine=VLLM", r"data\.engine: VLLM .* Did you mean VLLMEngine\?"),
     ("--data.reward=math.nowhere", "data.reward: math.nowhere is not .* has no attribute 'nowhere'"),
     ("--data.reward=nowhere.reward", "data.reward: nowhere.reward is not .*: No module named 'nowhere'"),
+    ("--data.reward=boxed_rewrd", r"data\.reward: boxed_rewrd .* Did you mean boxed_reward\?"),
+    ("--data.reward=rewards_here.py", r"data\.reward: rewards_here\.py: .* Write rewards_here\.FUNCTION\."),
     (
-        "--data.reward=boxed_reward",
-        r"data\.reward: boxed_reward .* Did you mean prerl_lightning\.rewards\.boxed_reward\?",
+        "--data.reward=./deep/mine.py:right",
+        r"data\.reward: .*: a reward goes by its import path\. Write deep\.mine\.right",
+    ),
+    ("--data.reward=/else/mine.py", r"data\.reward: .* Write mine\.FUNCTION, and put /else into PYTHONPATH\."),
+    (
+        "{data: {reward: {class_path: 'data.rewards:right'}}}",
+        r"data\.reward: data\.rewards:right: .* Write data\.rewards\.right\.",
+    ),
+    ("--model=DAPO", r"model: DAPO: .* Write --config objectives/dapo\.yaml\."),
+    ("--model.class_path reinforce++", r"model: reinforce\+\+: .* Write --config objectives/reinforce_pp\.yaml\."),
+    ("{model: {class_path: Dr. GRPO}}", r"model: Dr\. GRPO: .* Write --config objectives/dr_grpo\.yaml\."),
+    (
+        "--data.engine.init_args.tensor_parallel_size=2",
+        r"data\.engine\.init_args\.tensor_parallel_size: VLLMEngine has no such argument\. An engine has one GPU here",
+    ),
+    (
+        "{model: {init_args: {lora: {r: 8}}}}",
+        r"model\.init_args\.lora\.r: Lora has no such argument\. Did you mean rank\?",
+    ),
+    (
+        "--model.init_args.lora.lora_alpha=16",
+        r"model\.init_args\.lora\.lora_alpha: .* Here that is model\.init_args\.lora\.al",
     ),
     ("--data.reward=rewards_here.number", "data.reward: rewards_here.number is not"),
     # --- types
@@ -170,7 +195,37 @@ CASES = [
         "--data.train=bad.parquet",
         r"data\.train: bad\.parquet: a set of problems is a class\. Write {class_path: Files, ",
     ),
+    (
+        "--data.train data/train.csv",
+        r"data\.train: data/train\.csv: .* {class_path: Files, init_args: {path: data/train\.csv}}",
+    ),
+    (
+        "--data.train data.json",
+        r"data\.train: data\.json: .* Write {class_path: Files, init_args: {path: data\.json}}\.",
+    ),
+    (
+        "{data: {train: [data/train.csv]}}",
+        r"data\.train: data/train\.csv: .* {class_path: Files, init_args: {path: data/train\.csv}}",
+    ),
+    (
+        "{data: {train: {class_path: Mixture, init_args: {sets: {a-b: gsm8k}}}}}",
+        r"data\.train\.init_args\.sets\.a-b: gsm8k: .* {class_path: NamedProblems, init_args: {name: gsm8k}}\.",
+    ),
     ("--data.train=binary.yaml", r"data\.train: it names a file that is no configuration, not even text\. Write"),
+    ("--trainer.precision=fp16", r"trainer\.precision: fp16 must be one of 32-true, bf16-mixed\."),
+    ("--trainer.deterministic=maybe", "trainer.deterministic: maybe must be true or false or warn"),
+    *(
+        (f"{{{key}: null}}", f"{key}: null: leave it out")
+        for key in ("checkpoint", "health", "thoughts", "trainer", "data")
+    ),
+    *(
+        (f"{{data: {{{key}: null}}}}", rf"data\.{key}: null: leave it out")
+        for key in ("sampling", "verification", "format", "val_greedy", "prompts_per_step")
+    ),
+    ("{trainer: {max_steps: null}}", r"trainer\.max_steps: null: leave it out"),
+    ("{trainer.accumulate_grad_batches: null}", r"trainer\.accumulate_grad_batches: null: leave it out"),
+    ("--checkpoint.save_top_k=null", r"checkpoint\.save_top_k: null: leave it out"),
+    ("{model: {init_args: null}}", r"model\.init_args: null: leave it out"),
     ("--data.train.init_args.split=dev", "data.train.init_args.split: dev must be one of"),
     # --- configuration files
     ("--config empty.yaml", "--config: empty.yaml: it is empty"),
@@ -236,6 +291,8 @@ CASES = [
     ("--data.sampling.temperature=.inf", "data.sampling.temperature: inf must be"),
     ("--data.sampling.temperature=.nan", "data.sampling.temperature: nan must be"),
     ("--data.sampling.top_p=2", "data.sampling.top_p: 2.0 must be a finite number of at most 1"),
+    ("--data.sampling.top_k=-1", r"data\.sampling\.top_k: -1: that is off in vLLM and verl; here 0 is\. Write 0"),
+    ("--data.val_sampling.top_k -1", r"data\.val_sampling\.top_k: -1: that is off .* Write 0"),
     ("--data.sampling.top_k=-2", "data.sampling.top_k: -2 must be"),
     ("--data.sampling.max_new_tokens=0", "data.sampling.max_new_tokens: 0 must be"),
     ("--data.sampling.max_new_tokens=64", "data.sampling.max_new_tokens: 64 leaves no room for a prompt"),
@@ -380,10 +437,12 @@ CASES = [
     ),
     ("--trainer.logger=CometLogger", "trainer.logger: CometLogger needs the package comet_ml: pip install comet-ml"),
     ("--trainer.logger=MLFlowLogger", "trainer.logger: MLFlowLogger needs the package mlflow: pip install mlflow"),
-    (
-        "--trainer.logger=LitLogger",
-        "trainer.logger: LitLogger is not what can be imported here.* lightning.pytorch.loggers.LitLogger",
+    *(
+        (f"--trainer.logger={name}", rf"trainer\.logger: {name}: .* Write --config logger/{name.lower()}\.yaml\.")
+        for name in ("wandb", "TensorBoard", "mlflow", "comet", "swanlab", "LitLogger")
     ),
+    ("""--trainer.logger '["console","wandb"]'""", r"trainer\.logger: wandb: .* Write --config logger/wandb\.yaml\."),
+    ("{trainer: {logger: {class_path: LitLoger}}}", "trainer.logger: LitLoger .* lightning.pytorch.loggers.LitLogger"),
     ("--trainer.logger=NeptuneLogger", "trainer.logger: NeptuneLogger is not what can be imported here"),
     ("--trainer.num_nodes=0", "trainer.num_nodes: 0 must be"),
     ("--trainer.log_every_n_steps=-1", "trainer.log_every_n_steps: -1 must be"),
@@ -431,11 +490,8 @@ CASES = [
     ),
     # --- checkpoints
     ("--ckpt_path=nope.ckpt", "--ckpt_path: there is no nope.ckpt"),
-    (
-        "--ckpt_path=last",
-        r"--ckpt_path: there is no last\.ckpt below .* \(checkpoint\.every_n_train_steps: 20 unless given\)",
-    ),
-    ("--ckpt_path=best", "--ckpt_path: there is no last.ckpt below"),
+    ("--ckpt_path=last", r"--ckpt_path: there is no folder runs/base.* or leave --ckpt_path out to start anew\."),
+    ("--ckpt_path=best", "--ckpt_path: there is no folder runs/base"),
     ("--ckpt_path=file", "--ckpt_path: file is cut off, or no checkpoint"),
     # --- the other commands
     ("evaluate", "prerl evaluate: give --model and --data"),
@@ -461,6 +517,7 @@ class Reached(Exception):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad_input")
     for name, text in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     for name, lines in ROWS.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
@@ -572,10 +629,12 @@ checkpoint: {monitor: source/shown/reward}
 
 
 def test_a_mixture_and_a_sum_of_rewards_get_as_far_as_the_engine(prerl, folder, caplog):
-    """And a sum as it was written before sums had names; the columns they bring may be monitored."""
+    """And a sum as it was written before sums had names, and rewards by their names alone; the columns they bring may
+    be monitored. A file may hold a class."""
     from prerl_lightning.cli import main
 
     (folder / "mixed.yaml").write_text(MIXED)
+    (folder / "short.yaml").write_text(MIXED.replace("prerl_lightning.rewards.", ""))
     listed = {"rewards": ["prerl_lightning.rewards.boxed_reward", "prerl_lightning.rewards.boxed_format"]}
     listed |= {"weights": [1.0, 0.5]}
     older = {"class_path": "prerl_lightning.rewards.WeightedSum", "init_args": listed}
@@ -586,6 +645,8 @@ def test_a_mixture_and_a_sum_of_rewards_get_as_far_as_the_engine(prerl, folder, 
         ["--config", "mixed.yaml", "--checkpoint.monitor", "val/cool/avg@2"],
         ["--config", "mixed.yaml", "--checkpoint.monitor", "refill/groups"],
         ["--config", "base.yaml", "--config", "older.yaml", "--checkpoint.monitor", "reward/boxed_format/mean"],
+        ["--config", "short.yaml", "--data.val_reward", "math_verify_reward"],
+        ["--config", "base.yaml", "--data.train", "problems.json", "--data.reward", "NumericReward"],
     ):
         with pytest.raises(Reached):
             main(["fit", *args])

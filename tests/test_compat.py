@@ -2,12 +2,13 @@
 
 import csv
 import inspect
+import math
 import signal
 from typing import Union
 
 import lightning as L
 import pytest
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, _typehints
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.strategies.launchers import subprocess_script as fabric_subprocess_script
@@ -24,12 +25,14 @@ from trainers import quiet_trainer
 from prerl_lightning.compat import (
     WholeCSVLogger,
     accept_lit_logger,
+    accept_short_names,
     note_stops,
     observe_ranks,
     requeue_signal,
     share_version,
     whole_numbers_first,
 )
+from prerl_lightning.rewards import gsm8k_reward
 
 
 def test_numbers_are_read_whole_first_whatever_a_process_has_named(monkeypatch):
@@ -90,6 +93,12 @@ def test_lightning_still_asks_its_connector_for_signal_handlers():
     assert "self._signal_connector.teardown()" in inspect.getsource(Trainer._teardown)
     # where it no longer does, Lightning's own may be used
     assert "dist.broadcast(" in inspect.getsource(_SignalConnector._sigterm_notifier_fn)
+
+
+def test_rewards_go_by_their_names():
+    accept_short_names()
+    assert _typehints.import_object("gsm8k_reward") is gsm8k_reward
+    assert _typehints.import_object("math.sqrt") is math.sqrt
 
 
 def test_a_new_column_rewrites_no_file_in_place(tmp_path, monkeypatch):

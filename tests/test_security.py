@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import re
 import shutil
 import sys
 import zipfile
@@ -10,15 +11,17 @@ import zipfile
 import lightning as L
 import pytest
 import torch
+import yaml
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from test_watchers import sample
 
-from prerl_lightning import secrets
+from prerl_lightning import manual, secrets, shipped
 from prerl_lightning.callbacks.sample_views import terminal_line
 from prerl_lightning.cli import main
 from prerl_lightning.data.prompts import PromptFormat
 from prerl_lightning.errors import InputError
+from prerl_lightning.jobs.files import arguments_and_files
 from prerl_lightning.metrics.thoughts import load_families
 from prerl_lightning.policy.model import load_config, load_model, load_tokenizer
 from prerl_lightning.resume import load
@@ -137,23 +140,114 @@ def test_a_report_hides_what_older_runs_wrote(here):
 
 
 @pytest.mark.parametrize(
-    "name", ["api_key", "apikey", "a.b.WANDB_API_KEY", "token", "hf_token", "db_password", "secret"]
+    "name",
+    [
+        *("api_key", "apikey", "a.b.WANDB_API_KEY", "token", "hf_token", "db_password", "secret", "X-Api-Key"),
+        *("bearer_token", "aws_session_token", "api_keys", "tokens", "passwords", "Authorization"),
+    ],
 )
 def test_names_of_secrets(name):
     assert secrets.is_secret(name)
-    assert secrets.hide({"x": [{name: "abc", "other": "abc"}]}) == {"x": [{name: secrets.HIDDEN, "other": "abc"}]}
-    for text in (f"--{name}=abc", f"{{{name}: abc, b: 1}}", f'{{"{name}": "a bc"}}', f"  {name}: 'a bc'"):
+    hidden, key = secrets.HIDDEN, name.rpartition(".")[2]
+    held = {"one": "abc", "more": ["abc", {"two": "abc"}], "off": False, "none": None}
+    for value, expected in (("abc", hidden), (["abc"], [hidden]), (("abc",), (hidden,)), ("", ""), (None, None)):
+        assert secrets.hide({"x": [{key: value, "other": "abc"}]}) == {"x": [{key: expected, "other": "abc"}]}
+    found = secrets.hide({key: held})
+    assert found == {key: {"one": hidden, "more": [hidden, {"two": hidden}], "off": False, "none": None}}
+    assert [*secrets.hidden_keys(found)] == [f"{key}.one", f"{key}.more", f"{key}.more.two"]
+    texts = (
+        f"--{name}=abc",
+        f"{{{name}: abc, b: 1}}",
+        f'{{"{name}": "a bc"}}',
+        f"  {name}: 'a bc'",
+        f"{name}: [a, bc]",
+    )
+    below = (f"{name}:\n  one: bc\n  two:\n  - bc", f"  {name}:\n  - bc\n  - 'bc'", f"- {name}: |-\n    bc")
+    for text in (*texts, f"{name}: {{a: bc}}", f"--{name}.one=bc", *below, f"https://host/x?{key}=bc&b=1"):
         assert "bc" not in secrets.hide_in_text(text)
-    assert secrets.hide_in_command([f"--{name}", "abc", "abc"]) == [f"--{name}", secrets.HIDDEN, "abc"]
+    assert secrets.hide_in_command([f"--{name}", "abc", "abc"]) == [f"--{name}", hidden, "abc"]
+    assert secrets.hide_in_command([f"--{name}.one", "abc", f"--{name}+", "a"])[1::2] == [hidden, hidden]
 
 
 @pytest.mark.parametrize(
-    "name", ["answer_key", "eos_token", "max_new_tokens", "key", "token_ids", "passes", "tokenizer"]
+    "name",
+    [
+        *("answer_key", "eos_token", "max_new_tokens", "key", "token_ids", "passes", "tokenizer", "bos_token"),
+        *("stop_token_ids", "max_tokens_per_microbatch", "special-token", "max_prompt_tokens"),
+    ],
 )
 def test_names_of_what_is_none(name):
-    config = {name: "abc", "nested": [{name: 3}]}
+    config = {name: "abc", "nested": [{name: 3}, {name: {"a": "b"}}, f"{name}: 3"]}
+    assert not secrets.is_secret(f"data.{name}")
     assert secrets.hide(config) == config
+    for text in (f"{name}: abc", f"{name}:\n  a: b\n"):
+        assert secrets.hide_in_text(text) == text
     assert secrets.hide_in_command([f"--{name}", "abc", f"--{name}=abc"]) == [f"--{name}", "abc", f"--{name}=abc"]
+
+
+def test_numbers():
+    """Of tokens, one is a count and several are ids; any other secret's is hidden."""
+    config = {"token": 12, "a_password": 1.5, "tokens": 128, "b": {"tokens": [1, 2]}, "auth_token": True}
+    hidden = {"token": secrets.HIDDEN, "a_password": secrets.HIDDEN}
+    assert secrets.hide(config) == config | hidden
+    command = ["--tokens", "128", "--a.tokens=128", "--tokens=[1, 2]", "`tokens: 1`."]
+    assert secrets.hide_in_command(command) == command
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://judge.example/v1?api_key=sk-123", "https://judge.example/v1?api_key=<hidden>"),
+        ("https://host/v1?model=a&key=sk-1&n=2", "https://host/v1?model=a&key=<hidden>&n=2"),
+        ("https://s3/x?X-Amz-Signature=ab%2F&sig=cd", "https://s3/x?X-Amz-Signature=<hidden>&sig=<hidden>"),
+        ("https://ghp_secret@github.com/x", "https://<hidden>@github.com/x"),
+        ("git+https://ghp_secret@github.com/x", "git+https://<hidden>@github.com/x"),
+        ("postgres://me:p@ss@host/db", "postgres://me:<hidden>@host/db"),
+        ("Authorization: Bearer sk-9", "Authorization: Bearer <hidden>"),
+        ("curl -H 'Authorization: Basic YTpi' host", "curl -H 'Authorization: Basic <hidden>' host"),
+        ("Bearer sk-9", "Bearer <hidden>"),
+        ("X-Api-Key: sk", "X-Api-Key: <hidden>"),
+        ("--api_key=sk", "--api_key=<hidden>"),
+        *(
+            (plain, plain)
+            for plain in (
+                *("ssh://git@github.com/x", "https://host/x?mail=me@host&page=2", "https://host:8000/v1", "me@host"),
+                *(
+                    "Bearer of 3 swords",
+                    "The token: think. Basic facts",
+                    "Password:{prompt}",
+                    "{prompt}\nSecret: {answer}",
+                ),
+            )
+        ),
+    ],
+)
+def test_secrets_by_their_place(text, expected):
+    assert secrets.hide({"a": [text]}) == {"a": [expected]}
+    assert [*secrets.hidden_keys(secrets.hide({"a": text}))] == (["a"] if "<hidden>" in expected else [])
+    if "<hidden>" in expected:
+        secret = set(re.split(r"\W+", text)) - set(re.split(r"\W+", expected))
+        shown = secrets.hide_in_command([text, f"--a={text}"])
+        assert secret
+        assert not [word for word in secret for each in shown if word in re.split(r"\W+", each)]
+
+
+def test_nothing_is_hidden_in_what_is_shipped():
+    for name in shipped.names():
+        text = (shipped.FOLDER / f"{name}.yaml").read_text()
+        assert secrets.hide(yaml.safe_load(text)) == yaml.safe_load(text)
+        assert secrets.hide_in_text(text) == text
+    assert not [key for key in manual.options() if secrets.is_secret(key)]
+
+
+@pytest.mark.parametrize(
+    "text", ["https://host/v1?api_key=sk-1", "https://ghp_a@github.com/x", "Authorization: Bearer a1"]
+)
+def test_a_job_takes_no_secret_along(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("judged.yaml").write_text(json.dumps({"data": {"reward": {"init_args": {"options": [text]}}}}))
+    with pytest.raises(InputError, match=r"judged\.yaml: data\.reward\.init_args\.options, a key or password, would"):
+        arguments_and_files(["--config", "judged.yaml"], {})
 
 
 # ---------------------------------------------------------------------- checkpoints, models

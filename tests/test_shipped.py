@@ -44,6 +44,21 @@ def test_a_file_of_the_user_s_wins(given, name, tmp_path, monkeypatch, caplog):
     assert found == ["fit", f"--config={expected}", "--config", expected, "-c", expected, "--data.path", given]
 
 
+@pytest.mark.parametrize(
+    ("folder", "word", "name"),
+    [
+        ("objectives", "DAPO", "objectives/dapo"),
+        ("objectives", "Dr. GRPO", "objectives/dr_grpo"),
+        ("objectives", "REINFORCE++", "objectives/reinforce_pp"),
+        ("logger", "WandB", "logger/wandb"),
+        ("logger", "dapo", None),
+        ("objectives", "GRPO", None),
+    ],
+)
+def test_overlays_by_the_names_of_what_they_set_up(folder, word, name):
+    assert shipped.overlay(folder, word) == name
+
+
 def test_the_list_and_a_copy(capsys):
     shipped.configs([])
     lines = capsys.readouterr().out.split("\n\nExamples")[0].splitlines()
