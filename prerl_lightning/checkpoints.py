@@ -5,7 +5,6 @@ A folder holds ``meta.pt``, the checkpoint with sharded tensors on the meta devi
 a file a rank with the tensors, each by its place in the checkpoint: ``state_dict.policy.model...``.
 """
 
-import errno
 import fcntl
 import logging
 import os
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from io import BufferedWriter, BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
 from prerl_lightning.errors import RunError, in_one_line
+from prerl_lightning.locks import lock
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +54,6 @@ def _reason(error: BaseException) -> BaseException:
     while not isinstance(error, OSError) and error.__context__ is not None:
         error = error.__context__
     return error
-
-
-def lock(file: IO[Any], how: int = fcntl.LOCK_EX) -> None:
-    """Where the file system knows locks: without, `sweep` may not tell a write that is under way from what is left."""
-    try:
-        fcntl.flock(file, how)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
 
 
 class WholeFileIO(TorchCheckpointIO):

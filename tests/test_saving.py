@@ -1,5 +1,6 @@
 """Checkpoints of a Trainer: written once, whole or not at all, behind the validation of their step."""
 
+import errno
 import fcntl
 import resource
 import tempfile
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from trainers import quiet_trainer
 
 from prerl_lightning.callbacks.saving import NotWritten, RunCheckpoint
+from prerl_lightning.checkpoints import WholeFileIO
 from prerl_lightning.compat import validate_now
 from prerl_lightning.errors import InputError
 from prerl_lightning.objectives import GRPO
@@ -337,3 +339,12 @@ def test_a_slow_disk_is_warned_of_and_ends_no_run(tmp_path, monkeypatch, caplog)
     assert said.endswith("s: all are in the checkpoint of step 7.")
     found.mark("update", 7)
     assert ended.wait(30)
+
+
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    WholeFileIO().save_checkpoint({"global_step": 3}, tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt")["global_step"] == 3

@@ -272,7 +272,10 @@ def test_a_run_that_another_process_makes_is_waited_for(studied):
     run = planned(studied())
     lock = schedule._locked(run.folder)
     assert lock is not None
+    lock.write("4711\n")
+    lock.flush()
     assert schedule._locked(run.folder) is None
+    assert (run.folder / "lock").read_text() == "4711\n"  # the owner's, by whom it is found
 
     def end():
         made(run)

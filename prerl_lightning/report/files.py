@@ -50,7 +50,7 @@ def read_info(folder: Path) -> tuple[dict[str, Any], list[str]]:
         value = json.loads((folder / "run.json").read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         return {}, []
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         return {}, ["run.json cannot be read"]
@@ -103,7 +103,7 @@ def parsed(line: str) -> Line | None:
     """A line of JSON that is an object."""
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -71,7 +71,7 @@ def report(args: Sequence[str]) -> Path:
     notes = [f"{folder}: no metrics.csv in it, left out." for folder in passed_over(own.runs)]
     html = page(runs, notes=notes)
     try:
-        out.write_text(html, encoding="utf-8")
+        out.write_text(html, encoding="utf-8", errors="replace")  # of a run's lone surrogates
     except OSError as error:
         raise InputError(f"-o {own.out} cannot be written: {error}") from None
     print(f"{out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {out.stat().st_size / 1e6:.1f} MB")

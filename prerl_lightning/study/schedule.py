@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from prerl_lightning.errors import InputError
+from prerl_lightning.locks import lock as lock_file
 from prerl_lightning.report.folders import versions
 from prerl_lightning.report.reading import read_run
 from prerl_lightning.report.runs import Run
@@ -172,20 +173,21 @@ def _begin_with_unfinished(runs: Sequence[Planned]) -> list[Planned]:
 
 def _locked(folder: Path) -> IO[str] | None:
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / "lock").open("w")
+    file = (folder / "lock").open("a")  # whose number stays where it is another's
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.close()
+        file.close()
         return None
-    return lock
+    file.truncate(0)
+    return file
 
 
 def _start(run: Planned, slot: Slot, lock: IO[str]) -> _Going:
-    checkpoint = max(run.folder.glob("**/last.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+    begun = any(run.folder.glob("**/last.ckpt"))
     command = [sys.executable, "-m", "prerl_lightning.cli", "fit", *run.arguments]
-    command += [f"--trainer.default_root_dir={run.folder}", *([f"--ckpt_path={checkpoint}"] if checkpoint else [])]
-    log.info("%s: %s, %s", run, "resumed" if checkpoint else "begins", run.folder)
+    command += [f"--trainer.default_root_dir={run.folder}", *(["--ckpt_path=last"] if begun else [])]
+    log.info("%s: %s, %s", run, "resumed" if begun else "begins", run.folder)
     own_cores = os.sched_getaffinity(0)
     with (run.folder / "run.log").open("ab") as output:
         output.write(f"$ prerl {' '.join(command[3:])}\n".encode())
