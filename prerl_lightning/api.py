@@ -335,7 +335,7 @@ def fit(
         if folder is None:  # else all ranks go on with the script
             watchdog.finish(60.0)
         signals.restore()
-        with suppress(ValueError):  # a thread may not
+        with suppress(ValueError, TypeError):  # a thread may not, nor for a handler that is not of Python
             signal(SIGINT, on_ctrl_c)  # Lightning has it ignored from the first one on, as if the process ended
     assert folder is not None  # there is a logger
     return Run(read_begun(folder))  # one that was resumed at its end has no rows of its own

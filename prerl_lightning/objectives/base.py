@@ -266,8 +266,8 @@ class PolicyModule(BaseObjective, RunState):
         """The Trainer collects what the module it holds logs. What a callback logs of a training step goes into the
         step's row: Lightning would write another, of the step before."""
         plain = isinstance(value, Real | torch.Tensor) and not args and not options.get("on_epoch")
-        if self.trainer.training and plain and options.get("logger") is not False:
-            self.host.record_of("log", {name: value})
+        if plain and self.is_attached and self.trainer.training and options.get("logger") is not False:
+            self.host.record({name: float(value)})
             options["logger"] = False
         super(PolicyModule, self.host).log(name, value, *args, **options)
 
