@@ -351,7 +351,7 @@ def test_completions_cannot_steer_the_terminal(capsys):
     line = terminal_line(row, 300)
     assert line.plain[line.spans[0].start : line.spans[0].end] == "wait"
     assert "·[2J·]0;title··31m·· wait" in line.plain
-    assert line.plain.endswith("wait\\n4 (changed since at step 1)")
+    assert line.plain.endswith("wait\\n4 (changed since step 1)")
     with shown.capture() as drawn:
         shown.print(line)
     for text in (line.plain, drawn.get()):

@@ -31,7 +31,7 @@ def terminal_line(row: dict[str, Any], max_characters: int) -> Text:
         line.append_text(part[:-1] + Text("\\n") if part.plain.endswith("\n") else part)
     if previous:
         same = previous["response"] == row["response"]
-        line.append(f" ({'as' if same else 'changed since'} at step {previous['step']})", style="dim")
+        line.append(f" ({'as at' if same else 'changed since'} step {previous['step']})", style="dim")
     return line
 
 
