@@ -121,9 +121,7 @@ def sample(**changes):
 
 def test_a_sample_in_the_terminal():
     line = terminal_line(sample(previous={"step": 1, "response": "5\n3", "reward": 0.0}), 300)
-    assert line.plain == (
-        "  sample, held out: reward 1.00, truth 4: '2+2=?\\n' -> 5 wait\\n4 (changed since step 1)"
-    )
+    assert line.plain == ("  sample, held out: reward 1.00, truth 4: '2+2=?\\n' -> 5 wait\\n4 (changed since step 1)")
     styled = {(line.plain[s.start : s.end], str(s.style)) for s in line.spans}
     assert ("wait", "bold yellow") in styled
     assert {text for text, style in styled if style == "underline"} == {"wait", "4"}
