@@ -117,12 +117,12 @@ def fits(value: Any, annotation: Any) -> bool:
     """Whether it is of that kind; what is not understood of an annotation passes."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        return any(fits(value, each) for each in inner)
+        return any(fits(value, each) for each in _members(annotation))
     if origin is Literal:
         return value in inner
     if annotation in (None, types.NoneType):
         return value is None
-    if annotation is Callable or origin is Callable:
+    if Callable in (annotation, origin):
         return callable(value)
     kind = origin or annotation
     unknown = kind in (Any, inspect.Parameter.empty) or getattr(kind, "_is_protocol", False)
@@ -150,36 +150,34 @@ def _shown(value: Any) -> str:
 
 
 def _wanted(value: Any, annotation: Any) -> str:
-    choices = list(_choices(annotation))
-    kinds = dict.fromkeys(_names(annotation))
+    members = list(_members(annotation))
+    choices = [choice for each in members if get_origin(each) is Literal for choice in get_args(each)]
+    kinds = dict.fromkeys(_name(each) for each in members if get_origin(each) is not Literal)
     mends = [mend for each in _classes(annotation) if (mend := getattr(each, "given_as", ""))]
     near = nearest(value, [str(c) for c in choices]) if choices and isinstance(value, str) else ""
     wanted = [f"one of {', '.join(map(str, choices))}"] if choices else []
     return f"{' or '.join([*wanted, *kinds])}.{near}{' '.join(['', *mends])}"
 
 
-def _choices(annotation: Any) -> Iterator[Any]:
-    if get_origin(annotation) is Literal:
-        yield from get_args(annotation)
-    elif get_origin(annotation) in (Union, types.UnionType):
+def _members(annotation: Any) -> Iterator[Any]:
+    """Of unions within unions; else itself."""
+    if get_origin(annotation) in (Union, types.UnionType):
         for each in get_args(annotation):
-            yield from _choices(each)
+            yield from _members(each)
+    else:
+        yield annotation
 
 
-def _names(annotation: Any) -> Iterator[str]:
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
-        for each in inner:
-            yield from _names(each)
-    elif origin is Callable or annotation is Callable:
-        yield "a function"
-    elif origin in (list, Sequence, Iterable):
-        yield f"a list of {' or '.join(_names(inner[0]))}" if inner else "a list"
-    elif origin in (dict, Mapping):
-        yield f"a dict of {' or '.join(_names(inner[1]))} by {' or '.join(_names(inner[0]))}"
-    elif origin is not Literal:
-        name = getattr(annotation, "__name__", str(annotation))
-        yield WORDS.get(name, name)
+def _name(annotation: Any) -> str:
+    origin, inner = get_origin(annotation), [" or ".join(map(_name, _members(each))) for each in get_args(annotation)]
+    if Callable in (annotation, origin):
+        return "a function"
+    if origin in (list, Sequence, Iterable):
+        return f"a list of {inner[0]}"
+    if origin in (dict, Mapping):
+        return f"a dict of {inner[1]} by {inner[0]}"
+    name = getattr(annotation, "__name__", str(annotation))
+    return WORDS.get(name, name)
 
 
 def _classes(annotation: Any) -> Iterator[type]:

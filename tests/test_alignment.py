@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPES
+from trainers import quiet_trainer
 from transformers import AutoModelForCausalLM
 
 from prerl_lightning.callbacks.alignment import GradientAlignment, chosen
@@ -19,7 +20,7 @@ from prerl_lightning.metrics.alignment import GROUPS, GradientComparison, compar
 from prerl_lightning.metrics.sketch import SIZE, Sketch, usable_size
 from prerl_lightning.objectives import GRPO
 from prerl_lightning.objectives.advantages import group_advantages
-from prerl_lightning.policy.model import Policy, model_path
+from prerl_lightning.policy.model import Policy, load_tokenizer, model_path
 
 PREFIX = 1
 
@@ -270,10 +271,12 @@ def test_a_tokenizer_without_a_first_token_is_refused_at_the_start(tmp_path):
     config = tmp_path / "tokenizer_config.json"
     kept = {k: v for k, v in json.loads(config.read_text()).items() if k not in ("bos_token", "chat_template")}
     config.write_text(json.dumps(kept))
-    module = GRPO(model=tmp_path)
+    module, tokenizer = GRPO(model=tmp_path), load_tokenizer(str(tmp_path))
+    measured, left_out = (quiet_trainer(callbacks=[GradientAlignment(n)]) for n in (50, 0))
     with pytest.raises(
         InputError, match=r"neither a BOS token .* model\.init_args\.prefix .* alignment\.every_n_steps: 0"
     ):
-        GradientAlignment().check_run(None, module)
-    GradientAlignment(every_n_steps=0).check_run(None, module)
-    GradientAlignment().check_run(None, GRPO(model=tmp_path, prefix=3))
+        module.check_prefixes(tokenizer, measured)
+    module.check_prefixes(tokenizer, left_out)
+    module.check_prefixes(tokenizer, None)  # an evaluation measures no gradients
+    GRPO(model=tmp_path, prefix=3).check_prefixes(tokenizer, measured)

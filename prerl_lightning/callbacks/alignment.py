@@ -19,7 +19,6 @@ from prerl_lightning.metrics.evaluation import is_right
 from prerl_lightning.metrics.sketch import usable_size
 from prerl_lightning.objectives.advantages import group_advantages
 from prerl_lightning.objectives.base import PolicyModule
-from prerl_lightning.policy.model import load_tokenizer, prefix_token
 from prerl_lightning.types import Rollout
 
 log = logging.getLogger(__name__)
@@ -77,14 +76,10 @@ class GradientAlignment(Watcher):
         """See `objectives.memory.watching`."""
         return comparison_bytes(parameters, self.sketch, self.bins) if self.every_n_steps else 0
 
-    def check_run(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:
-        """Raises InputError where the tokenizer has no token that log p(y) could start from."""
-        for life in (pl_module, *pl_module.successors) if self.every_n_steps else ():
-            tokenizer = load_tokenizer(pl_module.model_name)
-            try:
-                prefix_token(tokenizer, life.prefix)
-            except InputError as error:
-                raise InputError(f"{error} Or leave the measurement out: alignment.every_n_steps: 0.") from None
+    @property
+    def prefix_mend(self) -> str:
+        """See `PolicyModule.check_prefixes`."""
+        return "Or leave the measurement out: alignment.every_n_steps: 0." if self.every_n_steps else ""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.folder = run_folder(trainer)

@@ -44,7 +44,7 @@ class PolicyReincarnation(L.Callback):
         until: Until | None = None,
         merge: bool = False,
     ) -> None:
-        check_call(PolicyReincarnation.__init__, locals() | {"self": None}, "PolicyReincarnation")
+        check_call(PolicyReincarnation.__init__, locals(), "PolicyReincarnation")
         if at_step < 1:
             raise InputError(f"PolicyReincarnation.at_step: {at_step} must be at least 1.")
         if until is not None and until.not_before >= at_step:

@@ -105,7 +105,7 @@ class Mixture(ProblemSet):
     """
 
     def __init__(self, sets: dict[str, ProblemSet], weights: dict[str, float] | None = None) -> None:
-        check_call(Mixture.__init__, locals() | {"self": None}, "Mixture")
+        check_call(Mixture.__init__, locals(), "Mixture")
         self.sets, self.weights = sets, weights
         for name, problems in sets.items():
             if not is_name(name) or isinstance(problems, Mixture):

@@ -122,7 +122,7 @@ class RolloutDataModule(Sets, L.LightningDataModule):
             self.rewards()
             self._load(module, trainer)
         self._check_shares(trainer, stage)
-        module.check_prefixes()
+        module.check_prefixes(self.tokenizer, trainer if stage == "fit" else None)
         self._checked = (module, trainer, stage)
 
     def setup(self, stage: str) -> None:

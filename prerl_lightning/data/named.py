@@ -224,5 +224,7 @@ def named_sets(
     found: dict[str, ProblemSet] = {}
     for item in names.split(",") if isinstance(names, str) else names:
         name, _, path = item.partition("=")
+        if name in found:
+            raise InputError(f"--data: {name}: a set is given twice. Give each once.")
         found[name] = NamedProblems(name, path or None, limit=limit, style=style)
     return found

@@ -32,8 +32,6 @@ def evaluate(args: Sequence[str]) -> dict[str, dict[str, float]]:
         raise InputError("--endpoint: give --model as the server calls it, and no --ckpt_path.")
     named = [name for given in own.data for name in given.split(",")]
     sets = named_sets(named, own.limit, own.style) if named else None
-    if sets and len(sets) < len(named):
-        raise InputError(f"--data: of {', '.join(named)} a set is given twice. Give each once.")
     rest = refusals.checked(rest, vars(own))
     if not refusals.config_files(rest):
         if not own.model or not named:

@@ -21,9 +21,11 @@ import lightning as L
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
 
-from prerl_lightning.compat import logs_every
+from prerl_lightning.compat import all_callbacks, logs_every
 from prerl_lightning.data.module import RolloutDataModule
+from prerl_lightning.errors import InputError
 from prerl_lightning.metrics.utilisation import peak_flops, rates
 from prerl_lightning.objectives import agreement, checks, lives, memory
 from prerl_lightning.objectives.evaluations import Evaluations
@@ -32,7 +34,7 @@ from prerl_lightning.objectives.optimizer import learning_rates, take_settings
 from prerl_lightning.objectives.passes import gathered
 from prerl_lightning.objectives.run_state import RunState
 from prerl_lightning.objectives.update import Update
-from prerl_lightning.policy.model import Policy, load_config, load_tokenizer, prefix_token
+from prerl_lightning.policy.model import Policy, load_config, prefix_token
 from prerl_lightning.rollout.engine import Engine
 from prerl_lightning.rollout.sampler import Group
 from prerl_lightning.strategies import FSDP2Strategy
@@ -51,11 +53,19 @@ class PolicyModule(BaseObjective, RunState):
         """See `objectives.checks`; the data module calls it before anything is read or started."""
         checks.check_run(self, data, trainer)
 
-    def check_prefixes(self) -> None:
-        """Raises InputError where a life in pre-train space has no token to start log p(y) from."""
+    def check_prefixes(self, tokenizer: PreTrainedTokenizerBase, fits: L.Trainer | None) -> None:
+        """Raises InputError where there is no token to start log p(y) from, in a life in pre-train space, or where a
+        callback of ``fits`` measures it: its ``prefix_mend`` is the way out."""
+        callbacks = [] if fits is None else all_callbacks(fits)
+        mend = next((mend for callback in callbacks if (mend := getattr(callback, "prefix_mend", ""))), "")
         for module in (self, *self.successors):
             if module.prefix is not None or module._in_pretrain_space:
-                prefix_token(load_tokenizer(self.model_name), module.prefix)
+                prefix_token(tokenizer, module.prefix)
+            elif mend:
+                try:
+                    prefix_token(tokenizer, None)
+                except InputError as error:
+                    raise InputError(f"{error} {mend}") from None
 
     def plan_memory(self, engine: Engine, device: torch.device, longest: int) -> None:
         """See `objectives.memory.plan`; called before anything large is loaded."""
