@@ -29,8 +29,8 @@ def plainly(tmp_path, monkeypatch, model_folder):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(RESUMED_FROM, raising=False)
 
-    def train(max_steps, name="a", val=False, **options):
-        data = prerl.RolloutDataModule(
+    def made(val=False):
+        return prerl.RolloutDataModule(
             train=prerl.ArithmeticProblems("train", 16),
             val=prerl.ArithmeticProblems("held_out", 2) if val else None,
             reward=alternating_reward,
@@ -39,9 +39,13 @@ def plainly(tmp_path, monkeypatch, model_folder):
             engine=PlainEngine(),
             prompts_per_step=2,
         )
+
+    def train(max_steps, name="a", val=False, data=None, **options):
+        data = data or made(val)
         objective = options.pop("objective", None) or prerl.GRPO(model=model_folder("llama-untied"), lr=1e-3)
         return prerl.fit(objective, data, max_steps=max_steps, name=name, accelerator="cpu", **options)
 
+    train.data = made
     with environment_kept():
         yield train
 
@@ -177,3 +181,16 @@ def test_a_fit_holds_no_model_behind_its_end(plainly, model_folder):
     del objective
     gc.collect()
     assert kept() is None
+
+
+def test_the_same_data_with_another_model_has_its_prompts(plainly, model_folder):
+    """Prompts are a model's: of its tokenizer, template and length."""
+    data = plainly.data()
+    plainly(1, data=data)
+    before = [prompt.token_ids for prompt in data.some_prompts(2)]
+    other = prerl.GRPO(model="embedded", lr=1e-3)
+    plainly(1, name="b", data=data, objective=other)
+    expected = plainly.data()
+    plainly(1, name="c", data=expected, objective=prerl.GRPO(model="embedded", lr=1e-3))
+    found = [prompt.token_ids for prompt in data.some_prompts(2)]
+    assert found == [prompt.token_ids for prompt in expected.some_prompts(2)] != before

@@ -1,4 +1,4 @@
-"""What `math_verify_reward` makes of answers from the wild: (truth, response, reward), by kinds; and of MATH's truths."""
+"""What `math_verify_reward` makes of answers from the wild, by kinds: (truth, response, reward); and MATH itself."""
 
 import random
 import re

@@ -96,6 +96,7 @@ class RolloutDataModule(Sets, L.LightningDataModule):
         self.check_sets()
         self.tokenizer: Any = None
         self._prompts: dict[str, Prompts | MixedPrompts] = {}
+        self._prompts_of: str | None = None  # the model: by its tokenizer, and its engine's length
         self._pools: dict[str, RewardPool] = {}
         self._slow = SlowRollouts()
         self._checked: tuple[Any, ...] = ()  # the module, the Trainer and the stage, from `check` until `setup`
@@ -118,9 +119,10 @@ class RolloutDataModule(Sets, L.LightningDataModule):
             raise InputError(
                 f"data.val: missing, and prerl {stage} measures on nothing else. Give the held-out problems."
             )
-        if not self._prompts:
+        if self._prompts_of != module.model_name:
             self.rewards()
             self._load(module, trainer)
+            self._prompts_of = module.model_name
         self._check_shares(trainer, stage)
         module.check_prefixes(self.tokenizer, trainer if stage == "fit" else None)
         self._checked = (module, trainer, stage)
